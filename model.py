@@ -1,0 +1,636 @@
+"""Llama in plain PyTorch: definition, Hugging Face weights in and out, chunked loss, generation.
+
+    model = Llama.from_pretrained(folder, dtype=torch.bfloat16, device="cuda")
+    logits, _ = model(tokens)                      # [B, T] -> [B, T, V]
+    _, loss = model(tokens, targets)               # scalar; the [B, T, V] logits never exist
+    new_ids = model.generate([[1, 15043]], 64)     # new_ids[0][0] is a list of ids
+
+Projections that read the same input are one matrix here (q, k, v; gate, up), so that the input is
+read once; they are split again only in files. Every dtype is written out, there is no autocast: each
+projection casts its weight to the dtype of its input, so fp32 master weights compute in bf16 when
+the model's `compute_dtype` says so. Norms, rotary angles and the loss are computed in fp32 at least.
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+IGNORE = -100  # a target with this value is not predicted
+
+# our matrix -> the published projections it holds, in row order
+GROUPS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",),
+          "gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+PROJECTIONS = tuple(name for group in GROUPS.values() for name in group)
+
+
+@dataclass
+class LlamaConfig:
+    """Shape of a Llama, under the names of its config.json."""
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict = None  # None, or the llama3 form: factor, low/high_freq_factor, original_max_...
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    bos_token_id: int = 1
+    eos_token_id: int = 2  # Llama-3 chat models list several
+
+    @classmethod
+    def from_json(cls, folder):
+        """Read FOLDER/config.json as transformers 4 or 5 write it.
+
+        Raises FileNotFoundError without the file, ValueError for anything this model does not compute."""
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: not found; a model folder holds config.json and *.safetensors")
+        try:
+            hf = json.loads(path.read_text())
+        except ValueError as e:
+            raise ValueError(f"{path}: not valid JSON ({e})") from None
+        rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+        theta = rope.pop("rope_theta", hf.get("rope_theta", 10000.0))
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        for what, found, allowed in (("model_type", hf.get("model_type"), ("llama",)),
+                                     ("hidden_act", hf.get("hidden_act", "silu"), ("silu",)),
+                                     ("attention_bias", hf.get("attention_bias", False), (False,)),
+                                     ("mlp_bias", hf.get("mlp_bias", False), (False,)),
+                                     ("rope_type", kind, ("default", "llama3"))):
+            if found not in allowed:
+                raise ValueError(f"{path}: {what} is {found!r}; this model computes only {allowed[0]!r}")
+        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        missing = [key for key in required if key not in hf]
+        if missing:
+            raise ValueError(f"{path}: missing {', '.join(missing)}")
+        known = {k: hf[k] for k in cls.__dataclass_fields__ if k in hf and hf[k] is not None}
+        known.setdefault("num_key_value_heads", hf["num_attention_heads"])
+        known.setdefault("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
+        known.update(rope_theta=float(theta), rope_scaling=rope if kind == "llama3" else None)
+        return cls(**known)
+
+    def to_json(self, dtype):
+        """The dict that transformers reads as LlamaConfig."""
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                "attention_bias": False, "mlp_bias": False, "torch_dtype": str(dtype).removeprefix("torch."),
+                **self.__dict__}
+
+    @property
+    def projection_shapes(self):
+        """Published projection -> (rows, columns) of its weight."""
+        d, f, h = self.hidden_size, self.intermediate_size, self.head_dim
+        q, kv = self.num_attention_heads * h, self.num_key_value_heads * h
+        return {"q_proj": (q, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, q),
+                "gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
+
+
+# ----------------------------------------------------------------------------- elementwise pieces
+# Written as autograd functions: eager PyTorch would keep several full-size fp32 intermediates of
+# each for backward; these keep their input. torch.compile traces through them and fuses them.
+
+def at_least_fp32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RMSNorm(torch.autograd.Function):
+    """y = w * (x / rms(x)); x [..., D], w [D]. The normalised x is rounded to x's dtype before w."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        x32 = at_least_fp32(x)
+        rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return (x32 * rstd).to(x.dtype) * weight.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, rstd = ctx.saved_tensors
+        xhat, dy32 = at_least_fp32(x) * rstd, at_least_fp32(dy)
+        dw = (dy32 * xhat).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        dxhat = dy32 * weight
+        dx = rstd * (dxhat - xhat * (dxhat * xhat).mean(-1, keepdim=True))
+        return dx.to(x.dtype), dw, None
+
+
+class Rotary(torch.autograd.Function):
+    """Rotate the pairs (x[i], x[i + hd/2]) by the angle of each position; x [B, T, heads, hd]."""
+
+    @staticmethod
+    def rotate(x, cos, sin):
+        a, b = x.chunk(2, -1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return Rotary.rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, dy):
+        cos, sin = ctx.saved_tensors
+        return Rotary.rotate(dy, cos, -sin), None, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """h = silu(gate) * up, for gate and up side by side in gu [..., 2F]; keeps gu, not silu(gate) nor h."""
+
+    @staticmethod
+    def forward(ctx, gu):
+        ctx.save_for_backward(gu)
+        gate, up = gu.chunk(2, -1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, dh):
+        gate, up = ctx.saved_tensors[0].chunk(2, -1)
+        gate32, dh32 = at_least_fp32(gate), at_least_fp32(dh)
+        s = torch.sigmoid(gate32)
+        silu = gate32 * s
+        dgate = dh32 * up * (s + silu * (1 - s))
+        return torch.cat((dgate.to(gate.dtype), (dh32 * silu).to(gate.dtype)), -1)
+
+
+def rotary_frequencies(config, dtype=torch.float32):
+    """Angle per position of each pair, [hd/2], with Llama-3's stretching of the slow ones."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).to(dtype) / config.head_dim
+    freq = 1.0 / config.rope_theta ** exponent
+    if not (s := config.rope_scaling):
+        return freq
+    # transformers modeling_rope_utils (llama3): waves longer than the old context / low are slowed by
+    # `factor`, those shorter than the old context / high are kept, in between is a linear blend.
+    turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
+    low, high = s["low_freq_factor"], s["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - keep) * freq / s["factor"] + keep * freq
+
+
+# ----------------------------------------------------------------------------- attention
+def document_positions(docs, n):
+    """Position of each of n flattened tokens in its own document; docs [n_docs + 1] are the borders."""
+    return torch.arange(n, device=docs.device) - docs[:-1].repeat_interleave(docs.diff(), output_size=n)
+
+
+@torch.compiler.disable  # the number of documents changes from batch to batch
+def document_attention(q, k, v, docs):
+    """Causal attention inside each document; q [B, T, H, hd], k and v [B, T, KV, hd], docs borders in B*T."""
+    shape, scale_heads = q.shape, q.shape[2] // k.shape[2]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+        k, v = (x.repeat_interleave(scale_heads, 1) for x in (k, v))
+        cu, longest = docs.int(), shape[1]  # no document is longer than a row, and asking would sync
+        return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0)).view(shape)
+    lengths = docs.diff().tolist()
+    parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)))
+    out = [F.scaled_dot_product_attention(a[None], b[None], c[None], is_causal=True, enable_gqa=True)[0]
+           for a, b, c in parts]
+    return torch.cat(out, 1).transpose(0, 1).reshape(shape)
+
+
+def causal_attention(q, k, v):
+    """Causal attention along T; shapes as document_attention."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+class KVCache:
+    """Keys and values [layers, rows, KV, length, hd] of running sequences, and how long each one is."""
+
+    def __init__(self, config, rows, length, device, dtype):
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.lengths = [0] * rows
+        self.decoding = False  # until open_step: whole prompts are stored, then one token a row
+
+    def copy_row(self, row, other, other_row):
+        """Let `row` continue what `other` holds in `other_row`."""
+        n = self.lengths[row] = other.lengths[other_row]
+        self.k[:, row, :, :n] = other.k[:, other_row, :, :n]
+        self.v[:, row, :, :n] = other.v[:, other_row, :, :n]
+
+    def open_step(self, rows):
+        """Before a decoding step of the first `rows` rows: where each one writes and what it may see."""
+        device, self.decoding = self.k.device, True
+        self.rows, self.row_index = rows, torch.arange(rows, device=device)
+        self.write_at = torch.tensor(self.lengths[:rows], device=device)
+        self.longest = max(self.lengths[:rows]) + 1
+        seen = torch.arange(self.longest, device=device) <= self.write_at[:, None]
+        self.bias = torch.zeros(seen.shape, device=device, dtype=self.k.dtype)
+        self.bias = self.bias.masked_fill_(~seen, -math.inf)[:, None, None]
+
+    def prefill(self, layer, k, v):
+        """Store whole prompts: k and v [rows, T, KV, hd]."""
+        self.k[layer, :, :, :k.shape[1]] = k.transpose(1, 2)
+        self.v[layer, :, :, :v.shape[1]] = v.transpose(1, 2)
+
+    def attend(self, layer, q, k, v):
+        """Store one token of each row and attend to all before it; q [rows, 1, H, hd] -> same shape."""
+        self.k[layer, self.row_index, :, self.write_at] = k[:, 0]
+        self.v[layer, self.row_index, :, self.write_at] = v[:, 0]
+        k, v = self.k[layer, :self.rows, :, :self.longest], self.v[layer, :self.rows, :, :self.longest]
+        # query heads that share a key head stand where a longer sequence's queries would stand
+        grouped = q.view(self.rows, k.shape[1], -1, q.shape[-1])
+        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=self.bias).reshape(q.shape)
+
+
+# ----------------------------------------------------------------------------- the network
+class Projection(nn.Module):
+    """Matrices that read the same input, stacked: parts {"q_proj": rows, ...}, x [..., K] -> [..., N]."""
+
+    def __init__(self, in_features, parts):
+        super().__init__()
+        self.parts = parts
+        self.weight = nn.Parameter(torch.empty(sum(parts.values()), in_features))
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def projection(config, group):
+    shapes = config.projection_shapes
+    return Projection(shapes[GROUPS[group][0]][1], {name: shapes[name][0] for name in GROUPS[group]})
+
+
+class Norm(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.eps, self.weight = config.rms_norm_eps, nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, x):
+        return RMSNorm.apply(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.qkv_proj, self.o_proj = projection(config, "qkv_proj"), projection(config, "o_proj")
+
+    def forward(self, x, cos, sin, docs, cache):
+        B, T, _ = x.shape
+        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), 2)
+        q, k = Rotary.apply(qk, cos, sin).split((self.heads, self.kv_heads), 2)
+        if cache is not None and cache.decoding:
+            out = cache.attend(self.layer, q, k, v)
+        else:
+            if cache is not None:
+                cache.prefill(self.layer, k, v)
+            out = causal_attention(q, k, v) if docs is None else document_attention(q, k, v, docs)
+        return self.o_proj(out.reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up_proj, self.down_proj = projection(config, "gate_up_proj"), projection(config, "down_proj")
+
+    def forward(self, x):
+        return self.down_proj(SwiGLU.apply(self.gate_up_proj(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm, self.self_attn = Norm(config), Attention(config, layer)
+        self.post_attention_layernorm, self.mlp = Norm(config), MLP(config)
+
+    def forward(self, x, cos, sin, docs=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, docs, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum over rows of cross-entropy(h @ weight.T, targets): h [n, D], weight [V, D], targets [n] -> scalar.
+
+    Gradients are made in the forward pass, a chunk of rows at a time, and the logits of a chunk are
+    overwritten by their gradient: nothing of size [n, V] exists. The weight's gradient is summed in
+    fp32 over the chunks, and not computed at all when the head is frozen."""
+    chunk_numel = 2 ** 26  # logits of one GEMM: 128 MB in bf16
+    piece_numel = 2 ** 21  # logits of one softmax on a CPU: what its cache holds in fp32
+
+    @staticmethod
+    def forward(ctx, h, weight, targets):
+        want_dh, want_dw, _ = ctx.needs_input_grad
+        w, vocab = weight.to(h.dtype), weight.shape[0]
+        dh = torch.empty_like(h) if want_dh else None
+        dw = torch.zeros_like(weight, dtype=torch.promote_types(h.dtype, torch.float32)) if want_dw else None
+        total = torch.zeros((), device=h.device, dtype=torch.promote_types(h.dtype, torch.float32))
+        rows = max(1, ChunkedCrossEntropy.chunk_numel // vocab)
+        piece = max(1, ChunkedCrossEntropy.piece_numel // vocab) if h.device.type == "cpu" else rows
+        for start in range(0, h.shape[0], rows):
+            chunk = slice(start, start + rows)
+            logits = h[chunk] @ w.T
+            for z, t in zip(logits.split(piece), targets[chunk].split(piece)):
+                logp = torch.log_softmax(z, -1, dtype=total.dtype)
+                total -= logp.gather(1, t[:, None]).sum()
+                if want_dh or want_dw:
+                    dz = logp.exp_()
+                    dz[torch.arange(len(t), device=t.device), t] -= 1
+                    z.copy_(dz)
+            if want_dh:
+                torch.mm(logits, w, out=dh[chunk])
+            if want_dw:
+                dw += logits.T @ h[chunk]
+        ctx.grads = dh, dw.to(weight.dtype) if want_dw else None
+        return total
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dh, dw = ctx.grads
+        ctx.grads = None  # a second backward through the loss is not possible: say so by failing
+        return (None if dh is None else dh.mul_(dloss)), (None if dw is None else dw.mul_(dloss)), None
+
+
+def sample_ids(logits, temperature, top_p, uniform):
+    """One id a row: logits [B, V], uniform [B] fp64 in [0, 1) -> [B]; greedy at temperature 0.
+
+    Inverse CDF over the smallest set of likeliest tokens whose share reaches top_p."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = torch.softmax(logits.float() / temperature, -1)
+    if top_p >= 1:
+        share = probs.double().cumsum(-1)
+        kept = share[:, -1:]
+        order = None
+    else:
+        # sorting a whole vocabulary is slow and hardly ever needed
+        for candidates in (min(256, probs.shape[1]), probs.shape[1]):
+            p, order = probs.topk(candidates, -1)
+            share = p.double().cumsum(-1)
+            if (share[:, -1] >= top_p).all():
+                break
+        last = (share < top_p).sum(-1, keepdim=True).clamp(max=candidates - 1)
+        kept = share.gather(1, last)
+    pick = (share <= uniform[:, None] * kept).sum(-1, keepdim=True).clamp(max=share.shape[1] - 1)
+    return (pick if order is None else order.gather(1, pick))[:, 0]
+
+
+class Llama(nn.Module):
+    """The network; see the head of this file for use. `compute_dtype` is the dtype of activations."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Norm(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.compute_dtype = self.embed_tokens.weight.dtype
+
+    @property
+    def head_weight(self):
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def device(self):
+        return self.embed_tokens.weight.device
+
+    def init_weights(self, seed=0):
+        """Fresh weights for pretraining: N(0, initializer_range), norms 1, outputs of blocks scaled as GPT-2."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        std = self.config.initializer_range
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                nn.init.ones_(p)
+            else:
+                deep = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, 0, std / math.sqrt(2 * len(self.layers)) if deep else std, generator=generator)
+        return self
+
+    def hidden(self, tokens, docs=None, cache=None, start=None):
+        """Last hidden states [B, T, D], before the final norm. `start` [B]: position of each row's first token."""
+        B, T = tokens.shape
+        if T > self.config.max_position_embeddings:
+            raise ValueError(f"sequence of {T} tokens is longer than the model's "
+                             f"max_position_embeddings={self.config.max_position_embeddings}")
+        if docs is not None:
+            positions = document_positions(docs, B * T).view(B, T)
+        else:
+            positions = torch.arange(T, device=tokens.device)[None] + (0 if start is None else start[:, None])
+        angle_dtype = torch.promote_types(self.compute_dtype, torch.float32)
+        freq = rotary_frequencies(self.config, angle_dtype).to(tokens.device)
+        angles = (positions[..., None].to(angle_dtype) * freq)[:, :, None]  # [B or 1, T, 1, hd/2]
+        cos, sin = angles.cos(), angles.sin()
+        x = F.embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
+        for block in self.layers:
+            x = block(x, cos, sin, docs, cache)
+        return x
+
+    def head(self, x):
+        return F.linear(self.norm(x), self.head_weight.to(x.dtype))
+
+    def forward(self, tokens, targets=None, docs=None, reduction="mean"):
+        """(logits [B, T, V], None), or with targets (None, loss).
+
+        tokens [B, T] int64. targets [B, T]: the id that follows each token, IGNORE where not predicted.
+        docs [n + 1] int64: borders of documents in the flattened B*T tokens, 0 first and B*T last, a
+        border at each row's start; documents then do not see each other and count positions from 0.
+        reduction: 'mean' over predicted tokens, or 'sum' (0 when there are none)."""
+        x = self.hidden(tokens, docs)
+        if targets is None:
+            return self.head(x), None
+        predicted = (targets.flatten() != IGNORE).nonzero().squeeze(1)
+        h = self.norm(x.flatten(0, 1)[predicted])
+        loss = ChunkedCrossEntropy.apply(h, self.head_weight, targets.flatten()[predicted])
+        return None, loss / len(predicted) if reduction == "mean" else loss
+
+    @torch.inference_mode()
+    def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, n=1, stop=None, seed=0,
+                 batch_size=64, on_token=None):
+        """n continuations of each prompt: list (prompts) of lists (n) of lists of new ids.
+
+        temperature 0 is greedy; top_p keeps the likeliest tokens up to that share. `stop` is a
+        collection of ids, or a function of a row's new ids that says whether it ends there; the id
+        that ends a row is part of it. Up to batch_size rows run at once and a finished row gives its
+        place to the next in the queue. A prompt is read once for all its samples. Random numbers
+        belong to (seed, prompt, sample, position): a row's text does not depend on its neighbours.
+        `on_token(prompt, sample, id)` sees every token as it comes.
+        Raises ValueError for an empty prompt or one without room for max_new_tokens."""
+        longest = max(map(len, prompts), default=0) + max_new_tokens
+        if any(not p for p in prompts):
+            raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no tokens")
+        if longest > self.config.max_position_embeddings:
+            raise ValueError(f"longest prompt + max_new_tokens = {longest}, more than the model's "
+                             f"max_position_embeddings={self.config.max_position_embeddings}")
+        done = stop if callable(stop) else lambda ids, stop=frozenset(stop or ()): ids[-1] in stop
+        out = [[[] for _ in range(n)] for _ in prompts]
+        queue = [(p, s) for p in range(len(prompts)) for s in range(n)][::-1] if max_new_tokens else []
+        rows, noise = [], []  # rows: (prompt, sample) running in each row of the cache
+        read = {}  # prompt -> (its cache, row there, logits): prompts that were read and have samples to start
+        cache = KVCache(self.config, min(batch_size, len(queue)), longest, self.device, self.compute_dtype)
+        logits = torch.empty(0, self.config.vocab_size, device=self.device, dtype=self.compute_dtype)
+        while rows or queue:
+            admitted = [queue.pop() for _ in range(min(batch_size - len(rows), len(queue)))]
+            read = {p: read[p] for p in read if p in {p for p, _ in admitted + queue[-1:]}}
+            self._read_prompts(prompts, sorted({p for p, _ in admitted} - read.keys()), read)
+            for p, s in admitted:
+                cache.copy_row(len(rows), *read[p][:2])
+                rows.append((p, s))
+                noise.append(np.random.Generator(np.random.Philox(key=[seed, p << 32 | s])).random(max_new_tokens))
+            logits = torch.cat([logits] + [read[p][2] for p, _ in admitted])
+            position = [len(out[p][s]) for p, s in rows]
+            uniform = torch.tensor([u[i] for u, i in zip(noise, position)], device=self.device)
+            ids = sample_ids(logits, temperature, top_p, uniform).tolist()
+            for (p, s), token in zip(rows, ids):
+                out[p][s].append(token)
+                if on_token:
+                    on_token(p, s, token)
+            for r in reversed(range(len(rows))):
+                if len(out[rows[r][0]][rows[r][1]]) == max_new_tokens or done(out[rows[r][0]][rows[r][1]]):
+                    if r < (last := len(rows) - 1):  # the last row moves into the free place
+                        cache.copy_row(r, cache, last)
+                        rows[r], noise[r], ids[r] = rows[last], noise[last], ids[last]
+                    rows.pop(), noise.pop(), ids.pop()
+            if rows:
+                cache.open_step(len(rows))
+                tokens = torch.tensor(ids, device=self.device)[:, None]
+                logits = self.head(self.hidden(tokens, cache=cache, start=cache.write_at))[:, 0]
+                for r in range(len(rows)):
+                    cache.lengths[r] += 1
+            else:
+                logits = logits[:0]
+        return out
+
+    def _read_prompts(self, prompts, which, read, max_tokens=8192):
+        """Run prompts through the model, similar lengths together, and keep their caches in `read`."""
+        which = sorted(which, key=lambda p: len(prompts[p]))
+        while which:
+            longest = len(prompts[which[-1]])
+            batch = which[-max(1, max_tokens // longest):]
+            del which[-len(batch):]
+            lengths = [len(prompts[p]) for p in batch]
+            # padding stands on the right, where causal attention of real tokens does not see it
+            tokens = torch.tensor([prompts[p] + [0] * (longest - len(prompts[p])) for p in batch], device=self.device)
+            cache = KVCache(self.config, len(batch), longest, self.device, self.compute_dtype)
+            cache.lengths = lengths
+            last = torch.arange(len(batch)), torch.tensor(lengths) - 1
+            logits = self.head(self.hidden(tokens, cache=cache)[last])
+            for row, p in enumerate(batch):
+                read[p] = (cache, row, logits[row:row + 1])
+
+    # ------------------------------------------------------------------------- files
+    def file_tensors(self):
+        """Our parameter name -> [(published tensor name, rows)], the rows stacked in that order."""
+        table = {}
+        for name, p in self.named_parameters():
+            group = name.split(".")[-2]
+            module = name.rsplit(".", 2)[0]
+            prefix = "" if name.startswith("lm_head") else "model."
+            if group in GROUPS:
+                shapes = self.config.projection_shapes
+                table[name] = [(f"{prefix}{module}.{part}.weight", shapes[part][0]) for part in GROUPS[group]]
+            else:
+                table[name] = [(prefix + name, p.shape[0])]
+        return table
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
+        """Load a published folder (config.json, *.safetensors), tensor by tensor from mapped files.
+
+        Every tensor is used exactly once: missing, unexpected or misshaped names raise ValueError with
+        the list; a folder without safetensors raises FileNotFoundError."""
+        with torch.device("meta"):
+            model = cls(LlamaConfig.from_json(folder))
+        shapes, where = open_weights(folder)
+        table = model.file_tensors()
+        if model.config.tie_word_embeddings and "lm_head.weight" in shapes:
+            # the tied matrix is stored under the head's name, alone or twice
+            if "model.embed_tokens.weight" not in shapes:
+                table["embed_tokens.weight"] = [("lm_head.weight", model.config.vocab_size)]
+            elif not torch.equal(*(where[k].get_tensor(k) for k in ("lm_head.weight", "model.embed_tokens.weight"))):
+                raise ValueError(f"{folder}: config.json ties lm_head to embed_tokens, but their tensors differ")
+            else:
+                del shapes["lm_head.weight"]
+        parameters = dict(model.named_parameters())
+        expected = {hf: (rows, *parameters[name].shape[1:]) for name, parts in table.items() for hf, rows in parts}
+        if problems := compare_names(expected, shapes):
+            raise ValueError(f"{folder}: weights do not fit config.json: {problems}")
+        loaded = {}
+        for name, parts in table.items():
+            loaded[name] = torch.empty(parameters[name].shape, dtype=dtype, device=device)
+            for piece, (hf, rows) in zip(loaded[name].split([rows for _, rows in parts]), parts):
+                piece.copy_(where[hf].get_tensor(hf))
+        model.load_state_dict(loaded, assign=True)
+        model.compute_dtype = dtype
+        return model
+
+    def save_pretrained(self, folder, dtype=None, shard_bytes=5 * 10 ** 9):
+        """Write a folder that from_pretrained and transformers read; dtype None keeps the parameters'."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        parameters, shards, size = dict(self.named_parameters()), [[]], 0
+        for name, parts in self.file_tensors().items():
+            for (hf, rows), piece in zip(parts, parameters[name].detach().split([rows for _, rows in parts])):
+                size += piece.numel() * (dtype or piece.dtype).itemsize
+                if size > shard_bytes and shards[-1]:
+                    shards.append([])
+                    size = piece.numel() * (dtype or piece.dtype).itemsize
+                shards[-1].append((hf, piece))
+        index, total = {}, 0
+        for i, shard in enumerate(shards, 1):
+            file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            # copies, because safetensors refuses slices of one storage; one shard at a time
+            tensors = {hf: piece.to("cpu", dtype or piece.dtype, copy=True) for hf, piece in shard}
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+            index.update(dict.fromkeys(tensors, file))
+            total += sum(t.nbytes for t in tensors.values())
+        if len(shards) > 1:
+            text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
+            (folder / "model.safetensors.index.json").write_text(text)
+        dtype = dtype or self.embed_tokens.weight.dtype
+        (folder / "config.json").write_text(json.dumps(self.config.to_json(dtype), indent=2))
+
+
+def open_weights(folder):
+    """Shapes {name: shape} and open files {name: file} of all tensors in a folder, nothing read yet.
+
+    Raises FileNotFoundError without weights or shard, ValueError for files that are not safetensors."""
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    elif (folder / "model.safetensors").is_file():
+        files = ["model.safetensors"]
+    else:
+        pickled = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
+        hint = (f"; {pickled[0]} is a pickle and is not read: convert it with transformers, "
+                f"AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)") if pickled else ""
+        raise FileNotFoundError(f"{folder}: neither model.safetensors nor model.safetensors.index.json{hint}")
+    shapes, where = {}, {}
+    for file in files:
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder / file}: missing, though {index.name} names it")
+        try:
+            opened = safe_open(folder / file, framework="pt")
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"{folder / file}: truncated or not a safetensors file ({e})") from None
+        for name in opened.keys():
+            if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store this table; it is computed here
+                continue
+            shapes[name], where[name] = tuple(opened.get_slice(name).get_shape()), opened
+    return shapes, where
+
+
+def compare_names(expected, found):
+    """One line on how found {name: shape} differs from expected, '' when it does not."""
+    some = lambda names: ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    missing, extra = expected.keys() - found.keys(), found.keys() - expected.keys()
+    wrong = [f"{k} {list(found[k])} for {list(expected[k])}" for k in expected.keys() & found.keys()
+             if tuple(expected[k]) != tuple(found[k])]
+    return "; ".join(f"{what} {some(names)}" for what, names in
+                     (("missing", missing), ("unexpected", extra), ("misshaped", wrong)) if names)
