@@ -596,21 +596,20 @@ class Llama(nn.Module):
         (folder / "config.json").write_text(json.dumps(self.config.to_json(dtype), indent=2))
 
 
-def open_weights(folder):
+def open_weights(folder, name="model.safetensors"):
     """Shapes {name: shape} and open files {name: file} of all tensors in a folder, nothing read yet.
 
     Raises FileNotFoundError without weights or shard, ValueError for files that are not safetensors."""
-    folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
+    folder, index = Path(folder), Path(folder) / f"{name}.index.json"
     if index.is_file():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    elif (folder / "model.safetensors").is_file():
-        files = ["model.safetensors"]
+    elif (folder / name).is_file():
+        files = [name]
     else:
-        pickled = sorted(p.name for p in folder.glob("pytorch_model*.bin"))
+        pickled = sorted(p.name for p in folder.glob("*.bin"))
         hint = (f"; {pickled[0]} is a pickle and is not read: convert it with transformers, "
                 f"AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)") if pickled else ""
-        raise FileNotFoundError(f"{folder}: neither model.safetensors nor model.safetensors.index.json{hint}")
+        raise FileNotFoundError(f"{folder}: neither {name} nor {index.name}{hint}")
     shapes, where = {}, {}
     for file in files:
         if not (folder / file).is_file():

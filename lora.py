@@ -1,0 +1,335 @@
+"""LoRA on Llama's projections; PEFT adapters in and out; merging, as functions and as a script.
+
+        x [.., K] -----> W [N, K], frozen -----------------------> + ---> y [.., N]
+           |                                                       ^
+           +--> dropout --> A [r, K] --> P [.., r] --> B [N, r] --> * alpha/r
+
+    python lora.py --base=FOLDER --adapter=FOLDER --out=FOLDER      # writes a merged model folder
+
+Projections that read the same input are one matrix W (model.GROUPS); their adapters act on row
+slices of it, so x is read once. The backward pass is written by hand: it keeps x, P and a seed, and
+draws the dropout mask again. A and B are fp32 and are rounded to x's dtype where they are used.
+"""
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from model import GROUPS, PROJECTIONS, Llama, Projection, compare_names, open_weights
+
+# ----------------------------------------------------------------------------- knobs of the script
+base = ""           # model folder the adapter was trained on
+adapter = ""        # PEFT adapter folder
+out = ""            # folder to write the merged model to
+dtype = "float32"   # dtype of the merged weights; bf16 rounds away small updates, the share lost is printed
+_choices = {"dtype": ("float32", "bfloat16", "float16")}
+
+TARGETS = {"all": PROJECTIONS, "attention": PROJECTIONS[:4], "mlp": PROJECTIONS[4:]}
+
+
+# ----------------------------------------------------------------------------- the matmul
+@torch.library.custom_op("lora::dropout_bits", mutates_args=())
+def dropout_bits(seed: torch.Tensor, like: torch.Tensor, n: int) -> torch.Tensor:
+    """n tensors of like's shape with uniform int16, a function of the seed alone (per device type)."""
+    generator = torch.Generator(like.device).manual_seed(int(seed))
+    # one 64-bit draw serves four elements, which is what makes a mask cheap on a CPU
+    words = torch.empty((n * like.numel() + 3) // 4, dtype=torch.int64, device=like.device)
+    bits = words.random_(-2 ** 63, None, generator=generator).view(torch.int16)
+    return bits[:n * like.numel()].view(n, *like.shape).clone()
+
+
+@dropout_bits.register_fake
+def _(seed, like, n):
+    return like.new_empty((n, *like.shape), dtype=torch.int16)
+
+
+class LoRAMatmul(torch.autograd.Function):
+    """y = x W^T, plus on the rows of each span: scale * dropout(x) A_i^T B_i^T.
+
+    x [T, K]; W [N, K] frozen; A [n r, K], B [rows of all spans, r]; spans ((start, end), ...) rows of y
+    in the order of A and B; p dropout probability in steps of 1/65536, an own mask for each span as PEFT."""
+
+    @staticmethod
+    def forward(ctx, x, W, A, B, spans, scale, p, seed):
+        a, b = adapter_parts(A, B, spans, x.dtype)
+        drop = round(p * 65536)
+        scale = scale / (1 - drop / 65536)
+        y = x @ W.T
+        if drop:
+            keep = dropout_bits(seed, x, len(spans)) >= drop - 32768
+            P = torch.cat([(x * keep[i]) @ a[i].T for i in range(len(spans))], 1)
+        else:
+            P = x @ A.to(x.dtype).T
+        for i, (start, end) in enumerate(spans):
+            y[:, start:end].addmm_(P.split(B.shape[1], 1)[i], b[i].T, alpha=scale)
+        ctx.save_for_backward(x, W, A, B, P, seed)
+        ctx.spans, ctx.scale, ctx.drop = spans, scale, drop
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, W, A, B, P, seed = ctx.saved_tensors
+        spans, rank = ctx.spans, B.shape[1]
+        a, b = adapter_parts(A, B, spans, x.dtype)
+        parts = [dy[:, start:end] for start, end in spans]
+        dP = [(part @ b_i).mul_(ctx.scale) for part, b_i in zip(parts, b)]  # Q of the papers: [T, r] each
+        dB = torch.cat([part.T @ P_i for part, P_i in zip(parts, P.split(rank, 1))]).to(B.dtype).mul_(ctx.scale)
+        dx = dy @ W if ctx.needs_input_grad[0] else None
+        if not ctx.drop:
+            stacked = torch.cat(dP, 1)
+            dA = (stacked.T @ x).to(A.dtype)
+            if dx is not None:
+                dx.addmm_(stacked, A.to(x.dtype))
+            return dx, None, dA, dB, None, None, None, None
+        keep = dropout_bits(seed, x, len(spans)) >= ctx.drop - 32768
+        dA = torch.cat([dP_i.T @ (x * keep[i]) for i, dP_i in enumerate(dP)]).to(A.dtype)
+        if dx is not None:
+            for i, dP_i in enumerate(dP):
+                dx += (dP_i @ a[i]).mul_(keep[i])
+        return dx, None, dA, dB, None, None, None, None
+
+
+def adapter_parts(A, B, spans, dtype):
+    """The A_i [r, K] and B_i [rows_i, r] of each span, in the dtype of the matmul."""
+    return A.to(dtype).split(B.shape[1]), B.to(dtype).split([end - start for start, end in spans])
+
+
+class LoRAProjection(nn.Module):
+    """A Projection with adapters on some of its parts."""
+
+    def __init__(self, projection, adapted, rank, scale, dropout):
+        super().__init__()
+        self.parts, self.adapted, self.rank = projection.parts, adapted, rank
+        self.scale, self.dropout, self.weight = scale, dropout, projection.weight
+        ends = torch.tensor(list(self.parts.values())).cumsum(0).tolist()
+        self.spans = tuple((end - self.parts[name], end) for name, end in zip(self.parts, ends) if name in adapted)
+        like = dict(device=self.weight.device, dtype=torch.promote_types(self.weight.dtype, torch.float32))
+        K = self.weight.shape[1]
+        # PEFT's init: kaiming_uniform(a=sqrt(5)), which is U(-1, 1) / sqrt(K); B = 0, so the start is the base
+        self.lora_A = nn.Parameter(torch.empty(len(adapted) * rank, K, **like).uniform_(-K ** -0.5, K ** -0.5))
+        self.lora_B = nn.Parameter(torch.zeros(sum(end - start for start, end in self.spans), rank, **like))
+
+    def forward(self, x):
+        p = self.dropout if self.training else 0.0
+        seed = torch.randint(2 ** 62, ()) if p else None
+        y = LoRAMatmul.apply(x.flatten(0, -2), self.weight.to(x.dtype), self.lora_A, self.lora_B,
+                             self.spans, self.scale, p, seed)
+        return y.view(*x.shape[:-1], -1)
+
+    def deltas(self):
+        """Projection name -> its weight change scale * B A, [rows, K], in the dtype of A and B."""
+        a, b = adapter_parts(self.lora_A, self.lora_B, self.spans, self.lora_A.dtype)
+        return {name: self.scale * (b_i @ a_i) for name, a_i, b_i in zip(self.adapted, a, b)}
+
+
+# ----------------------------------------------------------------------------- models with adapters
+def resolve_targets(targets):
+    """'all', 'attention', 'mlp', or projection names (a list, or text with commas) -> tuple of names."""
+    if isinstance(targets, str):
+        targets = TARGETS.get(targets, tuple(t.strip() for t in targets.split(",")))
+    if unknown := [t for t in targets if t not in PROJECTIONS] or not targets:
+        raise ValueError(f"lora_targets: {unknown} unknown; expected {', '.join(TARGETS)} or some of "
+                         f"{', '.join(PROJECTIONS)}")
+    return tuple(targets)
+
+
+def apply_lora(model, rank, alpha, dropout=0.0, targets="all", rslora=False, chosen=None):
+    """Freeze the model and put adapters on the targets of every block, in place; returns the model.
+
+    The scale is alpha / rank, or alpha / sqrt(rank) with rslora. `chosen(layer, name)` may leave out
+    some of the targets (adapters on a part of the blocks). Raises ValueError for impossible values."""
+    names = resolve_targets(targets)
+    if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
+        raise ValueError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, found {rank}, {alpha}, {dropout}")
+    if any(isinstance(m, LoRAProjection) for m in model.modules()):
+        raise ValueError("the model already has adapters")
+    model.requires_grad_(False)
+    for layer, block in enumerate(model.layers):
+        for module in (block.self_attn, block.mlp):
+            for group in GROUPS:
+                adapted = [n for n in GROUPS[group] if n in names and (chosen is None or chosen(layer, n))]
+                if hasattr(module, group) and adapted:
+                    scale = alpha / (rank ** 0.5 if rslora else rank)
+                    setattr(module, group, LoRAProjection(getattr(module, group), adapted, rank, scale, dropout))
+    model.lora = dict(rank=rank, alpha=alpha, dropout=dropout, targets=names, rslora=rslora)
+    return model
+
+
+def adapters(model):
+    """Yield (published module path, LoRAProjection, index of the adapter in it) for every adapter."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoRAProjection):
+            for i, name in enumerate(module.adapted):
+                yield f"model.{path.rsplit('.', 1)[0]}.{name}", module, i
+
+
+def merge_lora(model):
+    """Add every adapter to its weight in fp32 (or better), round once, and drop the adapters; in place."""
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, LoRAProjection):
+            continue
+        with torch.no_grad():
+            for (start, end), delta in zip(module.spans, module.deltas().values()):
+                module.weight[start:end] = (module.weight[start:end].to(delta.dtype) + delta).to(module.weight.dtype)
+        plain = Projection.__new__(Projection)
+        nn.Module.__init__(plain)
+        plain.parts, plain.weight = module.parts, module.weight
+        parent, name = path.rsplit(".", 1)
+        setattr(model.get_submodule(parent), name, plain)
+    del model.lora
+    return model
+
+
+def fingerprint(model):
+    """Tells bases apart, whatever dtype they were loaded in: sha256 of some weights rounded to bf16."""
+    weights = [model.norm.weight, model.embed_tokens.weight[:64], model.layers[0].self_attn.qkv_proj.weight[:64]]
+    digest = hashlib.sha256()
+    for w in weights:
+        digest.update(w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------- PEFT folders
+def adapter_tensors(model):
+    """PEFT tensor name -> the slice of our parameter that it is."""
+    tensors = {}
+    for path, module, i in adapters(model):
+        rows = [end - start for start, end in module.spans]
+        tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A.split(module.rank)[i]
+        tensors[f"base_model.model.{path}.lora_B.weight"] = module.lora_B.split(rows)[i]
+    return tensors
+
+
+def save_adapter(model, folder, base_name=""):
+    """Write adapter_config.json and adapter_model.safetensors as peft 0.11.1 names them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lora = model.lora
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
+              "r": lora["rank"], "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"],
+              "target_modules": list(lora["targets"]), "use_rslora": lora["rslora"], "use_dora": False,
+              "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
+              "modules_to_save": None, "layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    tensors = {name: t.detach().to("cpu", copy=True) for name, t in adapter_tensors(model).items()}
+    save_file(tensors, folder / "adapter_model.safetensors",
+              metadata={"format": "pt", "base_fingerprint": fingerprint(model)})
+
+
+def read_adapter_config(folder):
+    """(rank, alpha, dropout, rslora, chosen) of a PEFT folder; chosen(layer, projection) -> adapted?
+
+    Raises FileNotFoundError, or ValueError for what this LoRA does not compute."""
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; an adapter folder holds it and adapter_model.safetensors")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path}: not valid JSON ({e})") from None
+    for key, allowed in (("peft_type", ("LORA",)), ("use_dora", (None, False)), ("fan_in_fan_out", (None, False)),
+                         ("bias", (None, "none")), ("modules_to_save", (None, [])), ("rank_pattern", (None, {})),
+                         ("alpha_pattern", (None, {})), ("layer_replication", (None, []))):
+        if config.get(key) not in allowed:
+            raise ValueError(f"{path}: {key} is {config.get(key)!r}; only {allowed[-1]!r} is supported")
+    if missing := [key for key in ("r", "lora_alpha", "target_modules") if not config.get(key)]:
+        raise ValueError(f"{path}: missing {', '.join(missing)}")
+    wanted, layers = config["target_modules"], config.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
+
+    def chosen(layer, name):
+        if layers is not None and layer not in layers:
+            return False
+        full = f"model.layers.{layer}.{'self_attn' if name in TARGETS['attention'] else 'mlp'}.{name}"
+        if isinstance(wanted, str):  # PEFT: a regex over the whole name, or one special word
+            return wanted == "all-linear" or re.fullmatch(wanted, full) is not None
+        return any(full == t or full.endswith("." + t) for t in wanted)
+
+    if isinstance(wanted, list):
+        if unknown := [t for t in wanted if t.split(".")[-1] not in PROJECTIONS]:
+            raise ValueError(f"{path}: target_modules {', '.join(unknown)} unsupported; "
+                             f"adapters go on {', '.join(PROJECTIONS)}")
+    return config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), config.get("use_rslora", False), chosen
+
+
+def load_adapter(model, folder):
+    """Put the adapters of a PEFT folder on a plain model, in place; returns the model.
+
+    Raises FileNotFoundError, or ValueError when a tensor is missing, unexpected or misshaped, when the
+    adapter says it was trained on another base, or when its config asks for what is not supported."""
+    folder = Path(folder)
+    rank, alpha, dropout, rslora, chosen = read_adapter_config(folder)
+    shapes, where = open_weights(folder, "adapter_model.safetensors")
+    file = next(iter(where.values()), None)
+    trained_on = file and (file.metadata() or {}).get("base_fingerprint")
+    if trained_on and trained_on != fingerprint(model):
+        raise ValueError(f"{folder}: this adapter was trained on another base model")
+    names = [n for n in PROJECTIONS if any(chosen(layer, n) for layer in range(len(model.layers)))]
+    if not names:
+        raise ValueError(f"{folder}: target_modules of adapter_config.json match no projection of this model")
+    apply_lora(model, rank, alpha, dropout, names, rslora, chosen)
+    tensors = adapter_tensors(model)
+    if problems := compare_names({k: tuple(t.shape) for k, t in tensors.items()}, shapes):
+        raise ValueError(f"{folder}: adapter does not fit this model: {problems}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(where[name].get_tensor(name))
+    return model
+
+
+# ----------------------------------------------------------------------------- the script
+def lost_to_rounding(model, dtype):
+    """Share |round(W + D) - (W + D)| / |D| of the adapters' change D that storing in `dtype` rounds away."""
+    lost = total = 0.0
+    for module in {id(m): m for _, m, _ in adapters(model)}.values():
+        for (start, end), delta in zip(module.spans, module.deltas().values()):
+            exact = module.weight[start:end] + delta
+            lost += (exact.to(dtype).to(exact.dtype) - exact).square().sum().item()
+            total += delta.square().sum().item()
+    return (lost / total) ** 0.5 if total else 0.0
+
+
+@torch.inference_mode()
+def merge_folders(base, adapter, out, dtype):
+    """Write base + adapter to the folder `out` in `dtype`, and prove that it computes the same.
+
+    Returns (largest logit difference of the written model, largest logit, share lost to rounding).
+    Raises ValueError, leaving nothing under `out`, when merged and unmerged logits disagree."""
+    if Path(out).exists():
+        raise ValueError(f"{out}: exists already")
+    model = load_adapter(Llama.from_pretrained(base), adapter).eval()
+    tokens = torch.randint(model.config.vocab_size, (1, min(64, model.config.max_position_embeddings)),
+                           generator=torch.Generator().manual_seed(0))
+    want = model(tokens)[0]
+    lost, largest = lost_to_rounding(model, dtype), want.abs().max().item()
+    merge_lora(model)
+    in_fp32 = (model(tokens)[0] - want).abs().max().item()
+    partial = Path(f"{out}.tmp")
+    model.save_pretrained(partial, dtype)
+    written = (Llama.from_pretrained(partial)(tokens)[0] - want).abs().max().item()
+    # the bound on fp32 is on arithmetic; 16-bit weights are off by their rounding as well
+    if in_fp32 > 1e-4 * largest or written > (1e-4 if dtype == torch.float32 else 0.1) * largest:
+        shutil.rmtree(partial)
+        raise ValueError(f"merged and unmerged logits differ by {written:.3g} (largest logit {largest:.3g}, "
+                         f"{in_fp32:.3g} before rounding to {dtype}): nothing was written")
+    for file in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        if (Path(base) / file).is_file():
+            shutil.copyfile(Path(base) / file, partial / file)
+    partial.rename(out)
+    return written, largest, lost
+
+
+if __name__ == "__main__":
+    from configurator import configure
+    from runtime import one_line_errors
+
+    with one_line_errors():
+        configure(globals())
+        difference, largest, lost = merge_folders(base, adapter, out, getattr(torch, dtype))
+        print(f"{out}: merged and unmerged logits agree to {difference:.3g} (largest logit {largest:.3g}); "
+              f"{lost:.2%} of the change was lost to rounding to {dtype}")
