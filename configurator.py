@@ -4,7 +4,7 @@
     python train.py config/math_cpt.py --help                      # the knobs, and what this file changes
 
 A script says `config = configure(globals())` below its head. Every name bound by then to an int, float, bool,
-str, tuple or None is a knob, unless it starts with `_`. Two optional dicts in the head say more:
+str, tuple or None is a knob, unless it starts with `_` or is a CONSTANT in capitals. Two optional dicts in the head say more:
     _types = {'resume': str}                         the type of a knob whose default is None (str if not named)
     _choices = {'dtype': ('float32', 'bfloat16')}    the only values of a knob (of each item, if it is a tuple)
 A config file is Python that sees the knobs, command line included, and assigns to them; its own helpers are
@@ -92,7 +92,7 @@ def find_knobs(namespace):
     types, choices = namespace.get("_types", {}), namespace.get("_choices", {})
     knobs = {}
     for name, value in namespace.items():
-        if not name.startswith("_") and (value is None or type(value) in WORDS):
+        if not name.startswith("_") and not name.isupper() and (value is None or type(value) in WORDS):
             kind = types.get(name, str) if value is None else type(value)
             items = {type(item) for item in value or ()} if kind is tuple else set()
             element = items.pop() if len(items) == 1 else float if items == {int, float} else str

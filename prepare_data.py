@@ -257,7 +257,7 @@ def pack_best_fit(lengths, seq_len):
             rows.append(row := [])
         row.append(example)
         by_space[space - length].append(row)
-        exist |= (space > length) << (space - length)
+        exist |= 1 << (space - length)
     return sorted(map(sorted, rows))
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import prepare_data
 from conftest import ROOT, golden, need, run_stage
-from prepare_data import Split, encode_pair, finish_ift, pack_best_fit, template_fields, toy_math, unescape
+from prepare_data import Split, encode_pair, finish_cpt, finish_ift, pack_best_fit, template_fields, toy_math, unescape
 from tokenizer import load_tokenizer
 
 
@@ -65,7 +65,8 @@ def documents_of(folder, name="train"):
     mask = np.fromfile(folder / f"{name}.mask.bin", np.uint8) if has_mask else None
     assert meta["splits"][name]["sha256"] == hashlib.sha256((folder / f"{name}.bin").read_bytes()).hexdigest()
     assert len(ids) == meta["splits"][name]["tokens"] and starts[0] == 0 and starts == sorted(set(starts))
-    return [(ids[a:b].tolist(), mask[a:b].tolist() if has_mask else None) for a, b in zip(starts, starts[1:] + [len(ids)])]
+    ends = starts[1:] + [len(ids)]
+    return [(ids[a:b].tolist(), mask[a:b].tolist() if has_mask else None) for a, b in zip(starts, ends)]
 
 
 # ---- the original tools' tokens
@@ -119,10 +120,15 @@ AWKWARD = ["One.", " two  blanks ", "tabs\tand\r\nlines\n\n\nend\n", "é 你好 
            "x" * 500, "a\nb"]
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "json", "txt"])
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "json", "lines.json", "txt", "txt.gz"])
 def test_cpt_gives_the_documents_back(prepare, tokenizer_file, tmp_path, ending):
-    text = {"json": json.dumps([{"text": text} for text in AWKWARD]), "txt": "\n---\n".join(AWKWARD)}.get(
-        ending, "\n".join(json.dumps({"text": text}) + "\n" for text in AWKWARD)).encode()
+    if ending.startswith("txt"):
+        text = "\n---\n".join(AWKWARD)
+    elif ending == "json":
+        text = json.dumps([{"text": text} for text in AWKWARD], indent=1)
+    else:
+        text = "\n".join(json.dumps({"text": text}) + "\n" for text in AWKWARD)  # with blank lines
+    text = text.encode()
     (tmp_path / f"in.{ending}").write_bytes(gzip.compress(text) if ending.endswith("gz") else text)
     status, out, err = prepare(source=f"in.{ending}", txt_split=r"\n---\n")
     assert status == 0, err
@@ -132,8 +138,32 @@ def test_cpt_gives_the_documents_back(prepare, tokenizer_file, tmp_path, ending)
     assert [tok.decode(ids[1:-1]).encode() for ids in whole] == [text.encode() for text in AWKWARD[:len(whole)]]
     total = sum(len(tok.encode(text, bos=True, eos=True)) for text in AWKWARD)
     stats = json.loads((tmp_path / "data/meta.json").read_text())["splits"]["train"]
-    assert stats["lost"] == total % 32 < 32 and stats["tokens"] == total - total % 32 and len(documents) >= len(whole) > 4
-    assert stats["documents"] == len(documents) and stats["padding"] == 0 and stats["rows"] * 32 == stats["tokens"]
+    assert stats["lost"] == total % 32 and stats["tokens"] == total - total % 32 == stats["rows"] * 32
+    assert stats["documents"] == len(documents) >= len(whole) > 4 and stats["padding"] == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 12), st.lists(st.integers(1, 15), min_size=1, max_size=20))
+def test_stream_and_its_starts(tmp_path_factory, seq_len, lengths):
+    """The stream is cut to whole rows, and exactly the documents that begin before the cut are listed."""
+    folder = tmp_path_factory.mktemp("stream")
+    split, stream, starts = Split(open(folder / "train.bin", "wb"), np.dtype("<u2")), [], []
+    for number, length in enumerate(lengths):
+        starts.append(len(stream))
+        stream += [number] * length
+        split.add([number] * length, 0, most=None)
+    split.file.close()
+    counts, kept = finish_cpt(folder, "train", split, seq_len), len(stream) // seq_len * seq_len
+    assert np.fromfile(folder / "train.bin", "<u2").tolist() == stream[:kept] and counts["lost"] == len(stream) - kept
+    assert np.fromfile(folder / "train.docs.bin", "<u8").tolist() == [start for start in starts if start < kept]
+
+
+def test_a_text_file_is_one_document(prepare, tokenizer_file, tmp_path):
+    text, tok = "\n\n first\r\n\n\nsecond \n", load_tokenizer(tokenizer_file)
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    assert prepare(source="a.txt", seq_len=2)[0] == 0
+    [(ids, mask)] = documents_of(tmp_path / "data")  # rows of 2 lose the EOS at most
+    assert tok.decode(ids[1:-1] if ids[-1] == tok.eos_id else ids[1:]) == text
 
 
 def test_meta(prepare, tokenizer_file, tmp_path):
@@ -143,8 +173,8 @@ def test_meta(prepare, tokenizer_file, tmp_path):
     meta = json.loads((tmp_path / "data/meta.json").read_text())
     content, tok = (tmp_path / "a.jsonl").read_bytes(), load_tokenizer(tokenizer_file)
     assert (status, err) == (0, "") and "«Story:\nword word" in out
-    assert meta["source"][0] == {"path": "a.jsonl", "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content),
-                                 "records": 3}
+    assert meta["source"][0] == {"path": "a.jsonl", "sha256": hashlib.sha256(content).hexdigest(),
+                                 "bytes": len(content), "records": 3}
     assert meta["splits"]["train"]["dropped"] == 0  # the template makes the blank story a document
     assert meta["settings"]["template"] == "Story:\\n{story}" and meta["settings"]["val_source"] == ["held.jsonl"]
     assert (meta["format"], meta["kind"], meta["dtype"], meta["seq_len"]) == (1, "cpt", "uint16", 32)
@@ -156,7 +186,7 @@ def test_meta(prepare, tokenizer_file, tmp_path):
 
 
 def test_large_vocabulary_takes_four_bytes(prepare, tmp_path, monkeypatch):
-    """Ids above 65,535 survive; the vocabulary is a stub, since a real one of that size is hundreds of MB of training."""
+    """Ids above 65,535 survive; the vocabulary is a stub, since a real one of that size takes long to train."""
     class Wide:
         vocab_size, bos_id, eos_id, sha256, name = 70000, 69998, 69999, "0" * 64, "wide"
         decode = staticmethod(lambda ids: "".join(chr(i - 66000) for i in ids))
@@ -173,14 +203,13 @@ def test_large_vocabulary_takes_four_bytes(prepare, tmp_path, monkeypatch):
 # ---- the split
 
 def test_split_is_stable_under_reordering(prepare, tmp_path):
-    records = list(toy_math(300, 5))
-    held = []
+    records, held = list(toy_math(300, 5)), []
+    knobs = {"kind": "ift", "prompt_field": "question", "response_field": "answer", "seq_len": 256}
     for order in (0, 1):
         random.Random(order).shuffle(records)
         write_jsonl(tmp_path / "a.jsonl", records[:100 + order])
         write_jsonl(tmp_path / "b.jsonl", records[100 + order:])
-        status, out, err = prepare(source="b.jsonl,a.jsonl", kind="ift", prompt_field="question", response_field="answer",
-                                   seq_len=256, val_fraction=0.2, keep_records=True, overwrite=True)
+        status, out, err = prepare(source="b.jsonl,a.jsonl", val_fraction=0.2, keep_records=1, overwrite=1, **knobs)
         assert status == 0, err
         sides = [{line for line in open(f"data/{name}.jsonl")} for name in ("train", "val")]
         assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 300 and 30 < len(sides[1]) < 90
@@ -207,7 +236,8 @@ def test_packer(case):
     rows = pack_best_fit(lengths, seq_len)
     assert sorted(example for row in rows for example in row) == list(range(len(lengths)))
     fill = sorted(sum(lengths[example] for example in row) for row in rows)
-    assert all(used <= seq_len for used in fill) and (len(fill) < 2 or fill[0] + fill[1] > seq_len)  # no two could be one
+    assert all(used <= seq_len for used in fill)
+    assert len(fill) < 2 or fill[0] + fill[1] > seq_len  # no two rows could be one
     assert rows == sorted(map(sorted, rows)) == pack_best_fit(list(lengths), seq_len)
 
 
@@ -236,8 +266,8 @@ def test_packer_is_best_fit(case):
 def test_rows_masks_and_starts_agree(tmp_path_factory, data):
     """Rows written from random examples: each is found once at a start, with its own mask; the rest is padding."""
     seq_len, pad, folder = data.draw(st.integers(3, 30)), 7, tmp_path_factory.mktemp("rows")
-    shapes = data.draw(st.lists(st.integers(2, seq_len + 5).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1))),
-                                min_size=1, max_size=30))
+    shape = st.integers(2, seq_len + 5).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1)))
+    shapes = data.draw(st.lists(shape, min_size=1, max_size=30))
     shapes = [(n, min(n_prompt, seq_len - 1)) for n, n_prompt in shapes]
     packing = data.draw(st.sampled_from(["best_fit", "none"]))
     split = Split(open(folder / "train.stream", "wb"), np.dtype("<u2"))
@@ -267,8 +297,8 @@ def test_ift_run_decodes_to_its_records(prepare, tokenizer_file, tmp_path):
     records = [{"question": f"{i}?", "answer": "yes " * (i % 12)} for i in range(40)]
     records.append({"question": "long " * 40, "answer": "x"})
     write_jsonl(tmp_path / "a.jsonl", records)
-    knobs = {"source": "a.jsonl", "kind": "ift", "template": r"Q: {question}\nA:", "response_field": "answer", "seq_len": 40}
-    status, out, err = prepare(**knobs)
+    knobs = {"source": "a.jsonl", "kind": "ift", "template": r"Q: {question}\nA:", "response_field": "answer"}
+    status, out, err = prepare(**knobs, seq_len=40)
     assert status == 0, err
     tok, seen = load_tokenizer(tokenizer_file), []
     for ids, mask in documents_of(tmp_path / "data"):
@@ -284,7 +314,7 @@ def test_ift_run_decodes_to_its_records(prepare, tokenizer_file, tmp_path):
     assert stats["dropped"] == 5 and stats["documents"] == 36
     assert re.search(r"\[<BOS>Q: 1\?\nA:\]« yes <EOS>»", out), out
     first = (tmp_path / "data/train.bin").read_bytes()
-    assert prepare(**knobs, overwrite=True, packing="none")[0] == 0
+    assert prepare(**knobs, seq_len=40, overwrite=True, packing="none")[0] == 0
     assert len((tmp_path / "data/train.bin").read_bytes()) == 36 * 40 * 2 > len(first)
 
 
@@ -333,11 +363,13 @@ def test_made_sources_run(prepare):
                                seq_len=300, toy_records=60, val_fraction=0.3)
     assert status == 0 and "toy_math: 60 records" in out, err
     assert prepare(source="pystdlib", max_records=3, overwrite=True)[0] == 0
+    assert json.loads(open("data/meta.json").read())["source"][0]["records"] == 3
 
 
 # ---- mistakes
 
-GOOD = b'{"text": "a good record with a few words in it, and then some more of them, so that it makes a row of tokens"}\n'
+GOOD = b'{"text": "a good record with a few words in it, and then some more of them, to make a row of tokens"}\n'
+CUT_SHORT = gzip.compress(GOOD + b"".join(b'{"text": "%d"}\n' % i for i in range(9)))[:-20]
 BAD_RECORDS = {  # name: (file, content, the record, what the message says)
     "malformed": ("a.jsonl", GOOD + b'\n{"text": "x"\n', 3, "not JSON"),
     "null": ("a.jsonl", GOOD + b"null\n", 2, "expected a JSON object, found NoneType"),
@@ -347,8 +379,7 @@ BAD_RECORDS = {  # name: (file, content, the record, what the message says)
     "half a surrogate pair": ("a.jsonl", GOOD + b'{"text": "\\ud800"}\n', 2, "surrogates not allowed"),
     "deep": ("a.jsonl", GOOD + b"[" * 100000 + b"\n", 2, "not JSON"),
     "wrong in a list": ("a.json", b"[" + GOOD + b", 5]", 2, "expected a JSON object, found int"),
-    "gzip cut short": ("a.jsonl.gz", gzip.compress(GOOD + b"".join(b'{"text": "%d"}\n' % i for i in range(9)))[:-20], None,
-                       "cannot be read: Compressed file ended"),
+    "gzip cut short": ("a.jsonl.gz", CUT_SHORT, None, "cannot be read: Compressed file ended"),
 }
 
 
@@ -385,7 +416,7 @@ MISTAKES = {  # name: (knobs, what the message says)
     "too short": ({"source": "a.txt", "seq_len": 4096}, "no row of 4096"),
     "nothing for val": ({"source": "a.txt", "val_fraction": 0.0001}, "--val_fraction=0"),
     "all targets cut": ({"source": "ift.jsonl", "kind": "ift", "seq_len": 2}, "1 dropped"),
-    "no response": ({"source": "a.jsonl", "kind": "ift", "prompt_field": "text"}, "a.jsonl:1: expected a field 'response'"),
+    "no response": ({"source": "a.jsonl", "kind": "ift", "prompt_field": "text"}, "1: expected a field 'response'"),
     "choice": ({"source": "a.txt", "kind": "sft"}, "'cpt', 'ift'"),
     "knob": ({"sauce": "a.txt"}, "source"),
     "seq_len": ({"source": "a.txt", "seq_len": 1}, "seq_len: expected 2 or more, found 1"),
@@ -431,7 +462,8 @@ def test_full_disk(tokenizer_file, tmp_path):
                "sys.argv[0] = 'prepare_data.py'; runpy.run_path(sys.argv.pop(1), run_name='__main__')")
     done = run_stage("-c", limited, ROOT / "prepare_data.py", "--source=a.txt", f"--tokenizer={tokenizer_file}",
                      "--out_dir=d", "--val_fraction=0", "--overwrite=True", cwd=tmp_path)
-    assert done.returncode == 2 and "File too large: 'd.tmp'" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "File too large: 'd.tmp'" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "d"]
     assert (tmp_path / "d/meta.json").read_text() == "what was there"
 
