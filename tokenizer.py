@@ -67,10 +67,10 @@ class Tokenizer:
         return [self.bos_id] * bool(bos) + self._encode_text(text) + [self.eos_id] * bool(eos)
 
     def decode(self, ids):
-        """The text of a list of ids; bytes that are not UTF-8 become U+FFFD. ValueError: an id outside the vocabulary."""
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"token id {i} is outside the vocabulary ({self.name})")
+        """The text of a sequence of ids; bytes that are not UTF-8 become U+FFFD. ValueError: id outside the vocabulary."""
+        ids = [int(i) for i in ids]
+        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+            raise ValueError(f"token ids from {min(ids)} to {max(ids)} reach outside the vocabulary ({self.name})")
         return self._decode_ids(ids)
 
 
@@ -88,7 +88,7 @@ def load_tokenizer(folder_or_file):
                                     f"{', '.join(names[:8]) or 'nothing'}{', ...' if len(names) > 8 else ''}")
         path = found[0]
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a folder with tokenizer.model or tokenizer.json, or one of them")
+        raise FileNotFoundError(f"{path}: no such file or folder; expected a tokenizer.model, a tokenizer.json or their folder")
     data = path.read_bytes()
     if data.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: this is a git-lfs pointer and not the tokenizer; run `git lfs pull` in its folder")
@@ -182,7 +182,7 @@ def _huggingface(path, data):
     steps, words, byte_level = _text_steps(spec, refuse)
     strip = _decoder_strips(spec, byte_level, refuse)
     ranks, ids_of_rank = (_byte_table if byte_level else _char_table)(model, refuse)
-    tokens = _merged_tokens(model, added_ids, byte_level, refuse)
+    tokens = [token for token in _merged_tokens(model, added_ids, byte_level, refuse) if token not in special_ids]
     for token in tokens:
         ranks[_token_bytes(token) if byte_level else token.encode()] = len(ids_of_rank)
         ids_of_rank.append([vocab[token]])
@@ -239,11 +239,11 @@ def _text_steps(spec, refuse):
             # two cuts in one regex: numbers stand alone, and blanks before one end as blanks at the end of a text do
             numbers = GPT2_WORDS.replace(r" ?\p{N}+", r"\p{N}" if single else r"\p{N}+")
             return steps, numbers.replace(r"(?!\S)", r"(?![^\s\p{N}])"), True
-        case [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
+        case [{"type": "Split", "pattern": {"Regex": words}, "behavior": "Isolated", "invert": False},
               {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-            if regex != LLAMA3_WORDS:  # what a regex leaves out is a word as well; Llama-3's leaves nothing out
-                regex = f"(?:{regex})|(?:(?!{regex})(?s:.))+"
-            return steps, regex, True
+            if words != LLAMA3_WORDS:  # what a regex leaves out is a word as well; Llama-3's leaves nothing out
+                words = f"(?:{words})|(?:(?!{words})(?s:.))+"
+            return steps, words, True
     refuse("pre_tokenizer", spec["pre_tokenizer"])
 
 
@@ -251,10 +251,12 @@ def _decoder_strips(spec, byte_level, refuse):
     """Whether decoding drops one leading blank."""
     nodes = _leaves(spec.get("decoder"), "decoders")
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-    chars = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"}]
-    if not (nodes in (chars, chars + strip) if not byte_level else [node["type"] for node in nodes] == ["ByteLevel"]):
+    chars = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+             {"type": "ByteFallback"}, {"type": "Fuse"}]
+    known = [node.get("type") for node in nodes] == ["ByteLevel"] if byte_level else nodes in (chars, chars + strip)
+    if not known:
         refuse("decoder", spec.get("decoder"))
-    return nodes[-1:] == strip
+    return nodes[3:] == strip
 
 
 def _byte_table(model, refuse):
@@ -268,13 +270,13 @@ def _char_table(model, refuse):
     The same where a text is characters, and one that is not in the vocabulary is its bytes or unknown. tiktoken begins
     with bytes, so it is made to build the characters first, through parts of 2 and 3 bytes that are no tokens.
     """
-    vocab, unk, fallback = model["vocab"], model.get("unk_token"), model.get("byte_fallback")
-    byte_ids = [vocab[name] for name in BYTE_TOKENS if name in vocab]
-    if fallback and len(byte_ids) not in (0, 256) or not (fallback and byte_ids) and unk not in vocab:
-        refuse("a vocabulary with unk_token and number of byte tokens", [unk, len(byte_ids)])
+    vocab, unk = model["vocab"], model.get("unk_token")
+    byte_ids = [vocab[name] for name in BYTE_TOKENS if name in vocab] if model.get("byte_fallback") else []
+    if len(byte_ids) not in (0, 256) or not byte_ids and unk not in vocab:
+        refuse("a vocabulary with this unk_token and number of byte tokens:", [unk, len(byte_ids)])
 
     def unknown(part):
-        if fallback and byte_ids:
+        if byte_ids:
             return [byte_ids[b] for b in part]
         return [] if 0x80 <= part[0] < 0xC0 else [vocab[unk]]  # once a character, at its first byte
 
@@ -345,7 +347,7 @@ def _decode_chars(pieces, strip, ids):
 
 def _leaves(node, key):
     """A normalizer, pre_tokenizer or decoder as a list without Sequences."""
-    if node and node["type"] == "Sequence":
+    if node and node.get("type") == "Sequence":
         return [leaf for child in node[key] for leaf in _leaves(child, key)]
     return [node] if node else []
 
@@ -378,16 +380,16 @@ def text_stopper(tokenizer, stop_strings, stop_ids=()):
     A function stop(new_ids) -> bool for generation: whether the last id is a stop id or the text of new_ids contains a
     stop string. To be asked after every new id; decodes only the end, since what came earlier was asked about earlier.
     """
-    stop_strings, stop_ids = list(stop_strings), set(stop_ids)
+    stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
     if "" in stop_strings:
         raise ValueError("an empty stop string would stop every text at once")
-    # an id that is not silent has a byte at least; the first ones may lose a blank or be the end of a cut character
+    # an id that is not silent is a byte at least; 4 more, since the first may lose a blank or be the end of a character
     count = max((len(string.encode()) for string in stop_strings), default=0) + 4
 
     def stop(new_ids):
-        if not new_ids or new_ids[-1] in stop_ids:
-            return bool(new_ids)
-        text = tokenizer.decode(_end_of(new_ids, count, tokenizer.silent)) if stop_strings else ""
+        if new_ids and new_ids[-1] in stop_ids:
+            return True
+        text = tokenizer.decode(_end_of(new_ids, count, tokenizer.silent))
         return any(string in text for string in stop_strings)
 
     return stop

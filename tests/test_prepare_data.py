@@ -6,7 +6,6 @@ import io
 import json
 import random
 import re
-import runpy
 import sys
 
 import numpy as np
@@ -16,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare_data
-from conftest import ROOT, golden, need, run_stage
+from conftest import ROOT, golden, need, run_here, run_stage
 from prepare_data import Split, encode_pair, finish_cpt, finish_ift, pack_best_fit, template_fields, toy_math, unescape
 from tokenizer import load_tokenizer
 
@@ -41,14 +40,8 @@ def prepare(tokenizer_file, tmp_path, monkeypatch):
 
     def run(**knobs):
         knobs = {"tokenizer": tokenizer_file, "out_dir": "data", "seq_len": 32, "val_fraction": 0, **knobs}
-        monkeypatch.setattr(sys, "argv", ["prepare_data.py", *(f"--{name}={value}" for name, value in knobs.items())])
-        out, err, status = io.StringIO(), io.StringIO(), 0
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                runpy.run_path(str(ROOT / "prepare_data.py"), run_name="__main__")
-            except SystemExit as stop:
-                status = stop.code
-        return status, out.getvalue(), err.getvalue()
+        done = run_here("prepare_data.py", *(f"--{name}={value}" for name, value in knobs.items()))
+        return done.returncode, done.stdout, done.stderr
     return run
 
 

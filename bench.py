@@ -1,0 +1,188 @@
+"""
+Speed and memory against Hugging Face transformers + peft, in one process, runs of both in turn.
+
+    python bench.py --model=models/smollm2-135m                # the real weights
+    python bench.py                                            # random weights of SmolLM2-135M's shape
+
+Same weights, data, dtype and threads for both sides; each figure is the median over --repeats rounds. The peer gets
+its fastest settings known to us: weights in `dtype` (no autocast), SDPA attention, fused AdamW; peft adapters as
+peft makes them. Ours: full finetuning keeps fp32 master weights, as train.py does, and LoRA fp32 adapters.
+"""
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from configurator import configure, knob_table
+from lion import DecoupledLionW
+from lora import apply_lora
+from model import Llama, LlamaConfig
+from runtime import device_name, one_line_errors, peak_memory, pick_device, versions
+
+# -----------------------------------------------------------------------------
+model = ''               # model folder; '' = random weights of SmolLM2-135M's shape
+parts = ('full', 'lora', 'greedy', 'samples')   # what to measure, of these four
+rows = 4                 # training: rows a step
+seq_len = 512            # and tokens a row
+lora_rank = 16
+lora_dropout = 0.05
+prompts = 16             # greedy: prompts at once, of 32 to 96 tokens
+samples = 50             # samples: of one prompt of 128 tokens, temperature 0.8, top_p 0.95
+new_tokens = 64          # of each continuation
+repeats = 3              # rounds; the median counts
+compile = True           # torch.compile of our blocks in training; the peer stays eager, compile_peer tries it
+compile_peer = False
+dtype = 'bfloat16'
+device = 'auto'          # auto | cpu | cuda | cuda:N
+side = 'both'            # both in turn | ours | peer: one alone, which is how peak memory is measured
+out = ''                 # also write the results to this JSON file
+_choices = {'parts': ('full', 'lora', 'greedy', 'samples'), 'dtype': ('float32', 'bfloat16'),
+            'side': ('both', 'ours', 'peer')}
+
+SMOLLM2_135M = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                    num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
+                    rope_theta=100000.0, tie_word_embeddings=True)
+
+
+def peak_of(side, kind, folder):
+    """Peak memory in GB of one side alone, in a process of its own that takes two rounds of `kind`."""
+    knobs = {name: globals()[name] for name in config if name not in ("parts", "side", "repeats", "out", "model")}
+    argv = [sys.executable, __file__, f"--model={folder}", f"--parts={kind}", f"--side={side}", "--repeats=1",
+            *(f"--{name}={value}" for name, value in knobs.items())]
+    lines = subprocess.run(argv, check=True, text=True, capture_output=True).stdout.splitlines()
+    return json.loads(lines[-1])["peak_gb"]
+
+
+def training_step(module, loss_of, optimizer):
+    """A function that runs one step on a batch and returns nothing; the loss is read, as any loop does."""
+    def step(tokens, targets):
+        loss = loss_of(module, tokens, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+    return step
+
+
+def ours(folder, kind):
+    """Our model for `kind`, and its loss."""
+    llama = Llama.from_pretrained(folder, torch.float32 if kind == "full" else getattr(torch, dtype), device)
+    llama.compute_dtype = getattr(torch, dtype)
+    if kind == "lora":
+        apply_lora(llama, lora_rank, 2 * lora_rank, lora_dropout)
+    if compile and kind in ("full", "lora"):
+        for block in llama.layers:
+            block.compile()
+    return llama
+
+
+def peer(folder, kind):
+    """transformers' model for `kind`, with peft's adapters for LoRA."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    llama = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa").to(device)
+    if kind == "lora":
+        llama = get_peft_model(llama, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=lora_dropout,
+                                                 target_modules="all-linear", task_type="CAUSAL_LM"))
+    if compile_peer and kind in ("full", "lora"):
+        llama.compile()
+    return llama
+
+
+def training_rounds(folder, kind, sides):
+    """Seconds of each round of a training step, {side: [...]}, after two steps to warm up."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, 49000, (rows, seq_len), generator=generator).to(device)
+    targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
+    steps = {}
+    for name in sides:
+        module = (ours if name == "ours" else peer)(folder, kind).train()
+        trained = [p for p in module.parameters() if p.requires_grad]
+        if name == "ours":
+            steps[name] = training_step(module, lambda m, x, y: m(x, y)[1], DecoupledLionW(trained, lr=1e-5))
+        else:
+            steps[name] = training_step(module, lambda m, x, y: m(input_ids=x, labels=x).loss,
+                                        torch.optim.AdamW(trained, lr=1e-5, fused=True))
+        steps[name](tokens, targets)
+        steps[name](tokens, targets)
+    return alternate({name: lambda step=step: step(tokens, targets) for name, step in steps.items()})
+
+
+def generation_rounds(folder, kind, sides):
+    """Seconds of each round of generating, {side: [...]}; both make exactly new_tokens a row."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [128] if kind == "samples" else torch.randint(32, 97, (prompts,), generator=generator).tolist()
+    texts = [torch.randint(3, 49000, (n,), generator=generator).tolist() for n in lengths]
+    how = dict(n=samples, temperature=0.8, top_p=0.95) if kind == "samples" else {}
+    hf = (dict(do_sample=True, temperature=0.8, top_p=0.95, top_k=0, num_return_sequences=samples)
+          if kind == "samples" else dict(do_sample=False))
+    padded = lambda row, filler: [filler] * (max(lengths) - len(row)) + row  # transformers wants padding on the left
+    ids = torch.tensor([padded(t, 0) for t in texts], device=device)
+    mask = torch.tensor([padded([1] * len(t), 0) for t in texts], device=device)
+    runs = {}
+    for name in sides:
+        module = (ours if name == "ours" else peer)(folder, kind).eval()
+        if name == "ours":
+            runs[name] = lambda module=module: module.generate(texts, new_tokens, **how)
+        else:
+            runs[name] = lambda module=module: module.generate(
+                ids, attention_mask=mask, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0, **hf)
+        runs[name]()
+    return alternate(runs)
+
+
+def alternate(runs):
+    """Seconds of `repeats` rounds of every run, in turn, so that a slow moment of the machine hits all."""
+    seconds = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if torch.device(device).type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+# -----------------------------------------------------------------------------
+if __name__ == "__main__":
+    with one_line_errors(), tempfile.TemporaryDirectory() as scratch:
+        config = configure(globals())
+        device = pick_device(device)
+        if not model:
+            Llama(LlamaConfig(**SMOLLM2_135M)).init_weights().save_pretrained(scratch)
+        folder = model or scratch
+        sides = ("ours", "peer") if side == "both" else (side,)
+        if side == "both":
+            print(knob_table(globals()))
+            print(f"{device_name(device)}, {versions()}")
+        results = {}
+        for kind in parts:
+            training = kind in ("full", "lora")
+            seconds = (training_rounds if training else generation_rounds)(folder, kind, sides)
+            count = rows * seq_len if training else new_tokens * (samples if kind == "samples" else prompts)
+            results[kind] = {name: {"tok_per_s": count / statistics.median(times), "seconds": times}
+                             for name, times in seconds.items()}
+            gc.collect()
+            if side != "both":
+                continue
+            for name in sides:
+                results[kind][name]["peak_gb"] = peak_of(name, kind, folder)
+            mine, theirs = results[kind]["ours"], results[kind]["peer"]
+            print(f"{kind:8} ours {mine['tok_per_s']:8.1f} tok/s {mine['peak_gb']:5.2f} GB   peer {theirs['tok_per_s']:8.1f} "
+                  f"tok/s {theirs['peak_gb']:5.2f} GB   {mine['tok_per_s'] / theirs['tok_per_s']:.2f}x", flush=True)
+        if side == "both" and {"full", "lora"} <= results.keys():
+            print("LoRA against full, both ours: "
+                  f"{results['lora']['ours']['tok_per_s'] / results['full']['ours']['tok_per_s']:.2f}x")
+        if side != "both":
+            print(json.dumps({"peak_gb": peak_memory(device)}))
+        if out:
+            Path(out).write_text(json.dumps({"config": {**config, "device": str(device)}, "device": device_name(device),
+                                             "versions": versions(), "results": results}, indent=1))

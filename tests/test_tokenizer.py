@@ -1,0 +1,535 @@
+"""Tokenizer: ids and text against the original tools, on real files (../shared) and on small ones made here."""
+import base64
+import json
+import random
+
+import pytest
+import sentencepiece
+import tiktoken
+from conftest import golden, need
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
+
+from tokenizer import (BYTE_TOKENS, CHAR_OF_BYTE, GPT2_WORDS, LLAMA3_SPECIAL, LLAMA3_WORDS, StreamDecoder, load_tokenizer,
+                       text_stopper)
+
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog, and the dog's owner says: \"that's it\"!",
+    "def add(a, b):\n    return a + b\n\n\nfor i in range(10):\n\tprint(i, 'is', i * i)\n",
+    "In 1999 there were 365 days; 2 + 2 = 4, 12.5% of 80 is 10.  Natalia sold 48/2 = <<48/2=24>>24 clips.",
+    "Größe, naïve café, señor; Ελλάδα; русский текст; 日本語の文; \U0001f600\U0001f680; e\u0301 \u00a0 ½ Ⅷ.",
+] * 4
+LETTERS = list("ab tThe o1 2.,'!?\n\t\r▁séßЖ日½\u0301\u00a0\u3000\U0001f600\x04\x16\u017f") + ["'s", "  ", "▁▁", "\r\n"]
+TEXTS = st.one_of(st.lists(st.sampled_from(LETTERS), max_size=20).map("".join),
+                  st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
+few = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+
+LLAMA2_DECODER = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                    decoders.Strip(" ", 1, 0)])
+LLAMA2_NORMALIZER = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+
+
+def save(folder, model, pre_tokenizer=None, normalizer=None, decoder=None, special=()):
+    """Writes tokenizer.json with the `tokenizers` package; returns its own tokenizer and ours."""
+    theirs = Tokenizer(model)
+    theirs.normalizer, theirs.decoder = normalizer, decoder or decoders.ByteLevel()
+    if pre_tokenizer is not None:
+        theirs.pre_tokenizer = pre_tokenizer
+    theirs.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special])
+    folder.mkdir(exist_ok=True, parents=True)
+    theirs.save(str(folder / "tokenizer.json"))
+    return theirs, load_tokenizer(folder)
+
+
+def assert_same(theirs, ours, text):
+    ids = theirs.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text) == ids
+    assert ours.decode(ids) == theirs.decode(ids)
+
+
+def llama2_json(folder, model_file, **pre):
+    """A Llama-2 tokenizer.model as transformers converts it to tokenizer.json (its own way there needs protobuf)."""
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    merges = generate_merges(vocab, [(piece, 0.0 if i < 3 else sp.get_score(i)) for i, piece in enumerate(pieces)])
+    model = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    pre = pre or {"normalizer": LLAMA2_NORMALIZER}
+    return save(folder, model, decoder=LLAMA2_DECODER, special=["<unk>", "<s>", "</s>"], **pre)
+
+
+@pytest.fixture(scope="session")
+def tiny_sp(tmp_path_factory):
+    """A sentencepiece model like Llama-2's: BPE, byte fallback, digits apart, unk/bos/eos = 0/1/2."""
+    prefix = tmp_path_factory.mktemp("sp") / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_prefix=str(prefix), model_type="bpe", vocab_size=420, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True, character_coverage=0.98,
+        allow_whitespace_only_pieces=True, minloglevel=2)
+    return prefix.with_suffix(".model")
+
+
+@pytest.fixture(scope="session")
+def tiny_bpe():
+    """vocab and merges of a byte-level BPE that knows all bytes; ids in another order than the merges."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(
+        vocab_size=400, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    model = json.loads(trained.to_str())["model"]
+    ids = list(range(len(model["vocab"])))
+    random.Random(0).shuffle(ids)
+    return dict(zip(model["vocab"], ids)), [tuple(pair) for pair in model["merges"]]
+
+
+@pytest.fixture(scope="session")
+def rank_file(tmp_path_factory, tiny_bpe):
+    """A file as Llama-3's tokenizer.model, with three words that no merges lead to, as the real one has some too."""
+    vocab, merges = tiny_bpe
+    tokens = [bytes([b]) for b in range(256)] + [_spelled(left + right) for left, right in merges]
+    tokens += [b"!?!?!", "ЖЖЖ".encode(), b" ?a?a"]
+    file = tmp_path_factory.mktemp("llama3") / "tokenizer.model"
+    file.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(dict.fromkeys(tokens))))
+    return file
+
+
+def _spelled(token):
+    byte_of_char = {char: b for b, char in CHAR_OF_BYTE.items()}
+    return bytes(byte_of_char[char] for char in token)
+
+
+@pytest.fixture(scope="session")
+def kinds(tiny_sp, tiny_bpe, rank_file, tmp_path_factory):
+    """One tokenizer of each kind."""
+    folder = tmp_path_factory.mktemp("kinds")
+    byte_level = save(folder / "bytes", models.BPE(*tiny_bpe), pre_tokenizers.ByteLevel(add_prefix_space=False),
+                      special=["<|a|>", "<|b|>"])[1]
+    return {"sentencepiece": load_tokenizer(tiny_sp), "llama3": load_tokenizer(rank_file), "byte-level": byte_level,
+            "llama2 json": llama2_json(folder / "llama2", tiny_sp)[1]}
+
+
+# ------------------------------------------------------------------ sentencepiece
+
+def test_golden_llama2():
+    tokenizer, data = load_tokenizer(need("data/llama2-tokenizer")), golden("tokenizer")
+    for item in data["strings"]:
+        assert tokenizer.encode(item["text"]) == item["ids"], item["text"]
+        assert tokenizer.decode(item["ids"]) == item["decoded"], item["text"]
+    for item in data["decode_only"]:
+        assert tokenizer.decode(item["ids"]) == item["decoded"], item["ids"]
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (32000, 1, 2)
+    assert tokenizer.sha256 == "9e556afd44213b6bd1be2b850ebbbd98f5481437a8021afaf58ee7fb1818d347"
+    assert tokenizer.encode("Hello world", bos=True, eos=True) == [1, 15043, 3186, 2]
+
+
+def test_golden_small_vocabulary():
+    tokenizer = load_tokenizer(need("data/stories260k"))
+    for item in golden("tokenizer")["small_vocab"]["strings"]:
+        assert tokenizer.encode(item["text"]) == item["ids"], item["text"]
+        assert tokenizer.decode(item["ids"]) == item["decoded"], item["text"]
+
+
+def test_sentencepiece_is_the_original(tiny_sp):
+    ours, theirs = load_tokenizer(tiny_sp), sentencepiece.SentencePieceProcessor(model_file=str(tiny_sp))
+    for text in [*CORPUS, "", " ", "  a", "<s></s><unk>", "日", "\U0001f600"]:
+        assert ours.encode(text) == theirs.encode(text)
+    assert 1 not in ours.encode("<s>") and 2 not in ours.encode("</s>")
+    assert ours.special_ids == {"<s>": 1, "</s>": 2} and ours.silent == {1, 2}
+
+
+def test_sentencepiece_without_bos_and_eos(tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_prefix=str(tmp_path / "tokenizer"), model_type="bpe", vocab_size=150,
+        bos_id=-1, eos_id=-1, minloglevel=2)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.bos_id is None and tokenizer.eos_id is None
+    with pytest.raises(ValueError, match="has no BOS id"):
+        tokenizer.encode("a", bos=True)
+    with pytest.raises(ValueError, match="has no EOS id"):
+        tokenizer.encode("a", eos=True)
+
+
+# ------------------------------------------------------------------ Llama-3's rank file
+
+def test_llama3_special_table():
+    """Ids as published with the model, whose file has 128,000 ranks."""
+    assert len(LLAMA3_SPECIAL) == len(set(LLAMA3_SPECIAL)) == 256
+    assert {name: 128000 + i for i, name in enumerate(LLAMA3_SPECIAL)}.items() >= {
+        "<|begin_of_text|>": 128000, "<|end_of_text|>": 128001, "<|finetune_right_pad_id|>": 128004,
+        "<|start_header_id|>": 128006, "<|end_header_id|>": 128007, "<|eom_id|>": 128008, "<|eot_id|>": 128009,
+        "<|python_tag|>": 128010, "<|reserved_special_token_245|>": 128255}.items()
+
+
+def test_llama3_ranks_and_their_conversion(rank_file, tmp_path):
+    """The rank file, the tokenizer.json that transformers makes of it, and the tools themselves: four times the same."""
+    ours = load_tokenizer(rank_file)
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, rank_file.read_bytes().splitlines())}
+    special = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)}
+    original = tiktoken.Encoding("llama3", pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=special)
+    theirs = TikTokenConverter(vocab_file=str(rank_file), additional_special_tokens=LLAMA3_SPECIAL).converted()
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    converted = load_tokenizer(tmp_path)
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (len(ranks) + 256, len(ranks), len(ranks) + 1)
+    assert converted.vocab_size == ours.vocab_size and converted.special_ids == ours.special_ids == special
+
+    @few
+    @given(st.one_of(TEXTS, st.lists(st.sampled_from(["!?!?!", "ЖЖЖ", " ?a?a", " ", "a"]), max_size=4).map("".join)))
+    def check(text):
+        ids = original.encode(text, disallowed_special=())
+        assert ours.encode(text) == converted.encode(text) == ids
+        assert ours.decode(ids) == converted.decode(ids) == text
+        assert_same(theirs, converted, text)
+
+    check()
+    assert ours.encode("!?!?!") == [ranks[b"!?!?!"]] and len(ours.encode("!?!?!?")) > 1
+    text = "<|eot_id|><|begin_of_text|>"  # text, not special tokens
+    assert ours.encode(text) == converted.encode(text) == original.encode(text, disallowed_special=())
+    assert not set(special.values()) & set(ours.encode(text))
+    assert ours.encode("a", bos=True, eos=True) == [len(ranks), ranks[b"a"], len(ranks) + 1]
+
+
+# ------------------------------------------------------------------ tokenizer.json against the `tokenizers` package
+
+@pytest.mark.parametrize("folder", ["smollm2-135m-instruct", "tinystories-656k"])
+def test_real_tokenizer_json(folder):
+    file = need(f"data/{folder}/tokenizer.json")
+    ours, theirs, data = load_tokenizer(file), Tokenizer.from_file(str(file)), golden("tokenizer")
+    assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (1, 2, theirs.get_vocab_size())
+    for item in data["strings"] + data["small_vocab"]["strings"]:
+        if not any(name in item["text"] for name in ours.special_ids):
+            assert_same(theirs, ours, item["text"])
+    few(given(TEXTS)(lambda text: assert_same(theirs, ours, text)))()
+    for name, i in ours.special_ids.items():
+        assert i not in ours.encode(name) and ours.decode([i]) == ""
+
+
+def test_llama2_json_equals_sentencepiece(tmp_path):
+    """Most Llama-2 folders hold both files; they must be one tokenizer."""
+    theirs, ours = llama2_json(tmp_path, need("data/llama2-tokenizer/tokenizer.model"))
+    data = golden("tokenizer")
+    for item in data["strings"]:
+        assert ours.encode(item["text"]) == item["ids"], item["text"]
+        assert ours.decode(item["ids"]) == item["decoded"], item["text"]
+        if "huggingface_ids" not in item:
+            assert theirs.encode(item["text"], add_special_tokens=False).ids == item["ids"]
+    for item in data["decode_only"]:
+        if 0 not in item["ids"]:  # <unk>, special there, is shown by sentencepiece
+            assert ours.decode(item["ids"]) == item["decoded"], item["ids"]
+    assert ours.vocab_size == 32000
+
+
+@pytest.mark.parametrize("scheme", ["normalizer", "first", "always", "never"])
+def test_llama2_json_of_a_small_model(tiny_sp, tmp_path, scheme):
+    pre = {} if scheme == "normalizer" else {"pre_tokenizer": pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)}
+    theirs, ours = llama2_json(tmp_path, tiny_sp, **pre)
+    original = load_tokenizer(tiny_sp)
+
+    @few
+    @given(TEXTS)
+    def check(text):
+        assert_same(theirs, ours, text)
+        if scheme == "normalizer":
+            assert ours.encode(text) == original.encode(text)
+
+    @few
+    @given(random_ids(ours).map(lambda ids: [i for i in ids if i != 0]))  # sentencepiece shows <unk> as a symbol
+    def check_decoding(ids):
+        assert ours.decode(ids) == original.decode(ids)
+
+    check()
+    check_decoding()
+
+
+SPLITS = {
+    "GPT-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "GPT-2, blank first": pre_tokenizers.ByteLevel(add_prefix_space=True),
+    "no words": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    "digits": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True),
+                                       pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+    "numbers": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=False),
+                                        pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+    "Llama-3": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated"),
+                                        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]),
+    "gaps": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(r"[ab]+|\s+(?!\S)"), "isolated"),
+                                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_byte_level_words(tiny_bpe, tmp_path, name):
+    theirs, ours = save(tmp_path, models.BPE(*tiny_bpe), SPLITS[name], special=["<|end|>"])
+
+    @few
+    @given(TEXTS)
+    def check(text):
+        assert_same(theirs, ours, text)
+        if "first" not in name:
+            assert ours.decode(ours.encode(text)) == text
+
+    check()
+    every_character = "".join(chr(c) + " a"[c % 2] for c in range(0, 0x30000, 7) if not 0xD800 <= c < 0xE000)
+    assert_same(theirs, ours, every_character)
+    assert not ours.silent & set(ours.encode("<|end|>")) and ours.decode(ours.encode("<|end|>")).strip() == "<|end|>"
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFKC"])
+def test_normalizer(tiny_bpe, tmp_path, form):
+    theirs, ours = save(tmp_path, models.BPE(*tiny_bpe), SPLITS["GPT-2"], normalizer=getattr(normalizers, form)())
+    for text in [*CORPUS, "e\u0301", "ﬁ \u212b ½", "\u1100\u1161"]:
+        assert_same(theirs, ours, text)
+    assert ours.decode(ours.encode("e\u0301")) == "é"
+
+
+def test_bytes_that_the_vocabulary_lacks(tiny_bpe, tmp_path):
+    """Hugging Face drops them and then merges what becomes neighbours; SmolLM2's file lacks 21."""
+    vocab, merges = tiny_bpe
+    lacks = {CHAR_OF_BYTE[b] for b in b"\x04\x16?"} | {CHAR_OF_BYTE[0xE6]}
+    merges = [pair for pair in merges if not lacks & set("".join(pair))]
+    vocab = {token: i for token, i in vocab.items() if not lacks & set(token)}
+    vocab |= {"!,": 1000, "!.,": 1001}
+    theirs, ours = save(tmp_path, models.BPE(vocab, [("!", ","), *merges]), SPLITS["digits"])
+    assert ours.encode("!\x04,") == ours.encode("!?,") == [1000]
+    few(given(TEXTS)(lambda text: assert_same(theirs, ours, text)))()
+
+
+@st.composite
+def merge_tables(draw, letters):
+    """Any table at all: pairs that never meet, several ways to one token, parts ranked after the whole."""
+    tokens, merges = list(letters), []
+    for _ in range(draw(st.integers(1, 12))):
+        left, right = draw(st.sampled_from(tokens)), draw(st.sampled_from(tokens))
+        if len(left + right) <= 6:
+            merges.append((left, right))
+            tokens.append(left + right)
+    ids = draw(st.permutations(sorted(set(tokens))))
+    return ids, draw(st.permutations(merges))
+
+
+def test_any_merge_table_of_bytes(tmp_path):
+    others = [char for char in CHAR_OF_BYTE.values() if char not in "abc"]
+
+    @few
+    @given(merge_tables("abc"), st.lists(st.text("abc", max_size=14), max_size=6), st.booleans())
+    def check(table, texts, ignore_merges):
+        tokens, merges = table
+        vocab = {token: i for i, token in enumerate([*tokens, *others])}
+        try:
+            theirs, ours = save(tmp_path, models.BPE(vocab, merges, ignore_merges=ignore_merges), SPLITS["no words"])
+        except ValueError as error:
+            assert ignore_merges and "ignore_merges" in str(error)
+            return
+        for text in [*texts, *tokens]:
+            assert_same(theirs, ours, text)
+
+    check()
+
+
+@pytest.mark.parametrize("fallback, fuse", [(True, True), (False, True), (False, False)])
+def test_any_merge_table_of_characters(tmp_path, fallback, fuse):
+    @few
+    @given(merge_tables("▁aé日"), st.lists(st.text("▁ aé日xyß😀\n", max_size=10), max_size=6))
+    def check(table, texts):
+        tokens, merges = table
+        vocab = {token: i for i, token in enumerate(["<unk>", *(BYTE_TOKENS if fallback else ()), *tokens])}
+        model = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=fuse, byte_fallback=fallback)
+        theirs, ours = save(tmp_path, model, normalizer=LLAMA2_NORMALIZER, decoder=LLAMA2_DECODER, special=["<unk>"])
+        for text in texts:
+            assert_same(theirs, ours, text)
+
+    check()
+
+
+def test_characters_that_could_not_be_encoded(tmp_path):
+    vocab = {token: i for i, token in enumerate(["<unk>", *list(BYTE_TOKENS)[:-1], "a"])}
+    for options in ({}, {"byte_fallback": True}, {"byte_fallback": True, "unk_token": "<unk>"}):
+        with pytest.raises(ValueError, match="unk_token and number of byte tokens"):
+            save(tmp_path, models.BPE(vocab, [], **options), decoder=LLAMA2_DECODER)
+
+
+def test_ids_of_bos_and_eos(tiny_bpe, tmp_path):
+    def load(**files):
+        for name in ("tokenizer_config", "config", "generation_config"):
+            (tmp_path / f"{name}.json").write_text(json.dumps(files.get(name, {})))
+        tokenizer = load_tokenizer(tmp_path)
+        return tokenizer.bos_id, tokenizer.eos_id
+
+    _, ours = save(tmp_path, models.BPE(*tiny_bpe), SPLITS["GPT-2"], special=["<|a|>", "<|b|>"])
+    a, b = ours.special_ids["<|a|>"], ours.special_ids["<|b|>"]
+    assert (ours.bos_id, ours.eos_id) == (None, None)
+    assert load(tokenizer_config={"bos_token": "<|a|>", "eos_token": {"content": "<|b|>"}}, config={"eos_token_id": a}) == (a, b)
+    assert load(tokenizer_config={"bos_token": None}, config={"bos_token_id": b, "eos_token_id": [a, b]}) == (b, a)
+    assert load(generation_config={"eos_token_id": b}) == (None, b)
+
+
+# ------------------------------------------------------------------ all kinds
+
+KINDS = ["sentencepiece", "llama3", "byte-level", "llama2 json"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_runs(kinds, kind):
+    """tiktoken's regex engine dies of a million blanks when they are given to it at once."""
+    for text in ["a" * 10**6, " \n" * 600_000 + "x"]:
+        ids = kinds[kind].encode(text)
+        assert kinds[kind].decode(ids) == text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_of_text_and_ids(kinds, kind):
+    tokenizer = kinds[kind]
+    with pytest.raises(ValueError, match="surrogates"):
+        tokenizer.encode("a\ud800b")
+    for bad in (-1, tokenizer.vocab_size, 10**12):
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            tokenizer.decode([0, bad])
+    assert tokenizer.encode("") == [] and tokenizer.decode([]) == ""
+    assert tokenizer.decode(list(tokenizer.silent)) == ""
+    assert f"{tokenizer.vocab_size:,} ids" in tokenizer.name
+    cut = [i for i in range(tokenizer.vocab_size) if tokenizer.decode([i]) == "\ufffd"]
+    assert len(cut) >= 128  # the bytes that are no character alone
+
+
+def random_ids(tokenizer):
+    """Lists of ids with the hard ones, parts of characters and ids without text, over-represented."""
+    short = sorted({i for text in ["é日\U0001f600\n a", "the", "▁▁"] for i in tokenizer.encode(text)})
+    return st.lists(st.one_of(st.sampled_from(short), st.sampled_from(sorted(tokenizer.silent)),
+                              st.integers(0, tokenizer.vocab_size - 1)), max_size=100)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_stopper_equals_decoding_everything(kinds, kind):
+    tokenizer = kinds[kind]
+
+    @few
+    @given(random_ids(tokenizer), st.data())
+    def check(ids, data):
+        text = tokenizer.decode(ids)
+        start = data.draw(st.integers(0, len(text)))
+        strings = [text[start:start + data.draw(st.integers(1, 20))], "\nclass", "é日"]
+        strings = [string for string in strings if string and "\ufffd" not in string]
+        stop_ids = data.draw(st.sets(st.integers(0, tokenizer.vocab_size - 1), max_size=2))
+        stop = text_stopper(tokenizer, strings, stop_ids)
+        for n in range(len(ids) + 1):
+            told = stop(ids[:n])
+            decoded = tokenizer.decode(ids[:n])
+            assert told == (n > 0 and ids[n - 1] in stop_ids or any(string in decoded for string in strings))
+            if told:
+                return
+
+    check()
+
+
+def test_text_stopper_arguments(kinds):
+    tokenizer = kinds["llama3"]
+    ids = tokenizer.encode("one\ntwo")
+    assert text_stopper(tokenizer, "\ntwo")(ids) and not text_stopper(tokenizer, "xo")(ids)
+    assert text_stopper(tokenizer, [], [tokenizer.eos_id])([*ids, tokenizer.eos_id])
+    assert not text_stopper(tokenizer, [], [tokenizer.eos_id])([])
+    with pytest.raises(ValueError, match="empty stop string"):
+        text_stopper(tokenizer, ["a", ""])
+
+
+def test_text_stopper_decodes_only_the_end(kinds, monkeypatch):
+    tokenizer, lengths = kinds["byte-level"], []
+    stop = text_stopper(tokenizer, ["\nclass"])
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: lengths.append(len(ids)) or decode(ids))
+    assert not stop(tokenizer.encode("a b " * 1000))
+    assert lengths and max(lengths) < 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stream_decoder_joins_to_the_whole(kinds, kind):
+    tokenizer = kinds[kind]
+
+    @few
+    @given(TEXTS.filter(lambda text: not text.endswith("\ufffd")), st.booleans(), random_ids(tokenizer))
+    def check(prompt, bos, ids):
+        prompt_ids = tokenizer.encode(prompt, bos=bos and tokenizer.bos_id is not None)
+        stream, before, shown = StreamDecoder(tokenizer, prompt_ids), len(tokenizer.decode(prompt_ids)), ""
+        whole = tokenizer.decode(prompt_ids + ids)[before:]
+        for n, i in enumerate(ids, 1):
+            shown += stream.push(i)
+            assert whole.startswith(shown)
+            assert len(tokenizer.decode(prompt_ids + ids[:n])) - before - len(shown) <= 3
+        assert shown + stream.finish() == whole
+
+    check()
+
+
+def test_stream_decoder_of_plain_text(kinds):
+    for tokenizer in kinds.values():
+        text = "Größe 日本\U0001f600 is\n  it"
+        ids = tokenizer.encode("Say: " + text)
+        stream = StreamDecoder(tokenizer, ids[:2])
+        parts = [stream.push(i) for i in ids[2:]]
+        assert "".join(parts) + stream.finish() == ("Say: " + text)[len(tokenizer.decode(ids[:2])):]
+        assert "\ufffd" not in "".join(parts) and len([part for part in parts if part]) > 8
+
+
+# ------------------------------------------------------------------ files
+
+def test_folder_and_file(tiny_sp, tmp_path):
+    llama2_json(tmp_path, tiny_sp)
+    assert load_tokenizer(tmp_path).name.startswith("BPE with byte fallback")
+    (tmp_path / "tokenizer.model").write_bytes(tiny_sp.read_bytes())
+    assert load_tokenizer(str(tmp_path)).name == "sentencepiece, 420 ids"
+    assert load_tokenizer(tmp_path / "tokenizer.json").name.startswith("BPE with byte fallback")
+    assert load_tokenizer(tmp_path).sha256 != load_tokenizer(tmp_path / "tokenizer.json").sha256
+
+
+def test_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file or folder"):
+        load_tokenizer(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no tokenizer.model and no tokenizer.json.*nothing"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="holds config.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_damaged_model_files(tiny_sp, rank_file, tmp_path):
+    file, whole, ranks = tmp_path / "tokenizer.model", tiny_sp.read_bytes(), rank_file.read_bytes()
+    for data, message in [(b"", "0 bytes"), (b"garbage", "neither a sentencepiece"), (whole[:-7], "neither a sentencepiece"),
+                          (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+                          (ranks + b"!? 7\n", "expected 'base64-token rank', found b'!\\? 7'"),
+                          (ranks.replace(b" 300\n", b" 299\n"), "rank 0, 1, 2"),
+                          (ranks[:ranks.index(b" 200\n")] + b" 200\n", "256 single bytes"), (b"{\"a\": ", "not valid JSON")]:
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=message) as caught:
+            load_tokenizer(tmp_path)
+        assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def edited(path, value):
+    """A change of tokenizer.json: the value at a path, or nothing there if it is None."""
+    def edit(spec):
+        for key in path[:-1]:
+            spec = spec[key]
+        spec[path[-1]] = value
+    return edit
+
+
+@pytest.mark.parametrize("edit, message", [
+    (edited(["model", "type"], "Unigram"), 'model of type "Unigram"'),
+    (edited(["model"], {"type": "WordPiece", "vocab": {}}), "WordPiece"),
+    (edited(["model"], None), "model of type null"),
+    (edited(["model", "dropout"], 0.1), "model.dropout 0.1"),
+    (edited(["model", "end_of_word_suffix"], "</w>"), "end_of_word_suffix"),
+    (edited(["model", "merges"], [["a", "nothere"]]), "nothere"),
+    (edited(["normalizer"], {"type": "Lowercase"}), 'normalizer {"type": "Lowercase"}'),
+    (edited(["pre_tokenizer"], {"type": "Whitespace"}), 'pre_tokenizer {"type": "Whitespace"}'),
+    (edited(["pre_tokenizer"], {"type": "Split", "pattern": {"Regex": "a"}, "behavior": "Removed", "invert": True}), "Removed"),
+    (edited(["decoder"], {"type": "WordPiece"}), 'decoder {"type": "WordPiece"}'),
+    (edited(["decoder"], None), "decoder null"),
+])
+def test_unsupported_tokenizer_json(tiny_bpe, tmp_path, edit, message):
+    save(tmp_path, models.BPE(*tiny_bpe), SPLITS["GPT-2"])
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    edit(spec)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

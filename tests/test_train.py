@@ -1,0 +1,376 @@
+"""train.py: schedules and whole runs against the original Trainer, exact resume, loss weighting, bad input."""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, golden, need, run_here
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import train
+from lora import apply_lora
+from model import IGNORE, Llama, LlamaConfig
+
+TINY = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                   num_key_value_heads=2, head_dim=8, max_position_embeddings=64, tie_word_embeddings=True)
+
+
+def tiny_model(dtype=torch.float32):
+    model = Llama(TINY).to(dtype).init_weights(0)
+    model.compute_dtype = dtype
+    return model
+
+
+def write_tokens(folder, tokens, targets=None, starts=(), **meta):
+    """A token folder as prepare_data.py makes it: tokens [rows, T]; targets the same with IGNORE, or None for cpt."""
+    tokens = np.asarray(tokens)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens.astype("<u2").tofile(folder / "train.bin")
+    np.asarray(starts, "<u8").tofile(folder / "train.docs.bin")
+    if targets is not None:
+        (np.asarray(targets) != IGNORE).astype("u1").tofile(folder / "train.mask.bin")
+    counts = {"tokens": tokens.size, "rows": len(tokens), "sha256": f"{tokens.sum()}"}
+    (folder / "meta.json").write_text(json.dumps({
+        "format": 1, "kind": "cpt" if targets is None else "ift", "dtype": "uint16", "seq_len": tokens.shape[1],
+        "vocab_size": 61, "bos_id": 1, "eos_id": 2, "tokenizer_sha256": "none", "tokenizer_name": "none",
+        "splits": {"train": counts}, **meta}))
+    return folder
+
+
+@pytest.fixture
+def setting(tmp_path):
+    """A tiny base and 10 rows of 16 tokens, and the command line that trains on them."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    tokens = np.random.default_rng(0).integers(3, 61, (10, 16))
+    write_tokens(tmp_path / "data", tokens, starts=[0, 5, 20, 47, 80, 131])
+    return tmp_path, [f"--base={tmp_path / 'base'}", f"--data={tmp_path / 'data'}", "--global_batch=4",
+                      "--microbatch=2", "--dtype=float32", "--learning_rate=1e-3"]
+
+
+# ----------------------------------------------------------------------------- the original Trainer
+def batches(text, per_epoch, duration):
+    """'2ba', '1ep', '0.1dur' -> batches, as composer counts them."""
+    number, unit = float(text.rstrip("abdepurtok")), text.lstrip("0123456789.")
+    if unit == "dur":
+        total, total_unit = float(duration.rstrip("abeptok")), duration.lstrip("0123456789.")
+        return int(number * total * (per_epoch if total_unit == "ep" else 1))
+    return number * (per_epoch if unit == "ep" else 1)
+
+
+def multiplier(scheduler, args, duration, per_epoch):
+    """Our function of t for a recorded scheduler."""
+    count = lambda key, default: batches(args.get(key, default), per_epoch, duration)
+    t_max = count("t_max", "1dur")
+    if scheduler == "cosine_with_warmup":
+        return lambda t: train.cosine_with_warmup(t, t_max, count("t_warmup", "0ba"), args.get("alpha_f", 0.0))
+    return lambda t: train.inv_sqrt_with_warmup(t, t_max, count("t_warmup", "0ba"), count("t_scale", "0ba"),
+                                                count("t_cooldown", "0ba"), args["alpha_f_decay"], args["alpha_f_cooldown"])
+
+
+def test_schedules_equal_the_original_at_every_recorded_time():
+    points = 0
+    for run in golden("schedules")["multipliers"]:
+        ours = multiplier(run["scheduler"], run["args"], run["max_duration"], run["batches_per_epoch"])
+        for t, want in zip(run["t"], run["a"]):
+            assert ours(t) == pytest.approx(want, abs=1e-12), (run["name"], t)
+            points += 1
+    assert points > 1900
+
+
+def test_learning_rate_of_every_step_equals_the_original_trainer(monkeypatch):
+    for run in golden("schedules")["trainer_lr"]:
+        steps = int(batches("1dur", run["batches_per_epoch"], run["max_duration"]))
+        count = lambda key: round(batches(run["args"][key], run["batches_per_epoch"], run["max_duration"]))
+        knobs = dict(learning_rate=run["lr"], schedule_lag=True, warmup_steps=count("t_warmup"))
+        if run["scheduler"] == "cosine_with_warmup":
+            knobs.update(schedule="cosine", alpha_f=run["args"].get("alpha_f", 0.0))
+        else:
+            knobs.update(schedule="inv_sqrt", t_scale=count("t_scale"), cooldown_steps=count("t_cooldown"),
+                         alpha_f_decay=run["args"]["alpha_f_decay"], alpha_f_cooldown=run["args"]["alpha_f_cooldown"])
+        for name, value in knobs.items():
+            monkeypatch.setattr(train, name, value)
+        for step, want in enumerate(run["lr_used_by_step"]):
+            assert train.learning_rate_at(step, steps) == pytest.approx(want, rel=1e-9, abs=1e-18), (run["name"], step)
+
+
+@pytest.mark.parametrize("name", ["full-invsqrt", "full-one-microbatch", "lora-cosine"])
+def test_whole_run_equals_the_original_trainer(name, tmp_path):
+    """Lion, clipping, microbatches and the paper's loss weighting, LoRA and full: losses, rates, final weights."""
+    run = next(r for r in golden("train_trace")["runs"] if r["name"] == name)
+    rows = run["rows"]
+    data = write_tokens(tmp_path / "data", [r["input_ids"] for r in rows], [r["labels"] for r in rows], vocab_size=2)
+    args, steps = run["scheduler_args"], run["steps"]
+    count = lambda key: int(batches(args[key], 0, f"{steps}ba"))
+    knobs = dict(base=need(f"golden/{run['base']}"), data=data, out_dir=tmp_path / "out", max_steps=steps,
+                 global_batch=run["batch_size"], microbatch=run["microbatch_size"], loss_norm="paper", doc_mask=False,
+                 shuffle=False, learning_rate=run["optimizer"]["lr"], weight_decay=run["optimizer"]["weight_decay"],
+                 warmup_steps=count("t_warmup"), dtype="float32")
+    if run["scheduler"] == "inv_sqrt_with_warmup":
+        knobs.update(schedule="inv_sqrt", t_scale=count("t_scale"), cooldown_steps=count("t_cooldown"))
+    if run["adapter"]:
+        knobs.update(adapter=need(f"golden/{run['adapter']}"))
+    result = run_here("train.py", *(f"--{k}={v}" for k, v in knobs.items()))
+    assert result.returncode == 0, result.stderr
+    log = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in log] == pytest.approx(run["loss_train_total"], abs=2e-3)
+    assert log[0]["loss"] == pytest.approx(run["loss_train_total"][0], abs=1e-5)
+    assert [r["lr"] for r in log] == pytest.approx(run["lr_used_by_step"], rel=1e-9)
+    file = "adapter_model.safetensors" if run["adapter"] else "model.safetensors"
+    ours, want = load_file(tmp_path / f"out/step_{steps}" / file), load_file(need(f"golden/{run['final_parameters_file']}"))
+    assert len(want) == run["n_trainable_tensors"]
+    rename = {k.replace(".default", ""): v for k, v in want.items()}
+    far = sum(int(((ours[k] - v).abs() > 1e-5).sum()) for k, v in rename.items())
+    assert far <= 0.01 * sum(v.numel() for v in rename.values())  # signs of gradients that are rounding errors
+
+
+# ----------------------------------------------------------------------------- order, loss, rows
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 30), st.integers(0, 2 ** 31), st.integers(2, 4))
+def test_every_row_comes_once_an_epoch_whatever_the_batch(n_rows, batch, seed, epochs):
+    steps = -(-epochs * n_rows // batch)
+    order = np.concatenate([train.rows_of_step(s, batch, n_rows, seed) for s in range(steps)])
+    for epoch in range(epochs):
+        assert sorted(order[epoch * n_rows:(epoch + 1) * n_rows]) == list(range(n_rows))
+    halves = [train.rows_of_step(s, 1, n_rows, seed)[0] for s in range(len(order))]
+    assert halves == order.tolist()  # a function of the position alone
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = {tuple(train.rows_of_step(e, 50, 50, seed)) for e in range(3) for seed in (1, 2)}
+    assert len(orders) == 6
+
+
+def test_rows_targets_and_documents(tmp_path):
+    tokens = np.arange(12).reshape(2, 6)
+    folder = write_tokens(tmp_path, tokens, starts=[0, 4, 9])
+    rows = train.TokenRows(folder)
+    t, y, starts = rows[0]
+    assert t.tolist() == [0, 1, 2, 3, 4, 5] and starts.tolist() == [4]
+    assert y.tolist() == [1, 2, 3, IGNORE, 5, IGNORE]  # 4 opens another document, 6 another row
+    assert rows[1][1].tolist() == [7, 8, IGNORE, 10, 11, IGNORE]
+    assert train.TokenRows(folder, doc_mask=False)[0][1].tolist() == [1, 2, 3, 4, 5, IGNORE]
+    assert train.stack([rows[0], rows[1]], "cpu")[2].tolist() == [0, 4, 6, 9, 12]
+    assert [train.TokenRows(folder, seq_len=4)[i][0].tolist() for i in range(3)] == tokens.reshape(3, 4).tolist()
+    masked = write_tokens(tmp_path / "m", tokens, [[IGNORE, IGNORE, 2, 3, IGNORE, 5], [IGNORE] * 6], starts=[0, 4])
+    assert train.TokenRows(masked)[0][1].tolist() == [IGNORE, 2, 3, IGNORE, 5, IGNORE]
+
+
+def some_rows(n=8, T=16, seed=0):
+    """Rows with very different numbers of targets and some documents."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        tokens = rng.integers(0, 61, T)
+        targets = np.where(rng.random(T) < i / n, rng.integers(0, 61, T), IGNORE)
+        rows.append((tokens, targets, np.sort(rng.choice(np.arange(1, T), i % 3, replace=False))))
+    return rows
+
+
+def gradients(model, rows, microbatch, **how):
+    model.zero_grad()
+    loss = train.backward_batch(model, rows, microbatch, "cpu", **how)
+    return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_gradient_does_not_depend_on_how_a_batch_is_cut(lora):
+    model, rows = tiny_model(torch.float64), some_rows()
+    if lora:
+        apply_lora(model, 4, 8)
+        for name, p in model.named_parameters():
+            if name.endswith("lora_B"):
+                torch.nn.init.normal_(p)
+    loss, want = gradients(model, rows, 8)
+    for microbatch in (1, 2, 3, 5):
+        other, got = gradients(model, rows, microbatch)
+        assert abs(other - loss) < 1e-12 * abs(loss)
+        assert (got - want).abs().max() < 1e-12 * want.abs().max()
+
+
+def test_paper_weighting_is_the_mean_of_microbatch_means():
+    model, rows = tiny_model(torch.float64), some_rows()[1:]  # 7 rows, the last microbatch is smaller
+    loss, got = gradients(model, rows, 3, loss_norm="paper")
+    model.zero_grad()
+    want = 0.0
+    for part in (rows[0:3], rows[3:6], rows[6:7]):
+        tokens, targets, docs = train.stack(part, "cpu")
+        want = want + model(tokens, targets, docs)[1] * len(part) / len(rows)
+    want.backward()
+    assert loss.item() == pytest.approx(want.item(), rel=1e-13)
+    reference = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert (got - reference).abs().max() < 1e-13 * reference.abs().max() + 1e-16
+    assert abs(loss - gradients(model, rows, 3)[0]) > 1e-3  # and is another number than the token mean
+
+
+def test_batch_without_targets_is_refused():
+    rows = [(t, np.full_like(y, IGNORE), s) for t, y, s in some_rows(2)]
+    with pytest.raises(ValueError, match="no token of the batch is a target"):
+        train.backward_batch(tiny_model(), rows, 1, "cpu")
+
+
+# ----------------------------------------------------------------------------- resume and signals
+def start(setting, out, *more):
+    """train.py in the background, in a process group of its own."""
+    folder, knobs = setting
+    argv = [sys.executable, "train.py", *knobs, f"--out_dir={folder / out}", *more]
+    return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_line(process, text):
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} was never printed")
+
+
+def results(folder, step):
+    """Weights, momenta and the log without its clock readings."""
+    tensors = {}
+    for file in sorted((folder / f"step_{step}").rglob("*.safetensors")):
+        tensors.update({f"{file.name}:{k}": v for k, v in load_file(file).items()})
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return tensors, [{k: v for k, v in r.items() if k not in ("seconds", "tok_per_s", "peak_gb")} for r in log]
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_killed_and_resumed_run_is_bit_equal_across_an_epoch(setting, kind):
+    """10 rows, 4 a step: 9 steps cross three epoch borders; the kill comes between two checkpoints."""
+    folder, _ = setting
+    more = ["--max_steps=9", "--save_interval=2", "--eval_interval=3"]
+    more += ["--lora_rank=3", "--lora_dropout=0.3"] if kind == "lora" else ["--weight_decay=1e-4"]
+    assert start(setting, "whole", *more).wait() == 0
+    process = start(setting, "killed", *more)
+    wait_for_line(process, "step 5/9")
+    process.kill()
+    process.wait()
+    if (folder / "killed/step_9").exists():
+        pytest.fail("the run ended before the kill")
+    resumed = start(setting, "killed", *more, "--resume=True")
+    output = resumed.communicate()[0]
+    assert resumed.returncode == 0, output
+    (want, want_log), (got, got_log) = results(folder / "whole", 9), results(folder / "killed", 9)
+    assert want.keys() == got.keys() and all(torch.equal(want[k], got[k]) for k in want)
+    assert want_log == got_log
+
+
+def test_sigterm_saves_and_exits_0_and_resume_goes_on(setting):
+    folder, _ = setting
+    process = start(setting, "out", "--max_steps=100000", "--lora_rank=2")
+    wait_for_line(process, "step 3/")
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "stopped by SIGTERM" in output
+    (step, path), = train.checkpoints(folder / "out")
+    again = start(setting, "out", f"--max_steps={step + 2}", "--lora_rank=2", "--resume=True")
+    assert again.wait(timeout=60) == 0
+    assert [s for s, _ in train.checkpoints(folder / "out")] == [step, step + 2]
+
+
+def test_half_written_checkpoint_is_ignored_and_full_disk_keeps_the_last(tmp_path):
+    model = apply_lora(tiny_model(), 2, 4)
+    optim = train.DecoupledLionW([p for p in model.parameters() if p.requires_grad])
+    save = lambda step: train.save_checkpoint(model, optim, tmp_path, {"step": step}, "base", 2)
+    save(1)
+    (tmp_path / "step_7.tmp").mkdir()
+    (tmp_path / "step_8").mkdir()  # complete by name only
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="step_2 could not be saved.*newest complete checkpoint is step_1"):
+            save(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [s for s, _ in train.checkpoints(tmp_path)] == [1] and not (tmp_path / "step_2").exists()
+    for step in (3, 4):
+        save(step)
+    assert [s for s, _ in train.checkpoints(tmp_path)] == [3, 4]
+
+
+# ----------------------------------------------------------------------------- bad input
+def refused(setting, *more, data=None, wanted):
+    """The command line plus `more` ends with status 2, one line on stderr holding `wanted`, and no checkpoint."""
+    folder, knobs = setting
+    result = run_here("train.py", *knobs, "--max_steps=2", f"--out_dir={folder / 'out'}", *more)
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, (result.stdout, result.stderr)
+    assert wanted in result.stderr and result.stderr.startswith("train.py: error: ")
+    assert not list(folder.glob("out/step_*"))
+
+
+@pytest.mark.parametrize("more, wanted", [
+    (["--learning_rat=1"], "nearest is learning_rate"),
+    (["--max_steps=two"], "max_steps"),
+    (["--max_epochs=1"], "exactly one of max_steps"),
+    (["--lora_rank=4", "--lora_targets=q_proj,w_proj"], "w_proj"),
+    (["--lora_rank=4", "--scratch=True"], "scratch"),
+    (["--global_batch=0"], "global_batch"),
+    (["--device=cuda:0"], "no GPU"),
+    (["--resume=True"], "no complete checkpoint"),
+    (["--seq_len=100"], "longer than the model's max_position_embeddings=64"),
+    (["--adapter=nowhere"], "adapter_config.json: not found"),
+    (["--data=nowhere"], "meta.json"),
+    (["--base=nowhere"], "config.json: not found"),
+    (["--val_data=other=nowhere"], "nowhere"),
+    (["--out_dir=/proc/nothing"], "/proc/nothing"),
+])
+def test_bad_command_lines(setting, more, wanted):
+    if more == ["--device=cuda:0"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    if "--seq_len=100" in more:  # as cpt data may be cut anywhere, only the model sets the bound
+        write_tokens(setting[0] / "data", np.ones((3, 100)))
+    refused(setting, *more, wanted=wanted)
+
+
+def break_data(folder, how):
+    meta = json.loads((folder / "data/meta.json").read_text())
+    if how == "truncated":
+        os.truncate(folder / "data/train.bin", 100)
+    elif how == "vocabulary":
+        (folder / "data/meta.json").write_text(json.dumps({**meta, "vocab_size": 62}))
+    elif how == "tokenizer":
+        (folder / "base/tokenizer.model").write_bytes(b"another")
+    elif how == "masked":
+        write_tokens(folder / "data", np.ones((4, 16)), np.full((4, 16), IGNORE))
+    elif how == "empty":
+        write_tokens(folder / "data", np.ones((0, 16)))
+    elif how == "garbage meta":
+        (folder / "data/meta.json").write_text("{")
+
+
+@pytest.mark.parametrize("how, wanted", [
+    ("truncated", "truncated"), ("vocabulary", "vocabulary of 62"), ("tokenizer", "another tokenizer"),
+    ("masked", "no token of the batch is a target"), ("empty", "make no row"), ("garbage meta", "meta.json")])
+def test_bad_data(setting, how, wanted):
+    break_data(setting[0], how)
+    refused(setting, wanted=wanted)
+
+
+def test_foreign_checkpoint_and_existing_run_are_refused(setting):
+    folder, knobs = setting
+    out = ["--lora_rank=2", f"--out_dir={folder / 'run'}"]
+    assert run_here("train.py", *knobs, *out, "--max_steps=1").returncode == 0
+    for more, wanted in [([], "holds a run"), (["--resume=True", "--lora_rank=3"], "lora_rank=2, not 3"),
+                         (["--resume=True", f"--data={folder / 'other'}"], "other")]:
+        if "other" in wanted:
+            write_tokens(folder / "other", np.full((5, 16), 7))
+        argv = [a for a in knobs + out if a.split("=")[0] not in {m.split("=")[0] for m in more}]
+        result = run_here("train.py", *argv, *more, "--max_steps=3")
+        assert result.returncode == 2 and wanted in result.stderr, result.stderr
+    (folder / "run/step_1/state/state.json").write_text("{}")
+    result = run_here("train.py", *knobs, *out, "--resume=True", "--max_steps=3")
+    assert result.returncode == 2 and "not written by train.py" in result.stderr
+
+
+def test_adapter_for_another_base_is_refused(setting):
+    folder, knobs = setting
+    assert run_here("train.py", *knobs, "--lora_rank=2", "--max_steps=1", f"--out_dir={folder / 'run'}").returncode == 0
+    Llama(TINY).init_weights(1).save_pretrained(folder / "base2")
+    knobs = [k for k in knobs if not k.startswith("--base")] + [f"--base={folder / 'base2'}"]
+    refused((folder, knobs), f"--adapter={folder / 'run/step_1'}", wanted="another base")
