@@ -420,6 +420,7 @@ class Llama(nn.Module):
                              f"max_position_embeddings={self.config.max_position_embeddings}")
         if docs is not None:
             positions = document_positions(docs, B * T).view(B, T)
+            torch._dynamo.maybe_mark_dynamic(docs, 0)  # or every new number of documents would compile again
         else:
             positions = torch.arange(T, device=tokens.device)[None] + (0 if start is None else start[:, None])
         angle_dtype = torch.promote_types(self.compute_dtype, torch.float32)

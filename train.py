@@ -123,10 +123,14 @@ class TokenRows:
         folder = Path(folder)
         if not (folder / "meta.json").is_file():
             raise FileNotFoundError(f"{folder}: no meta.json; make the folder with prepare_data.py")
-        self.meta = json.loads((folder / "meta.json").read_text())
+        try:
+            self.meta = json.loads((folder / "meta.json").read_text())
+            counts = self.meta["splits"][split]
+        except (ValueError, KeyError) as e:
+            raise ValueError(f"{folder}/meta.json: not a whole meta.json of prepare_data.py ({e!r})") from None
         if seq_len and seq_len != self.meta["seq_len"] and self.meta["kind"] == "ift":
             raise ValueError(f"seq_len={seq_len}: the rows of {folder} are packed for {self.meta['seq_len']}")
-        self.seq_len, self.doc_mask, counts = seq_len or self.meta["seq_len"], doc_mask, self.meta["splits"][split]
+        self.seq_len, self.doc_mask = seq_len or self.meta["seq_len"], doc_mask
         read = lambda name, kind, n: read_array(folder / f"{split}.{name}", kind, n)
         self.tokens = read("bin", self.meta["dtype"], counts["tokens"])
         self.starts = read("docs.bin", "uint64", None)
@@ -193,8 +197,8 @@ def check_tokenizer(folder, meta, vocab_size):
     if not files:
         print0(f"note: {folder} has no tokenizer, so only the size of the data's vocabulary could be checked")
     elif meta["tokenizer_sha256"] not in hashes.values():
-        raise ValueError(f"data was made with the tokenizer {meta['tokenizer_name']}, sha256 "
-                         f"{meta['tokenizer_sha256'][:12]}, but {folder} has " +
+        raise ValueError(f"data was made with another tokenizer than the model's: {meta['tokenizer_name']}, sha256 "
+                         f"{meta['tokenizer_sha256'][:12]}; {folder} has " +
                          ", ".join(f"{name} {sha[:12]}" for name, sha in hashes.items()))
 
 
@@ -228,7 +232,10 @@ def mean_loss(model, rows, microbatch, device, limit=0):
     model.eval()
     total, count, n = 0.0, 0, min(limit or len(rows), len(rows))
     for i in range(0, n, microbatch):
-        tokens, targets, docs = stack([rows[j] for j in range(i, min(i + microbatch, n))], device)
+        part = [rows[j] for j in range(i, min(i + microbatch, n))]
+        # filled up with rows that count for nothing: another shape would compile again
+        part += [(part[0][0], np.full_like(part[0][1], IGNORE), part[0][2])] * (microbatch - len(part))
+        tokens, targets, docs = stack(part, device)
         total += model(tokens, targets, docs if rows.doc_mask else None, reduction="sum")[1].item()
         count += int((targets != IGNORE).sum())
     model.train()
@@ -385,6 +392,8 @@ def check_knobs():
     for name in ("global_batch", "microbatch", "log_interval"):
         if globals()[name] < 1:
             raise ValueError(f"{name} must be at least 1, found {globals()[name]}")
+    if global_batch % microbatch:
+        raise ValueError(f"microbatch={microbatch} does not divide global_batch={global_batch}")
     if scratch and (lora_rank or adapter):
         raise ValueError("scratch: LoRA needs a pretrained base; say scratch=False or lora_rank=0")
     if lora_rank and adapter:

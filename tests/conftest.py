@@ -11,7 +11,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 
+torch.set_num_threads(1)  # tiny models: threads would only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # outputs of the original tools and real data; beside the checkout, not in it
 sys.path.insert(0, str(ROOT))

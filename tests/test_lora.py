@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_model import CUTS, close, edit_bytes, edit_config, edit_tensors, loss_of, one_line, tiny, tokens_like
 from test_model import one_thread  # noqa: F401 (a fixture of the whole file)
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from lora import (LoRAMatmul, LoRAProjection, adapter_tensors, apply_lora, dropout_bits, fingerprint, load_adapter,
@@ -303,6 +304,16 @@ def test_matmul_of_unusual_inputs(kind, call):
 
 def test_each_forward_keeps_its_own_mask_for_its_backward():
     same_value_and_gradients(matmul_inputs("qv"), DROPOUT, (0.25, torch.tensor(9)), NO_DROPOUT)
+
+
+@pytest.mark.parametrize("x_needs_gradient", [True, False])
+def test_backward_spends_nothing_on_gradients_of_the_base(x_needs_gradient):
+    """One product with W in forward, one in backward if x needs it; the rest is small at rank 1."""
+    W, A, B = (torch.randn(shape, requires_grad=shape != (512, 256)) for shape in ((512, 256), (1, 256), (512, 1)))
+    with FlopCounterMode(display=False) as counted:
+        x = torch.randn(32, 256, requires_grad=x_needs_gradient)
+        LoRAMatmul.apply(x, W, A, B, ((0, 512),), 1.0, *DROPOUT).sum().backward()
+    assert 1 <= counted.get_total_flops() / (2 * 32 * 512 * 256) - x_needs_gradient < 1.1 and W.grad is None
 
 
 def test_backward_can_be_repeated():

@@ -18,10 +18,10 @@ from tokenizer import (BYTE_TOKENS, CHAR_OF_BYTE, GPT2_WORDS, LLAMA3_SPECIAL, LL
 CORPUS = [
     "The quick brown fox jumps over the lazy dog, and the dog's owner says: \"that's it\"!",
     "def add(a, b):\n    return a + b\n\n\nfor i in range(10):\n\tprint(i, 'is', i * i)\n",
-    "In 1999 there were 365 days; 2 + 2 = 4, 12.5% of 80 is 10.  Natalia sold 48/2 = <<48/2=24>>24 clips.",
+    "In 2024 there were 365 days; 2 + 2 = 4, 12.5% of 2024 is 253.  Natalia sold 48/2 = <<48/2=24>>24 clips in 2024.",
     "Größe, naïve café, señor; Ελλάδα; русский текст; 日本語の文; \U0001f600\U0001f680; e\u0301 \u00a0 ½ Ⅷ.",
 ] * 4
-LETTERS = list("ab tThe o1 2.,'!?\n\t\r▁séßЖ日½\u0301\u00a0\u3000\U0001f600\x04\x16\u017f") + ["'s", "  ", "▁▁", "\r\n"]
+LETTERS = list("ab tThe o1 2.,'!?\n\t\r▁séßЖ日½\u0301\u00a0\u3000\U0001f600\x04\x16\u017f") + ["'s", "  ", "▁▁", "\r\n", "2024"]
 TEXTS = st.one_of(st.lists(st.sampled_from(LETTERS), max_size=20).map("".join),
                   st.text(st.characters(exclude_categories=["Cs"]), max_size=12))
 few = settings(max_examples=80, deadline=None, derandomize=True, database=None)

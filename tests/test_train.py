@@ -295,10 +295,16 @@ def test_half_written_checkpoint_is_ignored_and_full_disk_keeps_the_last(tmp_pat
 
 
 # ----------------------------------------------------------------------------- bad input
-def refused(setting, *more, data=None, wanted):
+def without(more, knobs):
+    """Knobs that `more` does not set again."""
+    return [knob for knob in knobs if knob.split("=")[0] not in {m.split("=")[0] for m in more}]
+
+
+def refused(setting, *more, wanted):
     """The command line plus `more` ends with status 2, one line on stderr holding `wanted`, and no checkpoint."""
     folder, knobs = setting
-    result = run_here("train.py", *knobs, "--max_steps=2", f"--out_dir={folder / 'out'}", *more)
+    knobs = without(more, knobs + ["--max_steps=2", f"--out_dir={folder / 'out'}"])
+    result = run_here("train.py", *knobs, *more)
     assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, (result.stdout, result.stderr)
     assert wanted in result.stderr and result.stderr.startswith("train.py: error: ")
     assert not list(folder.glob("out/step_*"))
@@ -307,7 +313,7 @@ def refused(setting, *more, data=None, wanted):
 @pytest.mark.parametrize("more, wanted", [
     (["--learning_rat=1"], "nearest is learning_rate"),
     (["--max_steps=two"], "max_steps"),
-    (["--max_epochs=1"], "exactly one of max_steps"),
+    (["--max_epochs=1", "--max_steps=2"], "exactly one of max_steps"),
     (["--lora_rank=4", "--lora_targets=q_proj,w_proj"], "w_proj"),
     (["--lora_rank=4", "--scratch=True"], "scratch"),
     (["--global_batch=0"], "global_batch"),
@@ -360,8 +366,7 @@ def test_foreign_checkpoint_and_existing_run_are_refused(setting):
                          (["--resume=True", f"--data={folder / 'other'}"], "other")]:
         if "other" in wanted:
             write_tokens(folder / "other", np.full((5, 16), 7))
-        argv = [a for a in knobs + out if a.split("=")[0] not in {m.split("=")[0] for m in more}]
-        result = run_here("train.py", *argv, *more, "--max_steps=3")
+        result = run_here("train.py", *without(more, knobs + out), *more, "--max_steps=3")
         assert result.returncode == 2 and wanted in result.stderr, result.stderr
     (folder / "run/step_1/state/state.json").write_text("{}")
     result = run_here("train.py", *knobs, *out, "--resume=True", "--max_steps=3")
@@ -372,5 +377,4 @@ def test_adapter_for_another_base_is_refused(setting):
     folder, knobs = setting
     assert run_here("train.py", *knobs, "--lora_rank=2", "--max_steps=1", f"--out_dir={folder / 'run'}").returncode == 0
     Llama(TINY).init_weights(1).save_pretrained(folder / "base2")
-    knobs = [k for k in knobs if not k.startswith("--base")] + [f"--base={folder / 'base2'}"]
-    refused((folder, knobs), f"--adapter={folder / 'run/step_1'}", wanted="another base")
+    refused(setting, f"--base={folder / 'base2'}", f"--adapter={folder / 'run/step_1'}", wanted="another base")
