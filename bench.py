@@ -153,15 +153,16 @@ def alternate(runs):
 
 # -----------------------------------------------------------------------------
 if __name__ == "__main__":
-    with one_line_errors(), tempfile.TemporaryDirectory() as scratch:
+    with one_line_errors(), tempfile.TemporaryDirectory() as _scratch:
         config = configure(globals())
-        device = pick_device(device)
-        if not model:
-            Llama(LlamaConfig(**SMOLLM2_135M)).init_weights().save_pretrained(scratch)
-        folder = model or scratch
-        sides = ("ours", "peer") if side == "both" else (side,)
         if side == "both":
             print(knob_table(globals()))
+        device = pick_device(device)
+        if not model:
+            Llama(LlamaConfig(**SMOLLM2_135M)).init_weights().save_pretrained(_scratch)
+        folder = model or _scratch
+        sides = ("ours", "peer") if side == "both" else (side,)
+        if side == "both":
             print(f"{device_name(device)}, {versions()}")
         results = {}
         for kind in parts:

@@ -16,6 +16,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -34,18 +35,41 @@ TARGETS = {"all": PROJECTIONS, "attention": PROJECTIONS[:4], "mlp": PROJECTIONS[
 
 # ----------------------------------------------------------------------------- the matmul
 @torch.library.custom_op("lora::dropout_bits", mutates_args=())
-def dropout_bits(seed: torch.Tensor, like: torch.Tensor, n: int) -> torch.Tensor:
-    """n tensors of like's shape with uniform int16, a function of the seed alone (per device type)."""
-    generator = torch.Generator(like.device).manual_seed(int(seed))
-    # one 64-bit draw serves four elements, which is what makes a mask cheap on a CPU
-    words = torch.empty((n * like.numel() + 3) // 4, dtype=torch.int64, device=like.device)
-    bits = words.random_(-2 ** 63, None, generator=generator).view(torch.int16)
-    return bits[:n * like.numel()].view(n, *like.shape).clone()
+def dropout_bits(seed: torch.Tensor, like: torch.Tensor, n: int, backward: bool = False) -> torch.Tensor:
+    """n tensors of like's shape with uniform int16, a function of the seed alone (per device type).
+
+    `backward` changes nothing here: it keeps torch.compile from taking the call in backward for a
+    repetition of the one in forward, whose masks it would then store."""
+    words = (n * like.numel() + 3) // 4  # one 64-bit draw serves four elements
+    if like.device.type == "cpu":  # SFC64 is what makes a mask cheap: torch's generator takes twice as long
+        drawn = torch.from_numpy(np.random.SFC64(int(seed)).random_raw(words).view(np.int64))
+    else:
+        generator = torch.Generator(like.device).manual_seed(int(seed))
+        drawn = torch.empty(words, dtype=torch.int64, device=like.device).random_(-2 ** 63, None, generator=generator)
+    return drawn.view(torch.int16)[:n * like.numel()].view(n, *like.shape)
 
 
 @dropout_bits.register_fake
-def _(seed, like, n):
+def _(seed, like, n, backward=False):
     return like.new_empty((n, *like.shape), dtype=torch.int16)
+
+
+@torch.library.custom_op("lora::matmul_add", mutates_args=())
+def matmul_add(x: torch.Tensor, W: torch.Tensor, P: torch.Tensor, B: torch.Tensor, starts: list[int], ends: list[int],
+               scale: float) -> torch.Tensor:
+    """x W^T, plus scale P_i B_i^T on the columns of each span; P holds the P_i side by side, B the B_i stacked.
+
+    An operator of its own because torch.compile would turn the additions in place into copies."""
+    y, rank = x @ W.T, B.shape[1]
+    lengths = [end - start for start, end in zip(starts, ends)]
+    for start, end, P_i, B_i in zip(starts, ends, P.split(rank, 1), B.split(lengths)):
+        y[:, start:end].addmm_(P_i, B_i.T, alpha=scale)
+    return y
+
+
+@matmul_add.register_fake
+def _(x, W, P, B, starts, ends, scale):
+    return x.new_empty((x.shape[0], W.shape[0]))
 
 
 class LoRAMatmul(torch.autograd.Function):
@@ -56,17 +80,15 @@ class LoRAMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, A, B, spans, scale, p, seed):
-        a, b = adapter_parts(A, B, spans, x.dtype)
+        a = A.to(x.dtype)
         drop = round(p * 65536)
         scale = scale / (1 - drop / 65536)
-        y = x @ W.T
         if drop:
             keep = dropout_bits(seed, x, len(spans)) >= drop - 32768
-            P = torch.cat([(x * keep[i]) @ a[i].T for i in range(len(spans))], 1)
+            P = torch.cat([(x * keep[i]) @ a_i.T for i, a_i in enumerate(a.split(B.shape[1]))], 1)
         else:
-            P = x @ A.to(x.dtype).T
-        for i, (start, end) in enumerate(spans):
-            y[:, start:end].addmm_(P.split(B.shape[1], 1)[i], b[i].T, alpha=scale)
+            P = x @ a.T
+        y = matmul_add(x, W, P, B.to(x.dtype), [s for s, _ in spans], [e for _, e in spans], scale)
         ctx.save_for_backward(x, W, A, B, P, seed)
         ctx.spans, ctx.scale, ctx.drop = spans, scale, drop
         return y
@@ -86,7 +108,7 @@ class LoRAMatmul(torch.autograd.Function):
             if dx is not None:
                 dx.addmm_(stacked, A.to(x.dtype))
             return dx, None, dA, dB, None, None, None, None
-        keep = dropout_bits(seed, x, len(spans)) >= ctx.drop - 32768
+        keep = dropout_bits(seed, x, len(spans), backward=True) >= ctx.drop - 32768
         dA = torch.cat([dP_i.T @ (x * keep[i]) for i, dP_i in enumerate(dP)]).to(A.dtype)
         if dx is not None:
             for i, dP_i in enumerate(dP):
@@ -209,10 +231,11 @@ def save_adapter(model, folder, base_name=""):
     """Write adapter_config.json and adapter_model.safetensors as peft 0.11.1 names them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lora = model.lora
+    lora, paths = model.lora, [path for path, _, _ in adapters(model)]
+    everywhere = len(paths) == len(lora["targets"]) * len(model.layers)  # else name the modules one by one
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
               "r": lora["rank"], "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"],
-              "target_modules": list(lora["targets"]), "use_rslora": lora["rslora"], "use_dora": False,
+              "target_modules": list(lora["targets"]) if everywhere else paths, "use_rslora": lora["rslora"], "use_dora": False,
               "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
               "modules_to_save": None, "layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}}
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))

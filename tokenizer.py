@@ -12,8 +12,8 @@ Three kinds of file, told apart by content:
     SmolLM2) or a BPE over characters with byte fallback (Llama-2). Any other is refused by the name of the part that is
     not supported, because a tokenizer that is almost right trains an almost right model.
 
-Special tokens are ids, not text: "</s>" inside a text is four ordinary characters (Hugging Face makes it one id, so that
-a document can end itself), and special ids decode to nothing.
+Special tokens are ids, not text: "</s>" inside a text is four ordinary characters (Hugging Face makes it one id, so
+that a document can end itself), and special ids decode to nothing.
 """
 import base64
 import hashlib
@@ -48,8 +48,9 @@ BYTE_TOKENS = {f"<0x{b:02X}>": bytes([b]) for b in range(256)}  # how the other 
 
 class Tokenizer:
     """
-    What load_tokenizer returns. vocab_size counts all ids, special ones too; bos_id and eos_id are None where there are
-    none; special_ids maps names of special tokens to ids; silent is the set of ids that decode to nothing.
+    What load_tokenizer returns. vocab_size counts all ids, special ones too; bos_id and eos_id are None if there are
+    none; special_ids maps names of special tokens to ids; silent is the set of ids that decode to nothing; sha256 is
+    the file's; name is for printing.
     """
 
     def __init__(self, kind, encode_text, decode_ids, vocab_size, bos_id, eos_id, special_ids, silent):
@@ -59,7 +60,7 @@ class Tokenizer:
         self._encode_text, self._decode_ids = encode_text, decode_ids
 
     def encode(self, text, bos=False, eos=False):
-        """The list of ids of a text. ValueError: half a surrogate pair in the text, a bos or eos that does not exist."""
+        """The ids of a text, a list of int. ValueError: half a surrogate pair in it, or no such id as bos or eos."""
         for name, wanted, token_id in (("BOS", bos, self.bos_id), ("EOS", eos, self.eos_id)):
             if wanted and token_id is None:
                 raise ValueError(f"this tokenizer has no {name} id ({self.name})")
@@ -67,7 +68,7 @@ class Tokenizer:
         return [self.bos_id] * bool(bos) + self._encode_text(text) + [self.eos_id] * bool(eos)
 
     def decode(self, ids):
-        """The text of a sequence of ids; bytes that are not UTF-8 become U+FFFD. ValueError: id outside the vocabulary."""
+        """The text of ids; bytes that are not UTF-8 become U+FFFD. ValueError: an id outside the vocabulary."""
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
             raise ValueError(f"token ids from {min(ids)} to {max(ids)} reach outside the vocabulary ({self.name})")
@@ -88,7 +89,7 @@ def load_tokenizer(folder_or_file):
                                     f"{', '.join(names[:8]) or 'nothing'}{', ...' if len(names) > 8 else ''}")
         path = found[0]
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file or folder; expected a tokenizer.model, a tokenizer.json or their folder")
+        raise FileNotFoundError(f"{path}: no such file; expected tokenizer.model, tokenizer.json or their folder")
     data = path.read_bytes()
     if data.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: this is a git-lfs pointer and not the tokenizer; run `git lfs pull` in its folder")
@@ -110,7 +111,7 @@ def _sentencepiece(path, data):
     except RuntimeError:
         model = None
     if model is None:
-        raise ValueError(f"{path}: neither a sentencepiece model, nor tiktoken ranks, nor a tokenizer.json (cut short?): "
+        raise ValueError(f"{path}: neither a sentencepiece model nor tiktoken ranks nor a tokenizer.json (cut short?): "
                          f"{len(data):,} bytes that begin with {data[:16]!r}")
     size = model.vocab_size()
     special_ids = {model.id_to_piece(i): i for i in range(size) if model.is_control(i)}
@@ -166,8 +167,8 @@ def _huggingface(path, data):
     are not the ids of the file: ids_of_rank translates.
     """
     def refuse(part, found):
-        raise ValueError(f"{path}: {part} {json.dumps(found, ensure_ascii=False)[:300]} is not supported; supported are "
-                         "byte-level BPE (as GPT-2, Llama-3, SmolLM2) and BPE with byte fallback (as Llama-2)")
+        raise ValueError(f"{path}: {part} {json.dumps(found, ensure_ascii=False)[:300]} is not supported; supported "
+                         "are byte-level BPE (as GPT-2, Llama-3, SmolLM2) and BPE with byte fallback (as Llama-2)")
 
     spec = _read_json(path, data)
     model, added = spec.get("model") or {}, spec.get("added_tokens") or []
@@ -188,7 +189,11 @@ def _huggingface(path, data):
         ids_of_rank.append([vocab[token]])
     if words is None:  # a word begins at a blank if no token reaches over one; else the whole text is one word
         words = ALL if any(SPACE in token.lstrip(SPACE) for token in tokens) else f"{SPACE}*[^{SPACE}]+|{SPACE}+"
-    split = _tiktoken(words, ranks, dropped=bytes(b for b in range(256) if byte_level and not ids_of_rank[b]))
+    dropped = bytes(b for b in range(256) if byte_level and not ids_of_rank[b])
+    try:
+        split = _tiktoken(words, ranks, dropped)
+    except ValueError as error:
+        refuse(f"a regex that tiktoken cannot read ({error}):", words)
     fused = vocab.get(model.get("unk_token")) if model.get("fuse_unk") else None
 
     def encode_text(text):
@@ -209,7 +214,7 @@ def _huggingface(path, data):
 
 
 def _text_steps(spec, refuse):
-    """normalizer and pre_tokenizer as a list of text -> text, the regex of the words (None: to be found), byte-level?"""
+    """normalizer and pre_tokenizer: a list of text -> text, the regex of words (or None), whether byte-level."""
     steps = []
     for node in _leaves(spec.get("normalizer"), "normalizers"):
         match node:
@@ -291,9 +296,9 @@ def _char_table(model, refuse):
 def _merged_tokens(model, added_ids, byte_level, refuse):
     """
     The tokens that merges form, in tiktoken's order of preference. Hugging Face ranks pairs, tiktoken the token that a
-    pair forms. They agree if a token has the rank of the pair with which BPE over the token alone ends, for no other
-    pair ever forms it: between two borders that stay uncrossed BPE runs as if nothing were outside. A token that it does
-    not reach alone is reached nowhere (Llama-3's file lists every way to halve a token, so most of its pairs are dead).
+    pair forms. They agree if a token has the rank of the pair with which BPE over that token alone ends, for no other
+    pair ever forms it: between two borders that stay uncrossed BPE runs as if nothing were outside. A token that BPE
+    over it alone does not reach is reached nowhere (Llama-3's file lists all ways to halve a token: half are dead).
     """
     vocab = model["vocab"]
     rank = {tuple(pair.split(" ") if isinstance(pair, str) else pair): i for i, pair in enumerate(model["merges"], 1)}
@@ -381,6 +386,7 @@ def text_stopper(tokenizer, stop_strings, stop_ids=()):
     stop string. To be asked after every new id; decodes only the end, since what came earlier was asked about earlier.
     """
     stop_strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    stop_ids = set(stop_ids)
     if "" in stop_strings:
         raise ValueError("an empty stop string would stop every text at once")
     # an id that is not silent is a byte at least; 4 more, since the first may lose a blank or be the end of a character
@@ -409,7 +415,7 @@ class StreamDecoder:
     def push(self, token_id):
         self.ids.append(token_id)
         text = self.tokenizer.decode(self.ids)
-        settled = text[:-3] + text[-3:].rstrip("\ufffd")  # a character lacks at most 3 bytes, and shows as U+FFFD so far
+        settled = text[:-3] + text[-3:].rstrip("\ufffd")  # a character's first 1 to 3 bytes, if they are that
         new, self.shown = settled[self.shown:], max(self.shown, len(settled))
         if len(self.ids) > 64 and self.shown == len(settled):  # a few ids are context enough: a short list decodes fast
             self.ids = _end_of(self.ids, 8, self.tokenizer.silent)

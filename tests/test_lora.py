@@ -19,7 +19,7 @@ from lora import (LoRAMatmul, LoRAProjection, adapter_tensors, apply_lora, dropo
 from model import PROJECTIONS, Llama, LlamaConfig
 
 GOLDEN_ADAPTERS = ["stories260k-r4-all", "gqa-r8-rslora", "gqa-r16-qv"]
-ADAPTER, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+CONFIG, ADAPTER, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
 # ----------------------------------------------------------------------------- helpers
@@ -149,6 +149,14 @@ def test_adapter_of_peft_loads_here_and_goes_back(base, tmp_path, config):
     close(peft_logits(base, tmp_path / "ours"), want, 1e-4)
     again = load_adapter(Llama.from_pretrained(base), tmp_path / "ours").eval()
     assert torch.equal(again(TOKENS)[0], model(TOKENS)[0]) and again.lora == model.lora
+
+
+def test_all_linear_as_a_word_in_the_file_is_all_projections(tmp_path):
+    """peft writes the names it stood for; a config written by hand may keep the word."""
+    model = with_adapters()
+    save_adapter(model, tmp_path)
+    edit_config(CONFIG, target_modules="all-linear")(tmp_path)
+    assert torch.equal(load_adapter(tiny(), tmp_path).eval()(TOKENS)[0], model(TOKENS)[0])
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -483,7 +491,7 @@ def test_fingerprint_tells_bases_apart(base, tmp_path):
 
 
 # ----------------------------------------------------------------------------- bad input
-Q, CONFIG = "base_model.model.model.layers.1.self_attn.q_proj", "adapter_config.json"
+Q = "base_model.model.model.layers.1.self_attn.q_proj"
 changed = partial(edit_config, CONFIG)
 BAD_ADAPTERS = {
     "no folder": (shutil.rmtree, [CONFIG, "not found"]),

@@ -432,7 +432,7 @@ BAD_FOLDERS = {
     "only pickles": (only_pickles, ["pytorch_model.bin", "convert", "save_pretrained"]),
     **{f"weights {what}": (edit_bytes("model.safetensors", cut), ["model.safetensors"]) for what, cut in CUTS.items()}}
 BAD_SHARDS = {
-    "missing": (lambda f: (f / SHARD).unlink(), [SHARD]),
+    "missing": (lambda f: (f / SHARD).unlink(), [SHARD, "missing", INDEX]),
     "cut short": (edit_bytes(SHARD, lambda b: b[:-10]), [SHARD]),
     "holds less than the index says": (edit_tensors({"model.layers.1.input_layernorm.weight": None}, SHARD),
                                        ["missing model.layers.1.input_layernorm.weight"]),

@@ -1,0 +1,130 @@
+"""quickstart.py: a tiny setting of the whole, its table against the logs, and starting it again."""
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+
+from conftest import ROOT, run_stage
+from quickstart import compare
+
+TINY = ["--max_records=40", "--source_problems=40", "--target_problems=60", "--vocab_size=400", "--hidden_size=16",
+        "--intermediate_size=32", "--layers=1", "--heads=2", "--kv_heads=1", "--seq_len=128", "--base_steps=4",
+        "--base_batch=2", "--steps=3", "--eval_rows=4"]
+PARAMETERS = 400 * 16 + (16 + 2 * 8 + 16) * 16 + 3 * 16 * 32 + 3 * 16  # embedding (tied), attention, MLP, norms
+LORA = {rank: rank * ((16 + 16) + 2 * (16 + 8) + (16 + 16) + 3 * (16 + 32)) for rank in (1, 2, 4)}
+
+
+def quickstart(cwd, *knobs):
+    return run_stage(ROOT / "quickstart.py", *TINY, *knobs, cwd=cwd)
+
+
+def commands(stdout):
+    """[(script's name, its other arguments)] of the commands that were printed before they ran."""
+    words = [shlex.split(line[2:]) for line in stdout.splitlines() if line.startswith("$ python ")]
+    return [(line[1].rpartition("/")[2], line[2:]) for line in words]
+
+
+def table(stdout):
+    """{row: numbers} of the printed table."""
+    return {line.split()[0]: [float(x.replace(",", "")) for x in re.findall(r"-?[\d,.]+", line.split(maxsplit=1)[1].replace("->", ""))]
+            for line in stdout.splitlines() if re.match(r"(base|full|lora-r\d+) +\d", line)}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, stdout) of a whole run."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    done = quickstart(folder, "--lora_ranks=2,1")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+    return folder, done.stdout
+
+
+def test_table_says_what_the_logs_say(finished):
+    folder, stdout = finished
+    rows = table(stdout)
+    assert list(rows) == ["base", "full", "lora-r2", "lora-r1"]
+    for name, numbers in rows.items():
+        lines = [json.loads(line) for line in (folder / "out/quickstart" / name / "log.jsonl").read_text().splitlines()]
+        first, last = [line["val"] for line in lines if "val" in line]
+        trained = {"lora-r2": LORA[2], "lora-r1": LORA[1]}.get(name, PARAMETERS)
+        change = [first["target"] - last["target"], last["source"] - first["source"]] * (name != "base")
+        expected = [first["target"], last["target"], *change[:1], first["source"], last["source"], *change[1:], trained]
+        assert numbers[:-1] == pytest.approx(expected, abs=5.1e-4), name
+        [step] = [line for line in lines if "seconds" in line]  # fewer steps than log_interval
+        assert numbers[-1] == pytest.approx(step["seconds"] * step["step"], abs=0.51)
+    # all finetuning starts from the base, and LoRA's first step changes nothing
+    assert rows["base"][1] == pytest.approx(rows["full"][0], abs=1.1e-3)
+    assert rows["full"][0] == rows["lora-r2"][0] == rows["lora-r1"][0]
+
+
+def test_the_words_say_what_the_table_says(finished):
+    folder, stdout = finished
+    rows = table(stdout)
+    for verb, column in (("Learned", 2), ("Forgot", 5)):
+        [sentence] = [line for line in stdout.splitlines() if line.startswith(verb)]
+        said = [float(x) for x in re.findall(r"(?:full|r=\d+) (-?\d+\.\d+)", sentence)]
+        assert said == pytest.approx([rows[name][column] for name in ("full", "lora-r2", "lora-r1")], abs=1.1e-3)
+
+
+def test_every_step_is_a_command_that_was_shown(finished):
+    folder, stdout = finished
+    shown = commands(stdout)
+    assert [script for script, _ in shown] == ["prepare_data.py"] * 3 + ["train.py"] * 4 + ["sample.py"]
+    for script, argv in shown[:3]:
+        stored = json.loads((folder / dict(a[2:].split("=", 1) for a in argv)["out_dir"] / "meta.json").read_text())
+        assert stored["tokenizer_name"].startswith("sentencepiece")
+    done = run_stage(ROOT / "sample.py", *shown[-1][1], "--max_new_tokens=4", cwd=folder)  # as a reader would
+    assert done.returncode == 0 and "Answer:" in done.stdout, done.stderr
+
+
+def test_started_again_it_makes_only_what_is_missing(finished, tmp_path):
+    folder, stdout = tmp_path / "copy", finished[1]
+    shutil.copytree(finished[0], folder)
+    done = quickstart(folder, "--lora_ranks=2,1")
+    assert done.returncode == 0 and [script for script, _ in commands(done.stdout)] == ["sample.py"]
+    assert done.stdout[done.stdout.index("\nHeld-out"):] == stdout[stdout.index("\nHeld-out"):]
+
+    shutil.rmtree(folder / "out/quickstart/lora-r2/step_3")  # as if killed before the first checkpoint
+    done = quickstart(folder, "--lora_ranks=2")
+    assert done.returncode == 0, done.stderr
+    assert [script for script, _ in commands(done.stdout)] == ["train.py", "sample.py"]
+    assert table(done.stdout)["lora-r2"][:-1] == table(stdout)["lora-r2"][:-1]
+
+
+def test_other_knobs_on_the_same_folders_are_refused(finished):
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    done = quickstart(folder, "--lora_learning_rate=0.5")
+    assert done.returncode == 2 and done.stdout == ""
+    assert "data/quickstart was made with lora_learning_rate=" in done.stderr and "not 0.5" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_a_failing_step_ends_it(tmp_path):
+    done = quickstart(tmp_path, "--lora_ranks=1", "--heads=3")
+    assert done.returncode == 2 and "Held-out" not in done.stdout
+    assert re.search(r"^train.py: error: ", done.stderr, re.M)
+
+
+@pytest.mark.parametrize("ranks", ["", "0,2"])
+def test_ranks_are_checked_first(tmp_path, ranks):
+    done = quickstart(tmp_path, f"--lora_ranks={ranks}")
+    assert done.returncode == 2 and "lora_ranks: " in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("full, loras, verdict", [
+    (2.0, {16: 1.5, 4: 1.0}, "LoRA learned less than full finetuning, as in the paper, and the less the lower its rank."),
+    (2.0, {4: 1.5, 16: 1.0}, "LoRA learned less than full finetuning, as in the paper; not in the order of rank."),
+    (2.0, {16: 2.5, 4: 1.0}, "LoRA learned less than full finetuning only at r=4, and the less the lower its rank."),
+    (2.0, {16: 2.5}, "LoRA did not learn less than full finetuning in this run, other than in the paper."),
+    (2.0, {16: 2.0}, "LoRA did not learn less than full finetuning in this run, other than in the paper.")])
+def test_verdicts(full, loras, verdict):
+    assert compare("learned", full, loras).endswith(verdict)
+    assert compare("forgot", full, loras).endswith(verdict.replace("learned", "forgot").replace("learn ", "forget "))
+
+
+def test_shares_only_of_a_positive_change():
+    assert compare("forgot", 0.5, {2: 0.1}).startswith("Forgot (nats a token): full 0.500, LoRA r=2 0.100 (20%). ")
+    assert compare("forgot", -0.5, {2: -0.6}).startswith("Forgot (nats a token): full -0.500, LoRA r=2 -0.600. ")
