@@ -34,9 +34,9 @@ TARGETS = {"all": PROJECTIONS, "attention": PROJECTIONS[:4], "mlp": PROJECTIONS[
 
 
 # ----------------------------------------------------------------------------- the matmul
-@torch.library.custom_op("lora::dropout_bits", mutates_args=())
-def dropout_bits(seed: torch.Tensor, like: torch.Tensor, n: int, backward: bool = False) -> torch.Tensor:
-    """n tensors of like's shape with uniform int16, a function of the seed alone (per device type).
+@torch.library.custom_op("lora::dropout_keep", mutates_args=())
+def dropout_keep(seed: torch.Tensor, like: torch.Tensor, n: int, drop: int, backward: bool = False) -> torch.Tensor:
+    """n boolean masks of like's shape, False with probability drop / 65536: a function of the seed (per device type).
 
     `backward` changes nothing here: it keeps torch.compile from taking the call in backward for a
     repetition of the one in forward, whose masks it would then store."""
@@ -46,12 +46,12 @@ def dropout_bits(seed: torch.Tensor, like: torch.Tensor, n: int, backward: bool 
     else:
         generator = torch.Generator(like.device).manual_seed(int(seed))
         drawn = torch.empty(words, dtype=torch.int64, device=like.device).random_(-2 ** 63, None, generator=generator)
-    return drawn.view(torch.int16)[:n * like.numel()].view(n, *like.shape)
+    return (drawn.view(torch.int16)[:n * like.numel()] >= drop - 32768).view(n, *like.shape)
 
 
-@dropout_bits.register_fake
-def _(seed, like, n, backward=False):
-    return like.new_empty((n, *like.shape), dtype=torch.int16)
+@dropout_keep.register_fake
+def _(seed, like, n, drop, backward=False):
+    return like.new_empty((n, *like.shape), dtype=torch.bool)
 
 
 @torch.library.custom_op("lora::matmul_add", mutates_args=())
@@ -84,7 +84,7 @@ class LoRAMatmul(torch.autograd.Function):
         drop = round(p * 65536)
         scale = scale / (1 - drop / 65536)
         if drop:
-            keep = dropout_bits(seed, x, len(spans)) >= drop - 32768
+            keep = dropout_keep(seed, x, len(spans), drop)
             P = torch.cat([(x * keep[i]) @ a_i.T for i, a_i in enumerate(a.split(B.shape[1]))], 1)
         else:
             P = x @ a.T
@@ -108,7 +108,7 @@ class LoRAMatmul(torch.autograd.Function):
             if dx is not None:
                 dx.addmm_(stacked, A.to(x.dtype))
             return dx, None, dA, dB, None, None, None, None
-        keep = dropout_bits(seed, x, len(spans), backward=True) >= ctx.drop - 32768
+        keep = dropout_keep(seed, x, len(spans), ctx.drop, backward=True)
         dA = torch.cat([dP_i.T @ (x * keep[i]) for i, dP_i in enumerate(dP)]).to(A.dtype)
         if dx is not None:
             for i, dP_i in enumerate(dP):

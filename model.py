@@ -22,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from attention import KVCache, causal_attention, document_attention, document_positions
+
 IGNORE = -100  # a target with this value is not predicted
 
 # our matrix -> the published projections it holds, in row order
@@ -174,75 +176,6 @@ def rotary_frequencies(config, dtype=torch.float32):
     low, high = s["low_freq_factor"], s["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - keep) * freq / s["factor"] + keep * freq
-
-
-# ----------------------------------------------------------------------------- attention
-def document_positions(docs, n):
-    """Position of each of n flattened tokens in its own document; docs [n_docs + 1] are the borders."""
-    return torch.arange(n, device=docs.device) - docs[:-1].repeat_interleave(docs.diff(), output_size=n)
-
-
-@torch.compiler.disable  # the number of documents changes from batch to batch
-def document_attention(q, k, v, docs):
-    """Causal attention inside each document; q [B, T, H, hd], k and v [B, T, KV, hd], docs borders in B*T."""
-    shape, scale_heads = q.shape, q.shape[2] // k.shape[2]
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        from torch.nn.attention.varlen import varlen_attn
-        k, v = (x.repeat_interleave(scale_heads, 1) for x in (k, v))
-        cu, longest = docs.int(), shape[1]  # no document is longer than a row, and asking would sync
-        return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0)).view(shape)
-    lengths = docs.diff().tolist()
-    parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)))
-    out = [F.scaled_dot_product_attention(a[None], b[None], c[None], is_causal=True, enable_gqa=True)[0]
-           for a, b, c in parts]
-    return torch.cat(out, 1).transpose(0, 1).reshape(shape)
-
-
-def causal_attention(q, k, v):
-    """Causal attention along T; shapes as document_attention."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-
-class KVCache:
-    """Keys and values [layers, rows, KV, length, hd] of running sequences, and how long each one is."""
-
-    def __init__(self, config, rows, length, device, dtype):
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.lengths = [0] * rows
-        self.decoding = False  # until open_step: whole prompts are stored, then one token a row
-
-    def copy_row(self, row, other, other_row):
-        """Let `row` continue what `other` holds in `other_row`."""
-        n = self.lengths[row] = other.lengths[other_row]
-        self.k[:, row, :, :n] = other.k[:, other_row, :, :n]
-        self.v[:, row, :, :n] = other.v[:, other_row, :, :n]
-
-    def open_step(self, rows):
-        """Before a decoding step of the first `rows` rows: where each one writes and what it may see."""
-        device, self.decoding = self.k.device, True
-        self.rows, self.row_index = rows, torch.arange(rows, device=device)
-        self.write_at = torch.tensor(self.lengths[:rows], device=device)
-        self.longest = max(self.lengths[:rows]) + 1
-        seen = torch.arange(self.longest, device=device) <= self.write_at[:, None]
-        self.bias = torch.zeros(seen.shape, device=device, dtype=self.k.dtype)
-        self.bias = self.bias.masked_fill_(~seen, -math.inf)[:, None, None]
-
-    def prefill(self, layer, k, v):
-        """Store whole prompts: k and v [rows, T, KV, hd]."""
-        self.k[layer, :, :, :k.shape[1]] = k.transpose(1, 2)
-        self.v[layer, :, :, :v.shape[1]] = v.transpose(1, 2)
-
-    def attend(self, layer, q, k, v):
-        """Store one token of each row and attend to all before it; q [rows, 1, H, hd] -> same shape."""
-        self.k[layer, self.row_index, :, self.write_at] = k[:, 0]
-        self.v[layer, self.row_index, :, self.write_at] = v[:, 0]
-        k, v = self.k[layer, :self.rows, :, :self.longest], self.v[layer, :self.rows, :, :self.longest]
-        # query heads that share a key head stand where a longer sequence's queries would stand
-        grouped = q.view(self.rows, k.shape[1], -1, q.shape[-1])
-        return F.scaled_dot_product_attention(grouped, k, v, attn_mask=self.bias).reshape(q.shape)
 
 
 # ----------------------------------------------------------------------------- the network

@@ -14,7 +14,7 @@ from test_model import one_thread  # noqa: F401 (a fixture of the whole file)
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from lora import (LoRAMatmul, LoRAProjection, adapter_tensors, apply_lora, dropout_bits, fingerprint, load_adapter,
+from lora import (LoRAMatmul, LoRAProjection, adapter_tensors, apply_lora, dropout_keep, fingerprint, load_adapter,
                   merge_folders, merge_lora, resolve_targets, save_adapter)
 from model import PROJECTIONS, Llama, LlamaConfig
 
@@ -260,9 +260,9 @@ def matmul_inputs(which, T=10, rank=3, seed=0):
 
 
 def matmul_by_hand(x, W, A, B, spans, scale, p, seed):
-    """What PEFT computes, with the mask that dropout_bits draws, for autograd to differentiate."""
+    """What PEFT computes, with the mask that dropout_keep draws, for autograd to differentiate."""
     drop = round(p * 65536)
-    keep = (dropout_bits(seed, x, len(spans)) >= drop - 32768) if p else torch.ones(len(spans), 1, 1)
+    keep = dropout_keep(seed, x, len(spans), drop) if p else torch.ones(len(spans), 1, 1)
     y, rank, row = x @ W.T, B.shape[1], 0
     for i, (start, end) in enumerate(spans):
         part = x * keep[i] / (1 - drop / 65536) @ A[i * rank:(i + 1) * rank].T @ B[row:row + end - start].T
@@ -334,7 +334,7 @@ def test_backward_can_be_repeated():
 # ----------------------------------------------------------------------------- dropout
 def test_masks_are_fair_and_independent():
     """The rate, and every pair of neighbours (in one word, in a row, of two adapters), within five sigma."""
-    keep = dropout_bits(torch.tensor(3), torch.empty(500, 331), 3) >= round(0.05 * 65536) - 32768
+    keep = dropout_keep(torch.tensor(3), torch.empty(500, 331), 3, round(0.05 * 65536))
     assert keep.shape == (3, 500, 331)
     dropped = (~keep).double()
     pairs = [(a, b) for i, a in enumerate(dropped) for b in dropped[i + 1:]]
@@ -344,11 +344,11 @@ def test_masks_are_fair_and_independent():
         assert abs(sample.mean().item() - p) < 5 * (p * (1 - p) / sample.numel()) ** 0.5
 
 
-def test_bits_use_the_whole_range_evenly():
-    bits = dropout_bits(torch.tensor(3), torch.empty(512, 512), 2).flatten().long() + 32768
-    counts = torch.bincount(bits // 256, minlength=256).double()
-    chi2 = ((counts - counts.mean()).square() / counts.mean()).sum()
-    assert len(counts) == 256 and abs(chi2 - 255) < 5 * (2 * 255) ** 0.5
+@pytest.mark.parametrize("drop", [1, 255, 3277, 16384, 32768, 60000, 65535])
+def test_rate_is_right_over_its_whole_range(drop):
+    dropped = (~dropout_keep(torch.tensor(3), torch.empty(512, 512), 2, drop)).double()
+    p = drop / 65536
+    assert abs(dropped.mean().item() - p) < 5 * (p * (1 - p) / dropped.numel()) ** 0.5
 
 
 def test_dropout_is_unbiased():
@@ -361,8 +361,8 @@ def test_dropout_is_unbiased():
     assert ((many.mean(0) - plain).abs() < 5 * many.std(0) / 2000 ** 0.5).all()
 
 
-def test_dropout_bits_under_compile_have_the_right_shape_and_schema():
-    torch.library.opcheck(dropout_bits, (torch.tensor(1), torch.empty(5, 7), 3),
+def test_masks_under_compile_have_the_right_shape_and_schema():
+    torch.library.opcheck(dropout_keep, (torch.tensor(1), torch.empty(5, 7), 3, 3277),
                           test_utils=("test_schema", "test_faketensor"))
 
 
@@ -384,7 +384,7 @@ def test_the_same_seed_drops_the_same_and_eval_drops_nothing():
 
 def test_layers_and_groups_draw_their_own_masks(monkeypatch):
     seeds = []
-    monkeypatch.setattr("lora.dropout_bits", lambda seed, *rest: seeds.append(seed.item()) or dropout_bits(seed, *rest))
+    monkeypatch.setattr("lora.dropout_keep", lambda seed, *rest: seeds.append(seed.item()) or dropout_keep(seed, *rest))
     with_adapters(dropout=0.3).train()(TOKENS)
     assert len(set(seeds)) == len(seeds) == 2 * 4
 
