@@ -154,8 +154,9 @@ def resolve_targets(targets):
     """'all', 'attention', 'mlp', or projection names (a list, or text with commas) -> tuple of names."""
     if isinstance(targets, str):
         targets = TARGETS.get(targets, tuple(t.strip() for t in targets.split(",")))
-    if unknown := [t for t in targets if t not in PROJECTIONS] or not targets:
-        raise ValueError(f"lora_targets: {unknown} unknown; expected {', '.join(TARGETS)} or some of "
+    unknown = [t for t in targets if t not in PROJECTIONS]
+    if unknown or not targets:
+        raise ValueError(f"lora_targets: found {', '.join(unknown) or 'none'}; expected {', '.join(TARGETS)} or some of "
                          f"{', '.join(PROJECTIONS)}")
     return tuple(targets)
 
@@ -208,7 +209,7 @@ def merge_lora(model):
 
 
 def fingerprint(model):
-    """Tells bases apart, whatever dtype they were loaded in: sha256 of some weights rounded to bf16."""
+    """Tells bases apart, loaded in bf16 or better: sha256 of some weights rounded to bf16."""
     weights = [model.norm.weight, model.embed_tokens.weight[:64], model.layers[0].self_attn.qkv_proj.weight[:64]]
     digest = hashlib.sha256()
     for w in weights:
@@ -255,9 +256,14 @@ def read_adapter_config(folder):
         config = json.loads(path.read_text())
     except ValueError as e:
         raise ValueError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: holds no object")
     for key, allowed in (("peft_type", ("LORA",)), ("use_dora", (None, False)), ("fan_in_fan_out", (None, False)),
                          ("bias", (None, "none")), ("modules_to_save", (None, [])), ("rank_pattern", (None, {})),
-                         ("alpha_pattern", (None, {})), ("layer_replication", (None, []))):
+                         ("alpha_pattern", (None, {})), ("layer_replication", (None, [])),
+                         ("exclude_modules", (None, [])),
+                         # the other inits (pissa, olora, loftq ...) change the base's weights as well
+                         ("init_lora_weights", (None, False, "gaussian", "eva", "orthogonal", True))):
         if config.get(key) not in allowed:
             raise ValueError(f"{path}: {key} is {config.get(key)!r}; only {allowed[-1]!r} is supported")
     if missing := [key for key in ("r", "lora_alpha", "target_modules") if not config.get(key)]:
@@ -352,7 +358,9 @@ if __name__ == "__main__":
     from runtime import one_line_errors
 
     with one_line_errors():
-        configure(globals())
+        for name, value in configure(globals()).items():
+            if not value:
+                raise ValueError(f"{name} is not set; see --help")
         difference, largest, lost = merge_folders(base, adapter, out, getattr(torch, dtype))
         print(f"{out}: merged and unmerged logits agree to {difference:.3g} (largest logit {largest:.3g}); "
               f"{lost:.2%} of the change was lost to rounding to {dtype}")

@@ -541,8 +541,9 @@ def open_weights(folder, name="model.safetensors"):
         files = [name]
     else:
         pickled = sorted(p.name for p in folder.glob("*.bin"))
-        hint = (f"; {pickled[0]} is a pickle and is not read: convert it with transformers, "
-                f"AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)") if pickled else ""
+        tool = ("peft, AutoPeftModelForCausalLM" if name.startswith("adapter") else "transformers, AutoModelForCausalLM")
+        hint = (f"; {pickled[0]} is a pickle and is not read: convert it with {tool}"
+                f".from_pretrained(folder).save_pretrained(folder)") if pickled else ""
         raise FileNotFoundError(f"{folder}: neither {name} nor {index.name}{hint}")
     shapes, where = {}, {}
     for file in files:

@@ -89,11 +89,14 @@ def make_shape(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
     lines = [line for record in islice(pystdlib(), max_records or None) for line in record["text"].split("\n")]
-    with open(folder / "tokenizer.model", "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines[::4]), model_writer=file, vocab_size=vocab_size, model_type="bpe",
-            byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+    try:
+        with open(folder / "tokenizer.model", "wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines[::4]), model_writer=file, vocab_size=vocab_size, model_type="bpe",
+                byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
+                normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+    except RuntimeError as error:
+        raise ValueError(f"vocab_size={vocab_size}: {error}") from None
     shape = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab_size,
              "hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": layers,
              "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": seq_len,

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM
 
+from attention import BlockAttention
 from model import (IGNORE, ChunkedCrossEntropy, Llama, LlamaConfig, RMSNorm, Rotary, SwiGLU, rotary_frequencies,
                    sample_ids)
 
@@ -223,6 +224,44 @@ def test_piece_equals_its_formula_and_its_backward_is_the_derivative(piece, by_h
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     close(piece(*inputs), by_hand(*inputs), 1e-12)
     assert torch.autograd.gradcheck(piece, inputs)
+
+
+def attention_and_gradients(attention, tensors):
+    """Value and gradients of attention(q, k, v), in float64, for the same random weights of the outputs."""
+    q, k, v = (x.detach().requires_grad_() for x in tensors)
+    out = attention(q, k, v)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return [x.double() for x in (out.detach(), *torch.autograd.grad(out, (q, k, v), weight))]
+
+
+def fused(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 30])
+def test_block_attention_is_attention(monkeypatch, length, kv_heads):
+    """In fp32 value and gradients are the fused kernel's; in bf16 they are no farther from exact ones than its are."""
+    monkeypatch.setattr("attention.BLOCK", 8)
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, heads, length, 16).bfloat16().float() for heads in (4, kv_heads, kv_heads)]
+    for got, want in zip(*(attention_and_gradients(f, tensors) for f in (BlockAttention.apply, fused))):
+        close(got, want, 1e-5)
+    exact = attention_and_gradients(fused, [x.double() for x in tensors])
+    in_bf16 = (attention_and_gradients(f, [x.bfloat16() for x in tensors]) for f in (BlockAttention.apply, fused))
+    for want, got, peer in zip(exact, *in_bf16):
+        assert (got - want).norm() < 2 * (peer - want).norm() + 0.01 * want.norm()
+
+
+def test_bf16_on_a_cpu_takes_block_attention_for_training_alone(monkeypatch):
+    taken, model, tokens = [], tiny(torch.bfloat16), tokens_like(2, 12)
+    monkeypatch.setattr(BlockAttention, "apply", lambda *qkv: taken.append(qkv[0].shape) or fused(*qkv))
+    with torch.no_grad():
+        model(tokens)
+    assert not taken
+    for docs in (None, torch.tensor([0, 5, 12, 24])):
+        model(tokens, tokens, docs)[1].backward()
+    assert taken == 2 * [(2, 4, 12, 8)] + 2 * [(1, 4, 5, 8), (1, 4, 7, 8), (1, 4, 12, 8)]
 
 
 @pytest.fixture(params=[(1, 1), (61, 61), (3 * 61, 2 * 61), (7 * 61, 10 ** 9), (10 ** 9, 61), (10 ** 9, 10 ** 9)],

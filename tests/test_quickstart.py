@@ -9,15 +9,20 @@ import pytest
 from conftest import ROOT, run_stage
 from quickstart import compare
 
-TINY = ["--max_records=40", "--source_problems=40", "--target_problems=60", "--vocab_size=400", "--hidden_size=16",
-        "--intermediate_size=32", "--layers=1", "--heads=2", "--kv_heads=1", "--seq_len=128", "--base_steps=4",
-        "--base_batch=2", "--steps=3", "--eval_rows=4"]
+TINY = {"max_records": 40, "source_problems": 40, "target_problems": 60, "vocab_size": 400, "hidden_size": 16,
+        "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "seq_len": 128, "base_steps": 4, "base_batch": 2,
+        "steps": 3, "eval_rows": 4, "lora_ranks": "2,1"}
 PARAMETERS = 400 * 16 + (16 + 2 * 8 + 16) * 16 + 3 * 16 * 32 + 3 * 16  # embedding (tied), attention, MLP, norms
 LORA = {rank: rank * ((16 + 16) + 2 * (16 + 8) + (16 + 16) + 3 * (16 + 32)) for rank in (1, 2, 4)}
 
 
-def quickstart(cwd, *knobs):
-    return run_stage(ROOT / "quickstart.py", *TINY, *knobs, cwd=cwd)
+def quickstart(cwd, **knobs):
+    return run_stage(ROOT / "quickstart.py", *(f"--{k}={v}" for k, v in {**TINY, **knobs}.items()), cwd=cwd)
+
+
+def results(stdout):
+    """The table and the sentences below it."""
+    return stdout[stdout.index("\nHeld-out"):stdout.index("\nRead what")]
 
 
 def commands(stdout):
@@ -36,7 +41,7 @@ def table(stdout):
 def finished(tmp_path_factory):
     """(folder, stdout) of a whole run."""
     folder = tmp_path_factory.mktemp("quickstart")
-    done = quickstart(folder, "--lora_ranks=2,1")
+    done = quickstart(folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     return folder, done.stdout
 
@@ -82,12 +87,12 @@ def test_every_step_is_a_command_that_was_shown(finished):
 def test_started_again_it_makes_only_what_is_missing(finished, tmp_path):
     folder, stdout = tmp_path / "copy", finished[1]
     shutil.copytree(finished[0], folder)
-    done = quickstart(folder, "--lora_ranks=2,1")
+    done = quickstart(folder)
     assert done.returncode == 0 and [script for script, _ in commands(done.stdout)] == ["sample.py"]
-    assert done.stdout[done.stdout.index("\nHeld-out"):] == stdout[stdout.index("\nHeld-out"):]
+    assert results(done.stdout) == results(stdout)
 
     shutil.rmtree(folder / "out/quickstart/lora-r2/step_3")  # as if killed before the first checkpoint
-    done = quickstart(folder, "--lora_ranks=2")
+    done = quickstart(folder, lora_ranks=2)
     assert done.returncode == 0, done.stderr
     assert [script for script, _ in commands(done.stdout)] == ["train.py", "sample.py"]
     assert table(done.stdout)["lora-r2"][:-1] == table(stdout)["lora-r2"][:-1]
@@ -96,21 +101,24 @@ def test_started_again_it_makes_only_what_is_missing(finished, tmp_path):
 def test_other_knobs_on_the_same_folders_are_refused(finished):
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    done = quickstart(folder, "--lora_learning_rate=0.5")
+    done = quickstart(folder, lora_learning_rate=0.5)
     assert done.returncode == 2 and done.stdout == ""
     assert "data/quickstart was made with lora_learning_rate=" in done.stderr and "not 0.5" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_a_failing_step_ends_it(tmp_path):
-    done = quickstart(tmp_path, "--lora_ranks=1", "--heads=3")
+@pytest.mark.parametrize("knob, value, error", [
+    ("seq_len", 1, r"^prepare_data.py: error: seq_len: "),  # a step's own error
+    ("vocab_size", 100, r"^quickstart.py: error: vocab_size=100: "), ("vocab_size", 10**6, r"^quickstart.py: error: vocab_size=")])
+def test_a_failing_step_ends_it(tmp_path, knob, value, error):
+    done = quickstart(tmp_path, **{knob: value})
     assert done.returncode == 2 and "Held-out" not in done.stdout
-    assert re.search(r"^train.py: error: ", done.stderr, re.M)
+    assert re.search(error, done.stderr, re.M) and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("ranks", ["", "0,2"])
 def test_ranks_are_checked_first(tmp_path, ranks):
-    done = quickstart(tmp_path, f"--lora_ranks={ranks}")
+    done = quickstart(tmp_path, lora_ranks=ranks)
     assert done.returncode == 2 and "lora_ranks: " in done.stderr and not list(tmp_path.iterdir())
 
 
