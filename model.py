@@ -63,6 +63,8 @@ class LlamaConfig:
             hf = json.loads(path.read_text())
         except ValueError as e:
             raise ValueError(f"{path}: not valid JSON ({e})") from None
+        if not isinstance(hf, dict):
+            raise ValueError(f"{path}: holds no object")
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", hf.get("rope_theta", 10000.0))
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -73,6 +75,9 @@ class LlamaConfig:
                                      ("rope_type", kind, ("default", "llama3"))):
             if found not in allowed:
                 raise ValueError(f"{path}: {what} is {found!r}; this model computes only {allowed[0]!r}")
+        if kind == "llama3" and (absent := {"factor", "low_freq_factor", "high_freq_factor",
+                                            "original_max_position_embeddings"} - rope.keys()):
+            raise ValueError(f"{path}: rope_type llama3 without {', '.join(sorted(absent))}")
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         missing = [key for key in required if key not in hf]
         if missing:
@@ -296,20 +301,22 @@ def sample_ids(logits, temperature, top_p, uniform):
         return logits.argmax(-1)
     probs = torch.softmax(logits.float() / temperature, -1)
     if top_p >= 1:
-        share = probs.double().cumsum(-1)
-        kept = share[:, -1:]
-        order = None
-    else:
-        # sorting a whole vocabulary is slow and hardly ever needed
-        for candidates in (min(256, probs.shape[1]), probs.shape[1]):
-            p, order = probs.topk(candidates, -1)
-            share = p.double().cumsum(-1)
-            if (share[:, -1] >= top_p).all():
-                break
-        last = (share < top_p).sum(-1, keepdim=True).clamp(max=candidates - 1)
-        kept = share.gather(1, last)
-    pick = (share <= uniform[:, None] * kept).sum(-1, keepdim=True).clamp(max=share.shape[1] - 1)
-    return (pick if order is None else order.gather(1, pick))[:, 0]
+        return inverse_cdf(probs, 1.0, uniform)
+    # sorting a whole vocabulary is slow and hardly ever needed; which rows need it does not depend on the others
+    p, order = probs.topk(min(256, probs.shape[1]), -1)
+    ids = order.gather(1, inverse_cdf(p, top_p, uniform)[:, None])[:, 0]
+    if (short := p.double().sum(-1) < top_p).any():
+        p, order = probs[short].sort(-1, descending=True)
+        ids[short] = order.gather(1, inverse_cdf(p, top_p, uniform[short])[:, None])[:, 0]
+    return ids
+
+
+def inverse_cdf(probs, top_p, uniform):
+    """Column of probs [B, n] where the running share of the first columns that reach top_p passes uniform [B]."""
+    share = probs.double().cumsum(-1)
+    last = (share < top_p).sum(-1, keepdim=True).clamp(max=probs.shape[1] - 1) if top_p < 1 else probs.shape[1] - 1
+    kept = share.gather(1, last) if top_p < 1 else share[:, -1:]
+    return (share <= uniform[:, None] * kept).sum(-1).clamp(max=probs.shape[1] - 1)
 
 
 class Llama(nn.Module):
@@ -507,6 +514,8 @@ class Llama(nn.Module):
         """Write a folder that from_pretrained and transformers read; dtype None keeps the parameters'."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        for old in (*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"):
+            old.unlink(missing_ok=True)  # shards or an index of an earlier model would be read with the new one
         parameters, shards, size = dict(self.named_parameters()), [[]], 0
         for name, parts in self.file_tensors().items():
             for (hf, rows), piece in zip(parts, parameters[name].detach().split([rows for _, rows in parts])):
@@ -536,7 +545,10 @@ def open_weights(folder, name="model.safetensors"):
     Raises FileNotFoundError without weights or shard, ValueError for files that are not safetensors."""
     folder, index = Path(folder), Path(folder) / f"{name}.index.json"
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{index}: cut short, or not an index with a weight_map ({e!r})") from None
     elif (folder / name).is_file():
         files = [name]
     else:
@@ -556,6 +568,8 @@ def open_weights(folder, name="model.safetensors"):
         for name in opened.keys():
             if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store this table; it is computed here
                 continue
+            if name in shapes:
+                raise ValueError(f"{folder / file}: holds {name}, which another shard holds too")
             shapes[name], where[name] = tuple(opened.get_slice(name).get_shape()), opened
     return shapes, where
 

@@ -241,16 +241,16 @@ def fused(q, k, v):
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 30])
 def test_block_attention_is_attention(monkeypatch, length, kv_heads):
-    """In fp32 value and gradients are the fused kernel's; in bf16 they are no farther from exact ones than its are."""
+    """Value and gradients: the fused kernel's in fp32, within bf16's rounding in bf16."""
     monkeypatch.setattr("attention.BLOCK", 8)
     torch.manual_seed(0)
     tensors = [torch.randn(2, heads, length, 16).bfloat16().float() for heads in (4, kv_heads, kv_heads)]
-    for got, want in zip(*(attention_and_gradients(f, tensors) for f in (BlockAttention.apply, fused))):
+    exact = attention_and_gradients(fused, tensors)
+    for got, want in zip(attention_and_gradients(BlockAttention.apply, tensors), exact):
         close(got, want, 1e-5)
-    exact = attention_and_gradients(fused, [x.double() for x in tensors])
-    in_bf16 = (attention_and_gradients(f, [x.bfloat16() for x in tensors]) for f in (BlockAttention.apply, fused))
-    for want, got, peer in zip(exact, *in_bf16):
-        assert (got - want).norm() < 2 * (peer - want).norm() + 0.01 * want.norm()
+    if length > 1:  # the gradients of one token's q and k are exactly 0
+        for got, want in zip(attention_and_gradients(BlockAttention.apply, [x.bfloat16() for x in tensors]), exact):
+            assert (got - want).norm() < 0.02 * want.norm()
 
 
 def test_bf16_on_a_cpu_takes_block_attention_for_training_alone(monkeypatch):
