@@ -216,7 +216,8 @@ def test_a_fresh_adapter_is_pefts_init_in_fp32_and_changes_nothing(base_dtype):
             assert module.lora_B.count_nonzero() == 0 and a.abs().max() <= bound
             uniform = torch.linspace(-bound, bound, len(a))  # Kolmogorov-Smirnov, one time in 10,000
             assert (a - uniform).abs().max() / (2 * bound) < 2.2 / len(a) ** 0.5
-    assert torch.equal(model.train()(TOKENS)[0], want)
+    # not bit-equal: the same product in another shape may take another kernel
+    torch.testing.assert_close(model.train()(TOKENS)[0], want, rtol=1e-5, atol=1e-5 if base_dtype == torch.float32 else 5e-2)
 
 
 @pytest.mark.parametrize("rslora, scale", [(False, 3.0), (True, 6.0)])
