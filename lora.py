@@ -167,8 +167,8 @@ def apply_lora(model, rank, alpha, dropout=0.0, targets="all", rslora=False, cho
     The scale is alpha / rank, or alpha / sqrt(rank) with rslora. `chosen(layer, name)` may leave out
     some of the targets (adapters on a part of the blocks). Raises ValueError for impossible values."""
     names = resolve_targets(targets)
-    if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
-        raise ValueError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, found {rank}, {alpha}, {dropout}")
+    if rank < 1 or not alpha > 0 or not 0 <= dropout <= 0.99:
+        raise ValueError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout <= 0.99, found {rank}, {alpha}, {dropout}")
     if any(isinstance(m, LoRAProjection) for m in model.modules()):
         raise ValueError("the model already has adapters")
     model.requires_grad_(False)
@@ -261,7 +261,7 @@ def read_adapter_config(folder):
     for key, allowed in (("peft_type", ("LORA",)), ("use_dora", (None, False)), ("fan_in_fan_out", (None, False)),
                          ("bias", (None, "none")), ("modules_to_save", (None, [])), ("rank_pattern", (None, {})),
                          ("alpha_pattern", (None, {})), ("layer_replication", (None, [])),
-                         ("exclude_modules", (None, [])),
+                         ("exclude_modules", (None, [])), ("alora_invocation_tokens", (None, [])),
                          # the other inits (pissa, olora, loftq ...) change the base's weights as well
                          ("init_lora_weights", (None, False, "gaussian", "eva", "orthogonal", True))):
         if config.get(key) not in allowed:
