@@ -52,6 +52,7 @@ base_learning_rate = 3e-3
 steps = 600
 batch = 2
 full_learning_rate = 1e-4
+gentle_learning_rate = 5e-5  # full finetuning once more, to compare LoRA with a run that learns as much as it
 lora_learning_rate = 3e-4
 lora_ranks = (16, 4)
 eval_rows = 100              # held-out rows of each domain that a loss is the mean of
@@ -152,11 +153,22 @@ def compare(verb, full, loras):
     verdict = (f"LoRA {verb} less than full finetuning, as in the paper" if len(less) == len(loras) else
                f"LoRA {verb} less than full finetuning only at {', '.join(less)}" if less else
                f"LoRA did not {verb.replace('learned', 'learn').replace('forgot', 'forget')} less than full finetuning "
-               "in this run, other than in the paper")
+               "in this run, unlike the paper")
     by_rank = [loras[rank] for rank in sorted(loras)]
     if len(by_rank) > 1:
         verdict += ", and the less the lower its rank" if by_rank == sorted(by_rank) else "; not in the order of rank"
     return f"{verb.capitalize()} (nats a token): full {full:.3f}, {shares}. {verdict}."
+
+
+def compare_at_equal_learning(learned, forgot):
+    """One sentence about the LoRA run that learned most nearly as much as the gentle full one; both {run: nats}."""
+    near = min((name for name in learned if name.startswith("lora")), key=lambda name: abs(learned[name] - learned["gentle"]))
+    text = (f"At equal learning: full at the gentle learning rate learned {learned['gentle']:.3f} and forgot "
+            f"{forgot['gentle']:.3f}; nearest is {near}, which learned {learned[near]:.3f} and forgot {forgot[near]:.3f}. ")
+    if abs(learned[near] - learned["gentle"]) > 0.05 * abs(learned["gentle"]):
+        return text + "They learned too unequally to be compared."
+    return text + ("So low rank kept more of the source than a smaller learning rate did." if forgot[near] < forgot["gentle"]
+                   else "So a smaller learning rate kept as much of the source as low rank did, or more.")
 
 
 # ----------------------------------------------------------------------------- the whole
@@ -187,11 +199,11 @@ if __name__ == "__main__":
 
         # 3: finetuning, with everything but the learning rate and LoRA the same
         runs = {"base": base}
-        for rank in (0, *lora_ranks):
-            name, knobs = ("full", {}) if not rank else (f"lora-r{rank}", {"lora_rank": rank})
+        kinds = [("full", full_learning_rate, {}), ("gentle", gentle_learning_rate, {}),
+                 *((f"lora-r{rank}", lora_learning_rate, {"lora_rank": rank}) for rank in lora_ranks)]
+        for name, rate, knobs in kinds:
             runs[name] = train(out / name, steps, base=base, data=data / "target", val_data=both, global_batch=batch,
-                               microbatch=batch, optimizer="lionw", **knobs,
-                               learning_rate=lora_learning_rate if rank else full_learning_rate)
+                               microbatch=batch, optimizer="lionw", learning_rate=rate, **knobs)
 
         # 4: what came of it
         print(f"\nHeld-out loss, nats a token, before -> after:\n{'':10}{'target':>16}{'learned':>9}{'source':>19}"
@@ -206,6 +218,7 @@ if __name__ == "__main__":
                   f"{changes[1]:>8}{count_parameters(last):11,}{seconds:9.0f}")
         for verb, changes in (("learned", learned), ("forgot", forgot)):
             print("\n" + compare(verb, changes["full"], {rank: changes[f"lora-r{rank}"] for rank in lora_ranks}))
+        print("\n" + compare_at_equal_learning(learned, forgot))
         print(f"\nRead what they write:\n$ python {os.path.relpath(Path(__file__).parent / 'sample.py')} --model={base} "
               f"--adapter={runs[name]} --prompt='Question: Ava has 12 books. Ben gives Ava 5 more. How many books does "
               "Ava have now?\\nAnswer:'")
