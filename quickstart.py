@@ -32,7 +32,7 @@ from runtime import one_line_errors
 data_dir = 'data/quickstart'
 out_dir = 'out/quickstart'
 # source domain: Python, and a few word problems without GSM8K's notation, for Llama had read such things as well
-max_records = 0              # documents of each to read; 0 = all
+max_records = 0              # read at most so many documents of each; 0 = all
 source_problems = 2000
 # target domain
 target_problems = 10000      # 5% of them are held out
@@ -79,7 +79,7 @@ def remember_knobs(folder, config):
     path, kept = Path(folder, "quickstart.json"), {name: value for name, value in config.items() if name not in _free}
     before = json.loads(path.read_text()) if path.exists() else kept
     if changed := [f"{name}={before.get(name)}, not {kept[name]}" for name in kept if before.get(name) != kept[name]]:
-        raise ValueError(f"{folder} was made with {', '.join(changed)}; delete it, or give another data_dir and out_dir")
+        raise ValueError(f"{folder} was made with {', '.join(changed)}; delete it, or choose other folders")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(kept, indent=1))
 
@@ -133,7 +133,8 @@ def read_log(folder):
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = [line["val"] for line in lines if "val" in line]
     trained = [line for line in lines if "seconds" in line]  # each the mean over the steps since the one before
-    seconds = sum(line["seconds"] * (line["step"] - before["step"]) for before, line in zip([{"step": 0}, *trained], trained))
+    steps = [line["step"] - before["step"] for before, line in zip([{"step": 0}, *trained], trained)]
+    seconds = sum(line["seconds"] * n for line, n in zip(trained, steps))
     return {name: (losses[0][name], losses[-1][name]) for name in losses[0]}, seconds
 
 
@@ -148,7 +149,8 @@ def count_parameters(folder):
 
 def compare(verb, full, loras):
     """One sentence about the changes of loss, {rank: nats}, of LoRA beside that of full finetuning."""
-    shares = ", ".join(f"LoRA r={rank} {change:.3f}" + f" ({change / full:.0%})" * (full > 0) for rank, change in loras.items())
+    shares = ", ".join(f"LoRA r={rank} {change:.3f}" + (f" ({change / full:.0%})" if full > 0 else "")
+                       for rank, change in loras.items())
     less = [f"r={rank}" for rank, change in loras.items() if change < full]
     verdict = (f"LoRA {verb} less than full finetuning, as in the paper" if len(less) == len(loras) else
                f"LoRA {verb} less than full finetuning only at {', '.join(less)}" if less else
@@ -162,7 +164,8 @@ def compare(verb, full, loras):
 
 def compare_at_equal_learning(learned, forgot):
     """One sentence about the LoRA run that learned most nearly as much as the gentle full one; both {run: nats}."""
-    near = min((name for name in learned if name.startswith("lora")), key=lambda name: abs(learned[name] - learned["gentle"]))
+    loras = [name for name in learned if name.startswith("lora")]
+    near = min(loras, key=lambda name: abs(learned[name] - learned["gentle"]))
     text = (f"At equal learning: full at the gentle learning rate learned {learned['gentle']:.3f} and forgot "
             f"{forgot['gentle']:.3f}; nearest is {near}, which learned {learned[near]:.3f} and forgot {forgot[near]:.3f}. ")
     if abs(learned[near] - learned["gentle"]) > 0.05 * abs(learned["gentle"]):
@@ -195,7 +198,8 @@ if __name__ == "__main__":
         # 2: the base
         both = f"source={data / 'source'},target={data / 'target'}"
         base = train(out / "base", base_steps, base=shape, scratch=True, data=data / "pretrain", val_data=both,
-                     global_batch=base_batch, microbatch=base_batch, optimizer="adamw", learning_rate=base_learning_rate)
+                     global_batch=base_batch, microbatch=base_batch, optimizer="adamw",
+                     learning_rate=base_learning_rate)
 
         # 3: finetuning, with everything but the learning rate and LoRA the same
         runs = {"base": base}

@@ -33,8 +33,9 @@ def commands(stdout):
 
 def table(stdout):
     """{row: numbers} of the printed table."""
-    return {line.split()[0]: [float(x.replace(",", "")) for x in re.findall(r"-?[\d,.]+", line.split(maxsplit=1)[1].replace("->", ""))]
-            for line in stdout.splitlines() if re.match(r"(base|full|gentle|lora-r\d+) +\d", line)}
+    lines = [line.replace("->", "").replace(",", "").split() for line in stdout.splitlines()
+             if re.match(r"(base|full|gentle|lora-r\d+) +\d", line)]
+    return {name: [float(number) for number in numbers] for name, *numbers in lines}
 
 
 @pytest.fixture(scope="module")
