@@ -223,6 +223,6 @@ if __name__ == "__main__":
         for verb, changes in (("learned", learned), ("forgot", forgot)):
             print("\n" + compare(verb, changes["full"], {rank: changes[f"lora-r{rank}"] for rank in lora_ranks}))
         print("\n" + compare_at_equal_learning(learned, forgot))
+        prompt = "Question: Ava has 12 books. Ben gives Ava 5 more. How many books does Ava have now?\\nAnswer:"
         print(f"\nRead what they write:\n$ python {os.path.relpath(Path(__file__).parent / 'sample.py')} --model={base} "
-              f"--adapter={runs[name]} --prompt='Question: Ava has 12 books. Ben gives Ava 5 more. How many books does "
-              "Ava have now?\\nAnswer:'")
+              f"--adapter={runs[name]} --max_new_tokens={seq_len // 2} --prompt='{prompt}'")

@@ -488,7 +488,7 @@ if __name__ == "__main__":
         elif state["step"] >= steps:
             print0(f"{started_from}: the run is complete")
         window, started = [], time.perf_counter()
-        for step in range(state["step"], steps):
+        for step in range(first := state["step"], steps):
             clock = time.perf_counter()
             batch = [train_rows[i] for i in rows_of_step(step, global_batch, len(train_rows), seed, shuffle)]
             lr = optim.param_groups[0]["lr"] = learning_rate_at(step, steps)
@@ -498,7 +498,7 @@ if __name__ == "__main__":
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise ValueError(f"step {step + 1}: loss {loss}, gradient norm {norm}; the rows were "
                                  f"{rows_of_step(step, global_batch, len(train_rows), seed, shuffle).tolist()}")
-            if step == state["step"]:
+            if step == first:
                 check_first_step(model, loss, fresh=scratch and not resume)
             optim.step()
             optim.zero_grad(set_to_none=True)

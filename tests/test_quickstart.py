@@ -7,10 +7,10 @@ import shutil
 import pytest
 
 from conftest import ROOT, run_stage
-from quickstart import compare, compare_at_equal_learning
+from quickstart import compare, compare_at_equal_learning, read_log
 
 TINY = {"max_records": 40, "source_problems": 40, "target_problems": 60, "vocab_size": 400, "hidden_size": 16,
-        "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "seq_len": 128, "base_steps": 4, "base_batch": 2,
+        "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "seq_len": 192, "base_steps": 4, "base_batch": 2,
         "steps": 3, "eval_rows": 4, "lora_ranks": "2,1"}
 PARAMETERS = 400 * 16 + (16 + 2 * 8 + 16) * 16 + 3 * 16 * 32 + 3 * 16  # embedding (tied), attention, MLP, norms
 LORA = {rank: rank * ((16 + 16) + 2 * (16 + 8) + (16 + 16) + 3 * (16 + 32)) for rank in (1, 2, 4)}
@@ -81,7 +81,7 @@ def test_every_step_is_a_command_that_was_shown(finished):
     for script, argv in shown[:3]:
         stored = json.loads((folder / dict(a[2:].split("=", 1) for a in argv)["out_dir"] / "meta.json").read_text())
         assert stored["tokenizer_name"].startswith("sentencepiece")
-    done = run_stage(ROOT / "sample.py", *shown[-1][1], "--max_new_tokens=4", cwd=folder)  # as a reader would
+    done = run_stage(ROOT / "sample.py", *shown[-1][1], cwd=folder)  # as a reader would
     assert done.returncode == 0 and "Answer:" in done.stdout, done.stderr
 
 
@@ -131,6 +131,13 @@ def test_ranks_are_checked_first(tmp_path):
 def test_verdicts(full, loras, verdict):
     assert compare("learned", full, loras).endswith(verdict)
     assert compare("forgot", full, loras).endswith(verdict.replace("learned", "forgot").replace("learn ", "forget "))
+
+
+def test_read_log_adds_up_the_steps_between_lines(tmp_path):
+    lines = [{"step": 0, "val": {"source": 3.0}}, {"step": 50, "seconds": 0.5, "loss": 2.0}, {"step": 50, "val": {"source": 2.5}},
+             {"step": 70, "seconds": 2.0, "loss": 1.0}, {"step": 70, "val": {"source": 4.0}}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert read_log(tmp_path) == ({"source": (3.0, 4.0)}, 50 * 0.5 + 20 * 2.0)
 
 
 def test_shares_only_of_a_positive_change():
