@@ -7,8 +7,8 @@
     python lora.py --base=FOLDER --adapter=FOLDER --out=FOLDER      # writes a merged model folder
 
 Projections that read the same input are one matrix W (model.GROUPS); their adapters act on row
-slices of it, so x is read once. The backward pass is written by hand: it keeps x, P and a seed, and
-draws the dropout mask again. A and B are fp32 and are rounded to x's dtype where they are used.
+slices of it, so x is read once. The backward pass is written by hand: it keeps x, P and seeds, and
+draws the dropout masks again. A and B are fp32 and are rounded to x's dtype where they are used.
 """
 import hashlib
 import json
@@ -16,7 +16,6 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -34,24 +33,21 @@ TARGETS = {"all": PROJECTIONS, "attention": PROJECTIONS[:4], "mlp": PROJECTIONS[
 
 
 # ----------------------------------------------------------------------------- the matmul
-@torch.library.custom_op("lora::dropout_keep", mutates_args=())
-def dropout_keep(seed: torch.Tensor, like: torch.Tensor, n: int, drop: int, backward: bool = False) -> torch.Tensor:
-    """n boolean masks of like's shape, False with probability drop / 65536: a function of the seed (per device type).
+def keep_mask(seed, like, drop, again=False):
+    """Boolean mask of like's shape, False with probability drop / 2^32: a function of the seed, int32 [2], alone.
 
-    `backward` changes nothing here: it keeps torch.compile from taking the call in backward for a
-    repetition of the one in forward, whose masks it would then store."""
-    words = (n * like.numel() + 3) // 4  # one 64-bit draw serves four elements
-    if like.device.type == "cpu":  # SFC64 is what makes a mask cheap: torch's generator takes twice as long
-        drawn = torch.from_numpy(np.random.SFC64(int(seed)).random_raw(words).view(np.int64))
-    else:
-        generator = torch.Generator(like.device).manual_seed(int(seed))
-        drawn = torch.empty(words, dtype=torch.int64, device=like.device).random_(-2 ** 63, None, generator=generator)
-    return (drawn.view(torch.int16)[:n * like.numel()] >= drop - 32768).view(n, *like.shape)
-
-
-@dropout_keep.register_fake
-def _(seed, like, n, drop, backward=False):
-    return like.new_empty((n, *like.shape), dtype=torch.bool)
+    Each element hashes its index, by Wellons' lowbias32 (github.com/skeeto/hash-prospector) with the second half of
+    the seed mixed in after its first shift. Plain integer operators, so that torch.compile draws a mask where it is used, without
+    storing it, and every device draws the same. In backward say `again`: it changes nothing but the way there, else
+    the compiler would see what it computed in forward and keep all masks until then."""
+    h = torch.arange(again, again + like.numel(), dtype=torch.int32, device=like.device).view(like.shape)
+    if again:
+        h.sub_(1)
+    h.mul_(-0x61C88647).add_(seed[0])
+    h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF)).add_(seed[1]).mul_(0x21F0AAAD)  # "and" makes the shift logical
+    h.bitwise_xor_((h >> 15).bitwise_and_(0x1FFFF)).mul_(0x735A2D97)
+    h.bitwise_xor_((h >> 15).bitwise_and_(0x1FFFF))
+    return h >= drop - 2 ** 31
 
 
 @torch.library.custom_op("lora::matmul_add", mutates_args=())
@@ -76,26 +72,26 @@ class LoRAMatmul(torch.autograd.Function):
     """y = x W^T, plus on the rows of each span: scale * dropout(x) A_i^T B_i^T.
 
     x [T, K]; W [N, K] frozen; A [n r, K], B [rows of all spans, r]; spans ((start, end), ...) rows of y
-    in the order of A and B; p dropout probability in steps of 1/65536, an own mask for each span as PEFT."""
+    in the order of A and B; p dropout probability, an own mask for each span as PEFT, from seeds
+    int32 [spans, 2]."""
 
     @staticmethod
-    def forward(ctx, x, W, A, B, spans, scale, p, seed):
+    def forward(ctx, x, W, A, B, spans, scale, p, seeds):
         a = A.to(x.dtype)
-        drop = round(p * 65536)
-        scale = scale / (1 - drop / 65536)
+        drop = round(p * 2 ** 32)
+        scale = scale / (1 - drop / 2 ** 32)
         if drop:
-            keep = dropout_keep(seed, x, len(spans), drop)
-            P = torch.cat([(x * keep[i]) @ a_i.T for i, a_i in enumerate(a.split(B.shape[1]))], 1)
+            P = torch.cat([(x * keep_mask(seed, x, drop)) @ a_i.T for seed, a_i in zip(seeds, a.split(B.shape[1]))], 1)
         else:
             P = x @ a.T
         y = matmul_add(x, W, P, B.to(x.dtype), [s for s, _ in spans], [e for _, e in spans], scale)
-        ctx.save_for_backward(x, W, A, B, P, seed)
+        ctx.save_for_backward(x, W, A, B, P, seeds)
         ctx.spans, ctx.scale, ctx.drop = spans, scale, drop
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, W, A, B, P, seed = ctx.saved_tensors
+        x, W, A, B, P, seeds = ctx.saved_tensors
         spans, rank = ctx.spans, B.shape[1]
         a, b = adapter_parts(A, B, spans, x.dtype)
         parts = [dy[:, start:end] for start, end in spans]
@@ -108,11 +104,11 @@ class LoRAMatmul(torch.autograd.Function):
             if dx is not None:
                 dx.addmm_(stacked, A.to(x.dtype))
             return dx, None, dA, dB, None, None, None, None
-        keep = dropout_keep(seed, x, len(spans), ctx.drop, backward=True)
-        dA = torch.cat([dP_i.T @ (x * keep[i]) for i, dP_i in enumerate(dP)]).to(A.dtype)
+        keep = [keep_mask(seed, x, ctx.drop, again=True) for seed in seeds]
+        dA = torch.cat([dP_i.T @ (x * keep_i) for dP_i, keep_i in zip(dP, keep)]).to(A.dtype)
         if dx is not None:
-            for i, dP_i in enumerate(dP):
-                dx += (dP_i @ a[i]).mul_(keep[i])
+            for dP_i, a_i, keep_i in zip(dP, a, keep):
+                dx += (dP_i @ a_i).mul_(keep_i)
         return dx, None, dA, dB, None, None, None, None
 
 
@@ -138,9 +134,9 @@ class LoRAProjection(nn.Module):
 
     def forward(self, x):
         p = self.dropout if self.training else 0.0
-        seed = torch.randint(2 ** 62, ()) if p else None
+        seeds = torch.randint(-2 ** 31, 2 ** 31, (len(self.adapted), 2), dtype=torch.int32) if p else None
         y = LoRAMatmul.apply(x.flatten(0, -2), self.weight.to(x.dtype), self.lora_A, self.lora_B,
-                             self.spans, self.scale, p, seed)
+                             self.spans, self.scale, p, seeds)
         return y.view(*x.shape[:-1], -1)
 
     def deltas(self):
