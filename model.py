@@ -116,15 +116,16 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps):
-        x32 = at_least_fp32(x)
-        rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, rstd)
-        return (x32 * rstd).to(x.dtype) * weight.to(x.dtype)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return F.rms_norm(at_least_fp32(x), x.shape[-1:], eps=eps).to(x.dtype) * weight.to(x.dtype)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, rstd = ctx.saved_tensors
-        xhat, dy32 = at_least_fp32(x) * rstd, at_least_fp32(dy)
+        x, weight = ctx.saved_tensors
+        x32, dy32 = at_least_fp32(x), at_least_fp32(dy)
+        rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + ctx.eps)
+        xhat = x32 * rstd
         dw = (dy32 * xhat).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
         dxhat = dy32 * weight
         dx = rstd * (dxhat - xhat * (dxhat * xhat).mean(-1, keepdim=True))
@@ -132,12 +133,18 @@ class RMSNorm(torch.autograd.Function):
 
 
 class Rotary(torch.autograd.Function):
-    """Rotate the pairs (x[i], x[i + hd/2]) by the angle of each position; x [B, T, heads, hd]."""
+    """Rotate the pairs (x[i], x[i + hd/2]) by the angle of each position; x [B, T, heads, hd], cos and sin of `tables`."""
+
+    @staticmethod
+    def tables(angles):
+        """angles [..., hd/2] -> cos and sin [..., hd]: of both halves, signed as the rotation needs them."""
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     @staticmethod
     def rotate(x, cos, sin):
         a, b = x.chunk(2, -1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+        return torch.addcmul(x * cos, torch.cat((b, a), -1), sin).to(x.dtype)
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -366,7 +373,7 @@ class Llama(nn.Module):
         angle_dtype = torch.promote_types(self.compute_dtype, torch.float32)
         freq = rotary_frequencies(self.config, angle_dtype).to(tokens.device)
         angles = (positions[..., None].to(angle_dtype) * freq)[:, :, None]  # [B or 1, T, 1, hd/2]
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = Rotary.tables(angles)
         x = F.embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
         for block in self.layers:
             x = block(x, cos, sin, docs, cache)
@@ -401,10 +408,12 @@ class Llama(nn.Module):
         place to the next in the queue. A prompt is read once for all its samples. Random numbers
         belong to (seed, prompt, sample, position): a row's text does not depend on its neighbours.
         `on_token(prompt, sample, id)` sees every token as it comes.
-        Raises ValueError for an empty prompt or one without room for max_new_tokens."""
+        Raises ValueError for an empty prompt, ids out of vocabulary, or no room for max_new_tokens."""
         longest = max(map(len, prompts), default=0) + max_new_tokens
-        if any(not p for p in prompts):
-            raise ValueError(f"prompt {[len(p) for p in prompts].index(0)} has no tokens")
+        for i, prompt in enumerate(prompts):
+            if not prompt or not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
+                raise ValueError(f"prompt {i} has " + (f"an id outside the vocabulary of {self.config.vocab_size:,}"
+                                                       if prompt else "no tokens"))
         if longest > self.config.max_position_embeddings:
             raise ValueError(f"longest prompt + max_new_tokens = {longest}, more than the model's "
                              f"max_position_embeddings={self.config.max_position_embeddings}")

@@ -74,7 +74,7 @@ schedule_lag = True          # the paper's stack sets the rate one step late, so
 # watching and saving
 log_interval = 1             # steps
 eval_interval = 0            # steps between validations; 0 = before the first and after the last step only
-eval_rows = 64               # rows of each validation set; 0 = all
+eval_rows = 64               # rows of each validation set, evenly spaced; 0 = all
 save_interval = 0            # steps between checkpoints; 0 = one at the end
 keep_last = 2                # complete checkpoints to keep; 0 = all
 # machine
@@ -228,11 +228,12 @@ def backward_batch(model, rows, microbatch, device, loss_norm="token", doc_mask=
 
 @torch.no_grad()
 def mean_loss(model, rows, microbatch, device, limit=0):
-    """Mean loss per target (nats) over the first `limit` rows of a set (0 = all), without dropout."""
+    """Mean loss per target (nats) over `limit` rows of a set, evenly spaced (0 = all), without dropout."""
     model.eval()
     total, count, n = 0.0, 0, min(limit or len(rows), len(rows))
+    chosen = [i * len(rows) // n for i in range(n)]  # neighbours may be of one document
     for i in range(0, n, microbatch):
-        part = [rows[j] for j in range(i, min(i + microbatch, n))]
+        part = [rows[j] for j in chosen[i:i + microbatch]]
         # filled up with rows that count for nothing: another shape would compile again
         part += [(part[0][0], np.full_like(part[0][1], IGNORE), part[0][2])] * (microbatch - len(part))
         tokens, targets, docs = stack(part, device)

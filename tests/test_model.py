@@ -217,7 +217,7 @@ def swiglu_by_hand(gu):
 
 @pytest.mark.parametrize("piece, by_hand, shapes", [
     (lambda x, w: RMSNorm.apply(x, w, 1e-5), norm_by_hand, [(2, 3, 8), (8,)]),
-    (lambda x: Rotary.apply(x, ANGLES.cos(), ANGLES.sin()), rotary_by_hand, [(2, 3, 4, 8)]),
+    (lambda x: Rotary.apply(x, *Rotary.tables(ANGLES)), rotary_by_hand, [(2, 3, 4, 8)]),
     (SwiGLU.apply, swiglu_by_hand, [(2, 3, 8)])], ids=["RMSNorm", "Rotary", "SwiGLU"])
 def test_piece_equals_its_formula_and_its_backward_is_the_derivative(piece, by_hand, shapes):
     torch.manual_seed(0)
@@ -620,9 +620,10 @@ def test_room_for_exactly_the_context_and_not_one_more():
         model.generate([prompt, [5]], 5)
 
 
-def test_empty_prompt_is_refused_by_its_number():
-    with pytest.raises(ValueError, match="prompt 1 has no tokens"):
-        tiny().generate([[1], [], [2]], 3)
+@pytest.mark.parametrize("wrong, why", [([], "no tokens"), ([1, 4096], "outside the vocabulary"), ([-1], "outside the")])
+def test_impossible_prompt_is_refused_by_its_number(wrong, why):
+    with pytest.raises(ValueError, match=f"prompt 1 has .*{why}"):
+        tiny().generate([[1], wrong, [2]], 3)
 
 
 # ----------------------------------------------------------------------------- drawing a token

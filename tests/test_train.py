@@ -378,3 +378,14 @@ def test_adapter_for_another_base_is_refused(setting):
     assert run_here("train.py", *knobs, "--lora_rank=2", "--max_steps=1", f"--out_dir={folder / 'run'}").returncode == 0
     Llama(TINY).init_weights(1).save_pretrained(folder / "base2")
     refused(setting, f"--base={folder / 'base2'}", f"--adapter={folder / 'run/step_1'}", wanted="another base")
+
+
+def test_validation_looks_at_rows_evenly_spaced():
+    class Rows(list):
+        doc_mask = False
+
+    seen, model = [], tiny_model()
+    model.register_forward_pre_hook(lambda module, args: seen.extend(args[0][args[1][:, 0] != IGNORE, 0].tolist()))
+    rows = Rows((np.full(4, i), np.full(4, 1), np.empty(0, np.int64)) for i in range(10))
+    train.mean_loss(model, rows, 2, "cpu", limit=3)
+    assert seen == [0, 3, 6]
