@@ -16,7 +16,8 @@ def buckets(columns):
 
     All operations of an update run on one list before the next: on a CPU a list fits the cache, so
     memory is read and written once an update; on a GPU it bounds the temporaries."""
-    columns = list(columns)
+    # FSDP's tensors: the update is elementwise, so each rank's part is updated alone
+    columns = [[t.to_local() if hasattr(t, "to_local") else t for t in tensors] for tensors in columns]
     limit = 2 ** 18 if columns and columns[0][0].device.type == "cpu" else 2 ** 26
     rows, size = [], 0
     for tensors in columns:

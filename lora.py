@@ -17,10 +17,11 @@ import shutil
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
-from model import GROUPS, PROJECTIONS, Llama, Projection, compare_names, open_weights
+from model import GROUPS, PROJECTIONS, Llama, Projection, compare_names, fill, open_weights, whole
 
 # ----------------------------------------------------------------------------- knobs of the script
 base = ""           # model folder the adapter was trained on
@@ -128,9 +129,8 @@ class LoRAProjection(nn.Module):
         self.spans = tuple((end - self.parts[name], end) for name, end in zip(self.parts, ends) if name in adapted)
         like = dict(device=self.weight.device, dtype=torch.promote_types(self.weight.dtype, torch.float32))
         K = self.weight.shape[1]
-        # PEFT's init: kaiming_uniform(a=sqrt(5)), which is U(-1, 1) / sqrt(K); B = 0, so the start is the base
-        self.lora_A = nn.Parameter(torch.empty(len(adapted) * rank, K, **like).uniform_(-K ** -0.5, K ** -0.5))
-        self.lora_B = nn.Parameter(torch.zeros(sum(end - start for start, end in self.spans), rank, **like))
+        self.lora_A = nn.Parameter(torch.empty(len(adapted) * rank, K, **like))
+        self.lora_B = nn.Parameter(torch.empty(sum(end - start for start, end in self.spans), rank, **like))
 
     def forward(self, x):
         p = self.dropout if self.training else 0.0
@@ -138,6 +138,12 @@ class LoRAProjection(nn.Module):
         y = LoRAMatmul.apply(x.flatten(0, -2), self.weight.to(x.dtype), self.lora_A, self.lora_B,
                              self.spans, self.scale, p, seeds)
         return y.view(*x.shape[:-1], -1)
+
+    def init_weights(self):
+        """PEFT's: A kaiming_uniform(a=sqrt(5)), which is U(-1, 1) / sqrt(K); B = 0, so the start is the base."""
+        bound = self.lora_A.shape[1] ** -0.5  # drawn whole on the CPU: the same for any device and sharding
+        fill(self.lora_A, torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype).uniform_(-bound, bound))
+        fill(self.lora_B, torch.zeros(self.lora_B.shape, dtype=self.lora_B.dtype))
 
     def deltas(self):
         """Projection name -> its weight change scale * B A, [rows, K], in the dtype of A and B."""
@@ -161,7 +167,8 @@ def apply_lora(model, rank, alpha, dropout=0.0, targets="all", rslora=False, cho
     """Freeze the model and put adapters on the targets of every block, in place; returns the model.
 
     The scale is alpha / rank, or alpha / sqrt(rank) with rslora. `chosen(layer, name)` may leave out
-    some of the targets (adapters on a part of the blocks). Raises ValueError for impossible values."""
+    some of the targets (adapters on a part of the blocks). On a model on meta, init_adapters must follow, once it is
+    somewhere. Raises ValueError for impossible values."""
     names = resolve_targets(targets)
     if rank < 1 or not alpha > 0 or not 0 <= dropout <= 0.99:
         raise ValueError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout <= 0.99, found {rank}, {alpha}, {dropout}")
@@ -175,8 +182,17 @@ def apply_lora(model, rank, alpha, dropout=0.0, targets="all", rslora=False, cho
                 if hasattr(module, group) and adapted:
                     scale = alpha / (rank ** 0.5 if rslora else rank)
                     setattr(module, group, LoRAProjection(getattr(module, group), adapted, rank, scale, dropout))
+                    if not getattr(module, group).weight.is_meta:
+                        getattr(module, group).init_weights()
     model.lora = dict(rank=rank, alpha=alpha, dropout=dropout, targets=names, rslora=rslora)
     return model
+
+
+def init_adapters(model):
+    """New A and B for every adapter, from torch's random state."""
+    for module in model.modules():
+        if isinstance(module, LoRAProjection):
+            module.init_weights()
 
 
 def adapters(model):
@@ -206,7 +222,8 @@ def merge_lora(model):
 
 def fingerprint(model):
     """Tells bases apart, loaded in bf16 or better: sha256 of some weights rounded to bf16."""
-    weights = [model.norm.weight, model.embed_tokens.weight[:64], model.layers[0].self_attn.qkv_proj.weight[:64]]
+    weights = [whole(p)[:64] if p.dim() > 1 else whole(p) for p in
+               (model.norm.weight, model.embed_tokens.weight, model.layers[0].self_attn.qkv_proj.weight)]
     digest = hashlib.sha256()
     for w in weights:
         digest.update(w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
@@ -215,19 +232,19 @@ def fingerprint(model):
 
 # ----------------------------------------------------------------------------- PEFT folders
 def adapter_tensors(model):
-    """PEFT tensor name -> the slice of our parameter that it is."""
+    """PEFT tensor name -> (the parameter of ours that holds it, its first row there, its rows)."""
     tensors = {}
     for path, module, i in adapters(model):
-        rows = [end - start for start, end in module.spans]
-        tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A.split(module.rank)[i]
-        tensors[f"base_model.model.{path}.lora_B.weight"] = module.lora_B.split(rows)[i]
+        rows, before = [end - start for start, end in module.spans], [0]
+        for n in rows:
+            before.append(before[-1] + n)
+        tensors[f"base_model.model.{path}.lora_A.weight"] = module.lora_A, i * module.rank, module.rank
+        tensors[f"base_model.model.{path}.lora_B.weight"] = module.lora_B, before[i], rows[i]
     return tensors
 
 
 def save_adapter(model, folder, base_name=""):
     """Write adapter_config.json and adapter_model.safetensors as peft 0.11.1 names them."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     lora, paths = model.lora, [path for path, _, _ in adapters(model)]
     everywhere = len(paths) == len(lora["targets"]) * len(model.layers)  # else name the modules one by one
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
@@ -235,10 +252,15 @@ def save_adapter(model, folder, base_name=""):
               "target_modules": list(lora["targets"]) if everywhere else paths, "use_rslora": lora["rslora"], "use_dora": False,
               "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
               "modules_to_save": None, "layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}}
+    tensors = {name: whole(p.detach())[first:first + rows].to("cpu", copy=True)
+               for name, (p, first, rows) in adapter_tensors(model).items()}
+    metadata = {"format": "pt", "base_fingerprint": fingerprint(model)}
+    if dist.is_initialized() and dist.get_rank() != 0:  # under FSDP all ranks gather, one writes
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
-    tensors = {name: t.detach().to("cpu", copy=True) for name, t in adapter_tensors(model).items()}
-    save_file(tensors, folder / "adapter_model.safetensors",
-              metadata={"format": "pt", "base_fingerprint": fingerprint(model)})
+    save_file(tensors, folder / "adapter_model.safetensors", metadata)
 
 
 def read_adapter_config(folder):
@@ -285,25 +307,39 @@ def read_adapter_config(folder):
 def load_adapter(model, folder):
     """Put the adapters of a PEFT folder on a plain model, in place; returns the model.
 
-    Raises FileNotFoundError, or ValueError when a tensor is missing, unexpected or misshaped, when the
-    adapter says it was trained on another base, or when its config asks for what is not supported."""
-    folder = Path(folder)
+    Raises FileNotFoundError, or ValueError as apply_saved_lora and load_adapter_weights do."""
+    return load_adapter_weights(apply_saved_lora(model, folder), folder)
+
+
+def apply_saved_lora(model, folder):
+    """apply_lora with the settings of a PEFT folder; raises ValueError when they are not supported or fit nothing."""
     rank, alpha, dropout, rslora, chosen = read_adapter_config(folder)
+    names = [n for n in PROJECTIONS if any(chosen(layer, n) for layer in range(len(model.layers)))]
+    if not names:
+        raise ValueError(f"{folder}: target_modules of adapter_config.json match no projection of this model")
+    return apply_lora(model, rank, alpha, dropout, names, rslora, chosen)
+
+
+@torch.no_grad()
+def load_adapter_weights(model, folder):
+    """Fill the adapters of a model from a PEFT folder; returns the model.
+
+    Raises ValueError when a tensor is missing, unexpected or misshaped, or when the adapter says it was trained on
+    another base."""
+    folder = Path(folder)
     shapes, where = open_weights(folder, "adapter_model.safetensors")
     file = next(iter(where.values()), None)
     trained_on = file and (file.metadata() or {}).get("base_fingerprint")
     if trained_on and trained_on != fingerprint(model):
         raise ValueError(f"{folder}: this adapter was trained on another base model")
-    names = [n for n in PROJECTIONS if any(chosen(layer, n) for layer in range(len(model.layers)))]
-    if not names:
-        raise ValueError(f"{folder}: target_modules of adapter_config.json match no projection of this model")
-    apply_lora(model, rank, alpha, dropout, names, rslora, chosen)
     tensors = adapter_tensors(model)
-    if problems := compare_names({k: tuple(t.shape) for k, t in tensors.items()}, shapes):
+    if problems := compare_names({name: (rows, p.shape[1]) for name, (p, _, rows) in tensors.items()}, shapes):
         raise ValueError(f"{folder}: adapter does not fit this model: {problems}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(where[name].get_tensor(name))
+    pieces = {}  # parameter -> its adapters' tensors, in row order
+    for name, (p, _, _) in tensors.items():
+        pieces.setdefault(p, []).append(where[name].get_tensor(name))
+    for p, parts in pieces.items():
+        fill(p, torch.cat(parts))
     return model
 
 

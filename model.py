@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -326,6 +327,27 @@ def inverse_cdf(probs, top_p, uniform):
     return (share <= uniform[:, None] * kept).sum(-1).clamp(max=probs.shape[1] - 1)
 
 
+def local_part(p):
+    """(tensor, first row) that this rank holds of a parameter: all of it, or under FSDP a chunk of rows."""
+    if not hasattr(p, "to_local"):
+        return p, 0
+    shards = p.device_mesh.ndim - 1
+    chunk = -(-len(p) // p.device_mesh.size(shards))
+    return p.to_local(), min(len(p), chunk * p.device_mesh.get_local_rank(shards))
+
+
+@torch.no_grad()
+def fill(p, full):
+    """Set a parameter to the tensor `full`, of which each rank takes what it holds."""
+    mine, first = local_part(p)
+    mine.copy_(full[first:first + len(mine)])
+
+
+def whole(p):
+    """The whole of a parameter or gradient; under FSDP it is gathered, which all ranks must take part in."""
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
 class Llama(nn.Module):
     """The network; see the head of this file for use. `compute_dtype` is the dtype of activations."""
 
@@ -349,14 +371,14 @@ class Llama(nn.Module):
 
     def init_weights(self, seed=0):
         """Fresh weights for pretraining: N(0, initializer_range), norms 1, outputs of blocks scaled as GPT-2."""
-        generator = torch.Generator(self.device).manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         std = self.config.initializer_range
         for name, p in self.named_parameters():
-            if p.dim() == 1:
-                nn.init.ones_(p)
-            else:
+            full = torch.ones(p.shape, dtype=p.dtype)  # drawn whole on the CPU: the same for any device and sharding
+            if p.dim() > 1:
                 deep = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, 0, std / math.sqrt(2 * len(self.layers)) if deep else std, generator=generator)
+                full.normal_(0, std / math.sqrt(2 * len(self.layers)) if deep else std, generator=generator)
+            fill(p, full)
         return self
 
     def hidden(self, tokens, docs=None, cache=None, start=None):
@@ -478,6 +500,8 @@ class Llama(nn.Module):
         """Our parameter name -> [(published tensor name, rows)], the rows stacked in that order."""
         table = {}
         for name, p in self.named_parameters():
+            if not name.endswith(".weight"):  # an adapter's
+                continue
             group = name.split(".")[-2]
             module = name.rsplit(".", 2)[0]
             prefix = "" if name.startswith("lm_head") else "model."
@@ -490,57 +514,76 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
-        """Load a published folder (config.json, *.safetensors), tensor by tensor from mapped files.
+        """Load a published folder (config.json, *.safetensors); errors as in load_weights and from_json."""
+        with torch.device("meta"):
+            model = cls(LlamaConfig.from_json(folder)).to(dtype)
+        model.compute_dtype = dtype
+        return model.to_empty(device=device).load_weights(folder)
+
+    def load_weights(self, folder):
+        """Fill the weights in place, tensor by tensor from mapped files; under FSDP each rank reads its rows only.
 
         Every tensor is used exactly once: missing, unexpected or misshaped names raise ValueError with
         the list; a folder without safetensors raises FileNotFoundError."""
-        with torch.device("meta"):
-            model = cls(LlamaConfig.from_json(folder))
         shapes, where = open_weights(folder)
-        table = model.file_tensors()
-        if model.config.tie_word_embeddings and "lm_head.weight" in shapes:
+        table = self.file_tensors()
+        if self.config.tie_word_embeddings and "lm_head.weight" in shapes:
             # the tied matrix is stored under the head's name, alone or twice
             if "model.embed_tokens.weight" not in shapes:
-                table["embed_tokens.weight"] = [("lm_head.weight", model.config.vocab_size)]
+                table["embed_tokens.weight"] = [("lm_head.weight", self.config.vocab_size)]
             elif not torch.equal(*(where[k].get_tensor(k) for k in ("lm_head.weight", "model.embed_tokens.weight"))):
                 raise ValueError(f"{folder}: config.json ties lm_head to embed_tokens, but their tensors differ")
             else:
                 del shapes["lm_head.weight"]
-        parameters = dict(model.named_parameters())
+        parameters = dict(self.named_parameters())
         expected = {hf: (rows, *parameters[name].shape[1:]) for name, parts in table.items() for hf, rows in parts}
         if problems := compare_names(expected, shapes):
             raise ValueError(f"{folder}: weights do not fit config.json: {problems}")
-        loaded = {}
-        for name, parts in table.items():
-            loaded[name] = torch.empty(parameters[name].shape, dtype=dtype, device=device)
-            for piece, (hf, rows) in zip(loaded[name].split([rows for _, rows in parts]), parts):
-                piece.copy_(where[hf].get_tensor(hf))
-        model.load_state_dict(loaded, assign=True)
-        model.compute_dtype = dtype
-        return model
+        with torch.no_grad():
+            for name, parts in table.items():
+                mine, first = local_part(parameters[name])
+                row = -first  # where the next piece begins in what this rank holds
+                for hf, rows in parts:
+                    begin, end = max(row, 0), min(row + rows, len(mine))
+                    if begin < end:  # read no more of the file than that
+                        mine[begin:end].copy_(where[hf].get_slice(hf)[begin - row:end - row])
+                    row += rows
+        return self
 
     def save_pretrained(self, folder, dtype=None, shard_bytes=5 * 10 ** 9):
         """Write a folder that from_pretrained and transformers read; dtype None keeps the parameters'."""
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in (*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"):
-            old.unlink(missing_ok=True)  # shards or an index of an earlier model would be read with the new one
+        writes = not dist.is_initialized() or dist.get_rank() == 0  # under FSDP all ranks gather, one writes
+        if writes:
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in (*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"):
+                old.unlink(missing_ok=True)  # shards or an index of an earlier model would be read with the new one
         parameters, shards, size = dict(self.named_parameters()), [[]], 0
         for name, parts in self.file_tensors().items():
-            for (hf, rows), piece in zip(parts, parameters[name].detach().split([rows for _, rows in parts])):
-                size += piece.numel() * (dtype or piece.dtype).itemsize
-                if size > shard_bytes and shards[-1]:
+            p, first = parameters[name], 0
+            for hf, rows in parts:
+                nbytes = p.numel() // len(p) * rows * (dtype or p.dtype).itemsize
+                if size + nbytes > shard_bytes and shards[-1]:
                     shards.append([])
-                    size = piece.numel() * (dtype or piece.dtype).itemsize
-                shards[-1].append((hf, piece))
-        index, total = {}, 0
+                    size = 0
+                size += nbytes
+                shards[-1].append((hf, p, first, rows))
+                first += rows
+        index, total, gathered = {}, 0, {}  # gathered: the whole of the parameter in hand
         for i, shard in enumerate(shards, 1):
             file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            # copies, because safetensors refuses slices of one storage; one shard at a time
-            tensors = {hf: piece.to("cpu", dtype or piece.dtype, copy=True) for hf, piece in shard}
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            tensors = {}
+            for hf, p, first, rows in shard:
+                if p not in gathered:
+                    gathered = {p: whole(p.detach())}
+                if writes:  # copies, because safetensors refuses slices of one storage
+                    tensors[hf] = gathered[p][first:first + rows].to("cpu", dtype or p.dtype, copy=True)
+            if writes:
+                save_file(tensors, folder / file, metadata={"format": "pt"})
             index.update(dict.fromkeys(tensors, file))
             total += sum(t.nbytes for t in tensors.values())
+        if not writes:
+            return
         if len(shards) > 1:
             text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
             (folder / "model.safetensors.index.json").write_text(text)

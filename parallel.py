@@ -1,0 +1,89 @@
+"""Many ranks: joining torchrun's process group, sharding with FSDP2, sums over ranks.
+
+Every rank works on its share of a batch's rows; losses and gradients are sums over ranks, never means, because each
+loss is divided by a count of the whole batch beforehand. Without torchrun there is one rank and all of this is idle.
+"""
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+
+
+def join(device):
+    """Join the process group, NCCL on GPUs and gloo on CPUs; returns the device of this rank."""
+    if device.type == "cuda":
+        device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def leave():
+    """Leave the process group, in step with the others."""
+    if WORLD > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def barrier():
+    if WORLD > 1:
+        dist.barrier()
+
+
+def shard_model(model, how, device, compute_dtype, shard_ranks=0):
+    """Shard every block, and the rest, over the ranks, in place; before weights are read (model on meta).
+
+    how: 'none' (replicas), 'full' (over all ranks) or 'hybrid' (over groups of `shard_ranks`, by default a node's;
+    the groups are replicas). Weights are gathered in compute_dtype, gradients are summed in fp32 at least.
+    Raises ValueError when the groups do not divide the ranks."""
+    if how == "none" or WORLD == 1:
+        return model
+    inside = shard_ranks or LOCAL_WORLD
+    if how == "hybrid" and WORLD % inside:
+        raise ValueError(f"shard=hybrid: groups of {inside} ranks do not divide {WORLD}")
+    mesh = (init_device_mesh(device.type, (WORLD,)) if how == "full" else
+            init_device_mesh(device.type, (WORLD // inside, inside), mesh_dim_names=("replicas", "shards")))
+    # the rotary tables are inputs of a block and stay in fp32
+    policy = MixedPrecisionPolicy(compute_dtype, torch.promote_types(compute_dtype, torch.float32), cast_forward_inputs=False)
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its parts are needed at both ends
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def is_sharded(model):
+    return isinstance(model, FSDPModule)
+
+
+def add_up(*numbers, device):
+    """Sums of numbers over all ranks, as floats; equal on all of them."""
+    total = torch.tensor(numbers, dtype=torch.float64, device=device)
+    if WORLD > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def add_up_gradients(parameters, bucket=2 ** 26):
+    """Sum the gradients of replicas over all ranks, once a step, in flat buckets of fp32 at least."""
+    if WORLD == 1:
+        return
+    waiting = [p.grad for p in parameters if p.grad is not None]
+    while waiting:
+        grads, size = [], 0
+        while waiting and (not grads or size + waiting[-1].numel() <= bucket):
+            grads.append(waiting.pop())
+            size += grads[-1].numel()
+        flat = torch.cat([g.flatten() for g in grads]).to(torch.promote_types(grads[0].dtype, torch.float32))
+        dist.all_reduce(flat)
+        for g, total in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(total.view_as(g))
