@@ -5,7 +5,7 @@
 
 A script says `config = configure(globals())` below its head. Every name bound by then to an int, float, bool,
 str, tuple or None is a knob, unless it starts with `_` or is a CONSTANT in capitals. Two optional dicts in the head say more:
-    _types = {'resume': str}                         the type of a knob whose default is None (str if not named)
+    _types = {'resume': str}                         the type of a knob that is None, of the items of ()
     _choices = {'dtype': ('float32', 'bfloat16')}    the only values of a knob (of each item, if it is a tuple)
 A config file is Python that sees the knobs, command line included, and assigns to them; its own helpers are
 modules, functions, classes and names that start with `_`. Every mistake is one line on stderr and exit status 2.
@@ -95,7 +95,7 @@ def find_knobs(namespace):
         if not name.startswith("_") and not name.isupper() and (value is None or type(value) in WORDS):
             kind = types.get(name, str) if value is None else type(value)
             items = {type(item) for item in value or ()} if kind is tuple else set()
-            element = items.pop() if len(items) == 1 else float if items == {int, float} else str
+            element = items.pop() if len(items) == 1 else float if items == {int, float} else types.get(name, str)
             knobs[name] = Knob(value, kind, element, choices.get(name, ()))
     for name in {**types, **choices}:
         if name not in knobs:

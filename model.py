@@ -13,6 +13,7 @@ the model's `compute_dtype` says so. Norms, rotary angles and the loss are compu
 import json
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from attention import KVCache, causal_attention, document_attention, document_positions
 
@@ -30,6 +32,7 @@ IGNORE = -100  # a target with this value is not predicted
 # our matrix -> the published projections it holds, in row order
 GROUPS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",),
           "gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+KEPT_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)  # by selective activation checkpointing
 PROJECTIONS = tuple(name for group in GROUPS.values() for name in group)
 
 
@@ -360,6 +363,7 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compute_dtype = self.embed_tokens.weight.dtype
+        self.activation_checkpointing = "none"  # block: keep only the input of each | selective: and its big products
 
     @property
     def head_weight(self):
@@ -397,8 +401,14 @@ class Llama(nn.Module):
         angles = (positions[..., None].to(angle_dtype) * freq)[:, :, None]  # [B or 1, T, 1, hd/2]
         cos, sin = Rotary.tables(angles)
         x = F.embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
+        redo = dict(use_reentrant=False)
+        if self.activation_checkpointing == "selective":
+            redo["context_fn"] = partial(create_selective_checkpoint_contexts, list(KEPT_PRODUCTS))
         for block in self.layers:
-            x = block(x, cos, sin, docs, cache)
+            if self.activation_checkpointing != "none" and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, docs, **redo)
+            else:
+                x = block(x, cos, sin, docs, cache)
         return x
 
     def head(self, x):

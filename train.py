@@ -2,11 +2,12 @@
 Stage 2: finetune a Llama, in full or with LoRA, on token files made by prepare_data.py.
 
     python train.py --base=models/llama2-7b --data=data/gsm8k --lora_rank=16 --max_epochs=2 --out_dir=out/gsm8k-r16
-    python train.py config/NAME.py --learning_rate=1e-5
+    torchrun --nproc_per_node=8 train.py config/NAME.py --learning_rate=1e-5
 
 out_dir/step_N is a model folder (full) or a PEFT adapter folder (LoRA), with state/ beside the weights for
 --resume=True; out_dir/log.jsonl has a line for every step logged and every validation.
-Same knobs, same run: rows are a function of (seed, epoch, step), dropout masks of (seed, step, microbatch).
+Same knobs, same run, on any number of ranks: rows are a function of (seed, epoch, step), dropout masks of (seed, step,
+microbatch); ranks take the microbatches of a step in turn.
 """
 import hashlib
 import json
@@ -19,15 +20,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
+from checkpoint import (checkpoint_state, checkpoints, load_optimizer, lock, newest_checkpoint, save_checkpoint, start_log)
 from configurator import configure, knob_table
 from lion import DecoupledAdamW, DecoupledLionW
-from lora import LoRAProjection, apply_lora, load_adapter, save_adapter
-from model import IGNORE, Llama, LlamaConfig
-from runtime import (append_jsonl, device_name, fsync_folder, matmul_flops, one_line_errors, peak_flops, peak_memory,
-                     pick_device, pick_dtype, print0, versions)
+from lora import LoRAProjection, apply_lora, apply_saved_lora, init_adapters, load_adapter_weights
+from model import IGNORE, Llama, LlamaConfig, whole
+from parallel import LOCAL_WORLD, RANK, WORLD, add_up, add_up_gradients, barrier, is_sharded, join, leave, shard_model
+from rows import TokenRows, rows_of_step, stack
+from runtime import (append_jsonl, device_name, matmul_flops, one_line_errors, peak_flops, peak_memory, pick_device,
+                     pick_dtype, print0, versions)
 
 # -----------------------------------------------------------------------------
 # what
@@ -37,6 +39,7 @@ data = ''                    # token folder made by prepare_data.py
 val_data = ()                # more sets to watch: NAME=FOLDER, ... (their val.bin, else train.bin)
 out_dir = ''                 # run folder, made new
 resume = False               # go on from the newest complete checkpoint of out_dir
+resume_from = ''             # start out_dir from this checkpoint (step_N) of another run: its weights, momenta, step
 # LoRA
 lora_rank = 0                # 0 = full finetuning
 lora_alpha = None            # scale is alpha / rank; None = 2 * rank, as in the paper
@@ -77,18 +80,25 @@ eval_interval = 0            # steps between validations; 0 = before the first a
 eval_rows = 64               # rows of each validation set, evenly spaced; 0 = all
 save_interval = 0            # steps between checkpoints; 0 = one at the end
 keep_last = 2                # complete checkpoints to keep; 0 = all
+checkpoint_at = ()           # save there and keep: steps, or tokens where 1e6 or more, such as 500,0.25e9,1e9
+max_skipped = 5              # steps in a row that may be skipped because loss or gradient is not finite
 # machine
 device = 'auto'              # auto | cpu | cuda | cuda:N
 dtype = 'auto'               # of activations and frozen weights: auto = bf16 on GPUs that have it, else fp32
 param_dtype = 'float32'      # of trained weights in full finetuning, their gradients and momenta
+shard = 'auto'               # none: replicas | full: over all ranks (FSDP2) | hybrid: inside groups | auto: none if it fits
+shard_ranks = 0              # hybrid: ranks of a group; 0 = those of a node
+activation_checkpointing = 'none'   # none | block: keep only each block's input | selective: keep products, redo the rest
 compile = False              # torch.compile of each block: minutes at the start, then faster
 
-_types = {'lora_alpha': float, 'warmup_steps': int, 'cooldown_steps': int}
+_types = {'checkpoint_at': float, 'lora_alpha': float, 'warmup_steps': int, 'cooldown_steps': int}
 _choices = {'optimizer': ('lionw', 'adamw'), 'loss_norm': ('token', 'paper'),
             'schedule': ('cosine', 'inv_sqrt', 'constant'), 'dtype': ('auto', 'float32', 'bfloat16', 'float64'),
-            'param_dtype': ('float32', 'bfloat16', 'float64')}
+            'param_dtype': ('float32', 'bfloat16', 'float64'), 'shard': ('auto', 'none', 'full', 'hybrid'),
+            'activation_checkpointing': ('none', 'block', 'selective')}
 # may differ between a checkpoint and the run that resumes it
-_free = {'out_dir', 'resume', 'val_data', 'log_interval', 'eval_interval', 'eval_rows', 'save_interval', 'keep_last',
+_free = {'out_dir', 'resume', 'resume_from', 'checkpoint_at', 'max_skipped', 'shard', 'shard_ranks',
+         'activation_checkpointing', 'val_data', 'log_interval', 'eval_interval', 'eval_rows', 'save_interval', 'keep_last',
          'device', 'compile', 'max_steps', 'max_epochs', 'max_tokens'}
 
 
@@ -113,81 +123,6 @@ def cosine_with_warmup(t, t_max, t_warmup, alpha_f=0.0):
     return alpha_f + (1 - alpha_f) * (1 + math.cos(math.pi * x)) / 2
 
 
-# ----------------------------------------------------------------------------- data
-class TokenRows:
-    """Rows of one split of a token folder, memory-mapped: tokens, targets, and where documents begin.
-
-    Raises FileNotFoundError or ValueError when files are missing or do not have the size meta.json says."""
-
-    def __init__(self, folder, split="train", seq_len=0, doc_mask=True):
-        folder = Path(folder)
-        if not (folder / "meta.json").is_file():
-            raise FileNotFoundError(f"{folder}: no meta.json; make the folder with prepare_data.py")
-        try:
-            self.meta = json.loads((folder / "meta.json").read_text())
-            counts = self.meta["splits"][split]
-        except (ValueError, KeyError) as e:
-            raise ValueError(f"{folder}/meta.json: not a whole meta.json of prepare_data.py ({e!r})") from None
-        if seq_len and seq_len != self.meta["seq_len"] and self.meta["kind"] == "ift":
-            raise ValueError(f"seq_len={seq_len}: the rows of {folder} are packed for {self.meta['seq_len']}")
-        self.seq_len, self.doc_mask = seq_len or self.meta["seq_len"], doc_mask
-        read = lambda name, kind, n: read_array(folder / f"{split}.{name}", kind, n)
-        self.tokens = read("bin", self.meta["dtype"], counts["tokens"])
-        self.starts = read("docs.bin", "uint64", None)
-        self.mask = read("mask.bin", "uint8", counts["tokens"]) if self.meta["kind"] == "ift" else None
-        if not (n := len(self.tokens) // self.seq_len):
-            raise ValueError(f"{folder}/{split}.bin: {len(self.tokens)} tokens make no row of seq_len={self.seq_len}")
-        self.n = n
-        self.sha256 = counts["sha256"]
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        """Row i: tokens [T] int64, targets [T] int64 (IGNORE where nothing is learned), document starts in it."""
-        span = slice(i * self.seq_len, (i + 1) * self.seq_len)
-        tokens = self.tokens[span].astype(np.int64)
-        targets = np.append(tokens[1:], IGNORE)
-        if self.mask is not None:
-            targets[:-1][self.mask[span][1:] == 0] = IGNORE
-        inside = self.starts[slice(*np.searchsorted(self.starts, [span.start + 1, span.stop]))].astype(np.int64)
-        starts = inside - span.start
-        if self.doc_mask:
-            targets[starts - 1] = IGNORE  # a document's first token cannot be told from another document
-        return tokens, targets, starts
-
-
-def read_array(path, dtype, count):
-    """A file as a read-only array of `count` items (None: whatever it holds), mapped, not read."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: missing")
-    array = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r") if path.stat().st_size else np.zeros(0, dtype)
-    if count is not None and len(array) != count:
-        raise ValueError(f"{path}: holds {len(array)} items, meta.json says {count}; truncated?")
-    return array
-
-
-def rows_of_step(step, batch, n_rows, seed, shuffle=True):
-    """Indices of the `batch` rows of a step: a pure function of its arguments. Every row comes once an epoch;
-    epochs are permutations of their own and follow each other without a gap."""
-    positions = np.arange(step * batch, (step + 1) * batch)
-    rows = positions % n_rows
-    if shuffle:
-        for epoch in np.unique(positions // n_rows):
-            order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n_rows)
-            rows[positions // n_rows == epoch] = order[rows[positions // n_rows == epoch]]
-    return rows
-
-
-def stack(rows, device):
-    """Rows of TokenRows as tokens [B, T], targets [B, T] and document borders [n + 1] in the flattened B * T."""
-    tokens, targets, starts = zip(*rows)
-    T = len(tokens[0])
-    borders = np.concatenate([np.append(0, s) + i * T for i, s in enumerate(starts)] + [[len(rows) * T]])
-    return (*(torch.from_numpy(np.stack(x)).to(device) for x in (tokens, targets)),
-            torch.from_numpy(borders.astype(np.int64)).to(device))
-
-
 def check_tokenizer(folder, meta, vocab_size):
     """Refuse data made with another tokenizer than the one in the model's folder."""
     if meta["vocab_size"] > vocab_size:
@@ -203,24 +138,27 @@ def check_tokenizer(folder, meta, vocab_size):
 
 
 # ----------------------------------------------------------------------------- loss
-def backward_batch(model, rows, microbatch, device, loss_norm="token", doc_mask=True, seed=0, step=0):
-    """Gradients of one global batch, accumulated over microbatches; returns its loss as a float tensor.
+def backward_batch(model, rows, batch, microbatch, device, loss_norm="token", doc_mask=True, seed=0, step=0):
+    """Gradients of one global batch, accumulated over this rank's microbatches; returns its part of the loss.
 
-    loss_norm 'token': sum of token losses / number of targets in the whole batch, however it is cut.
+    rows: the set; batch: indices of the batch's rows. Sums over ranks are the batch's gradient and loss, also when
+    there is one rank. loss_norm 'token': sum of token losses / number of targets in the whole batch, however it is cut.
     'paper': mean over microbatches, weighted by rows, of each one's token mean (composer 0.23)."""
-    targets_in_batch = sum(int((t != IGNORE).sum()) for _, t, _ in rows)
+    starts = range(RANK * microbatch, len(batch), WORLD * microbatch)
+    parts = [[rows[i] for i in batch[start:start + microbatch]] for start in starts]
+    targets_in_batch, = add_up(sum(int((t != IGNORE).sum()) for part in parts for _, t, _ in part), device=device)
     if not targets_in_batch:
         raise ValueError(f"step {step}: no token of the batch is a target; is the data all masked?")
-    total = 0.0
-    for i in range(0, len(rows), microbatch):
-        tokens, targets, docs = stack(rows[i:i + microbatch], device)
+    total = torch.zeros((), device=device)
+    for start, part in zip(starts, parts):
+        tokens, targets, docs = stack(part, device)
         # dropout masks follow from this, so that a resumed run draws the same ones
-        torch.manual_seed(int(np.random.SeedSequence([seed, step, i]).generate_state(1, np.uint64)[0]))
+        torch.manual_seed(int(np.random.SeedSequence([seed, step, start]).generate_state(1, np.uint64)[0]))
         loss = model(tokens, targets, docs if doc_mask else None, reduction="sum")[1]
         if loss_norm == "token":
             loss = loss / targets_in_batch
         else:
-            loss = loss / max(1, int((targets != IGNORE).sum())) * len(tokens) / len(rows)
+            loss = loss / max(1, int((targets != IGNORE).sum())) * len(tokens) / len(batch)
         loss.backward()
         total = total + loss.detach()
     return total
@@ -232,14 +170,16 @@ def mean_loss(model, rows, microbatch, device, limit=0):
     model.eval()
     total, count, n = 0.0, 0, min(limit or len(rows), len(rows))
     chosen = [i * len(rows) // n for i in range(n)]  # neighbours may be of one document
-    for i in range(0, n, microbatch):
-        part = [rows[j] for j in chosen[i:i + microbatch]]
-        # filled up with rows that count for nothing: another shape would compile again
-        part += [(part[0][0], np.full_like(part[0][1], IGNORE), part[0][2])] * (microbatch - len(part))
+    for i in range(0, n, WORLD * microbatch):
+        part = [rows[j] for j in chosen[i + RANK * microbatch:i + (RANK + 1) * microbatch]]
+        # filled up with rows that count for nothing: another shape would compile again, and ranks keep in step
+        tokens, targets, starts = rows[0]
+        part += [(tokens, np.full_like(targets, IGNORE), starts)] * (microbatch - len(part))
         tokens, targets, docs = stack(part, device)
         total += model(tokens, targets, docs if rows.doc_mask else None, reduction="sum")[1].item()
         count += int((targets != IGNORE).sum())
     model.train()
+    total, count = add_up(total, count, device=device)
     return total / count if count else math.nan
 
 
@@ -259,19 +199,39 @@ def flops_of_batch(model, rows, doc_mask=True):
             targets * per_weight * config.vocab_size * config.hidden_size)
 
 
-def predict_memory(model, microbatch, seq_len, compute_bytes):
-    """Bytes by kind before a step has run: weights, gradients, momentum, activations without checkpointing."""
+def predict_memory(model, microbatch, seq_len, compute_bytes, shards=1, checkpointing="none"):
+    """Bytes of one rank by kind: weights, gradients, momenta (each divided by `shards`), what FSDP gathers or casts, and
+    activations. A model on meta will do."""
     c, parameters = model.config, list(model.parameters())
     trained = sum(p.nbytes for p in parameters if p.requires_grad)
     qkv = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
     # kept for backward of a block: two residuals, two normed inputs, qkv, rotated q and k, attention output,
     # gate and up, their product
-    per_token = c.num_hidden_layers * (4 * c.hidden_size + 2 * qkv + c.num_attention_heads * c.head_dim +
-                                       3 * c.intermediate_size)
-    copies = sum(p.numel() for p in parameters) * compute_bytes if parameters[0].itemsize > compute_bytes else 0
-    return {"weights": sum(p.nbytes for p in parameters), "gradients": trained,
-            "optimizer": trained * (2 if optimizer == "adamw" else 1), "compute copies": copies,
+    inside = 4 * c.hidden_size + 2 * qkv + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size
+    kept = {"none": 0, "block": c.hidden_size, "selective": c.hidden_size + 2 * qkv + 2 * c.intermediate_size}[checkpointing]
+    per_token = c.num_hidden_layers * inside if checkpointing == "none" else c.num_hidden_layers * kept + inside
+    if shards > 1:  # two blocks at a time, and the rest of the model
+        blocks = sum(p.numel() for p in model.layers.parameters())
+        copies = (sum(p.numel() for p in parameters) - blocks + 2 * blocks // c.num_hidden_layers) * compute_bytes
+    else:
+        copies = sum(p.numel() for p in parameters) * compute_bytes if parameters[0].itemsize > compute_bytes else 0
+    return {"weights": sum(p.nbytes for p in parameters) // shards, "gradients": trained // shards,
+            "optimizer": trained * (2 if optimizer == "adamw" else 1) // shards, "compute copies": copies,
             "activations": per_token * microbatch * seq_len * compute_bytes}
+
+
+def choose_sharding(model, microbatch, seq_len, compute_bytes, device):
+    """(how, ranks of a shard group): the knob `shard`, or for 'auto' replicas if they take under 80% of the memory."""
+    if WORLD == 1:
+        return "none", 1
+    how = shard
+    if how == "auto":
+        memory = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else
+                  os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // LOCAL_WORLD)
+        need = sum(predict_memory(model, microbatch, seq_len, compute_bytes, 1, activation_checkpointing).values())
+        how = "none" if need < 0.8 * memory else "full"
+        print0(f"shard: replicas need {need / 1e9:.2f} GB of {memory / 1e9:.2f} GB a rank, so {how}")
+    return how, {"none": 1, "full": WORLD, "hybrid": shard_ranks or LOCAL_WORLD}[how]
 
 
 def check_first_step(model, loss, fresh):
@@ -282,87 +242,8 @@ def check_first_step(model, loss, fresh):
     for name, p in model.named_parameters():
         if not p.requires_grad and p.grad is not None:
             raise ValueError(f"{name} is frozen but has a gradient")
-        if p.requires_grad and (p.grad is None or name.endswith("lora_B") and not p.grad.any()):
+        if p.requires_grad and (p.grad is None or name.endswith("lora_B") and not whole(p.grad).any()):
             raise ValueError(f"{name} is trained but has no gradient")
-
-
-# ----------------------------------------------------------------------------- checkpoints
-def checkpoints(folder):
-    """Complete checkpoints of a run, [(step, path)], oldest first; step_N.tmp is one that was never finished."""
-    found = [(int(p.name[5:]), p) for p in Path(folder).glob("step_*") if p.name[5:].isdigit()]
-    return sorted((step, p) for step, p in found if (p / "state" / "state.json").is_file())
-
-
-def save_checkpoint(model, optim, out_dir, state, base, keep_last):
-    """Write out_dir/step_N whole or not at all, then drop the oldest beyond keep_last.
-
-    Raises OSError when it could not be written; earlier checkpoints are then untouched."""
-    final = Path(out_dir) / f"step_{state['step']}"
-    partial = final.with_suffix(".tmp")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "state").mkdir(parents=True)
-        if hasattr(model, "lora"):
-            save_adapter(model, partial, base)
-        else:
-            model.save_pretrained(partial)
-            for file in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
-                if (Path(base) / file).is_file():
-                    shutil.copyfile(Path(base) / file, partial / file)
-        names = {p: name for name, p in model.named_parameters()}
-        tensors = {f"{names[p]}:{key}": value for p, values in optim.state.items() for key, value in values.items()}
-        save_file(tensors, partial / "state" / "optimizer.safetensors")
-        (partial / "state" / "state.json").write_text(json.dumps(state, indent=1))
-        fsync_folder(partial)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        fsync_folder(out_dir)
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(partial, ignore_errors=True)
-        kept = [p.name for _, p in checkpoints(out_dir)]
-        raise OSError(f"{final} could not be saved ({e}); " +
-                      (f"the newest complete checkpoint is {kept[-1]}" if kept else "there is no checkpoint")) from None
-    for _, old in checkpoints(out_dir)[:-keep_last] if keep_last else []:
-        shutil.rmtree(old)
-    return final
-
-
-def load_optimizer(model, optim, folder):
-    """Put the saved momenta back; raises ValueError when they are not of this model."""
-    parameters = dict(model.named_parameters())
-    for key, value in load_file(folder / "state" / "optimizer.safetensors").items():
-        name, kind = key.rsplit(":", 1)
-        if name not in parameters or kind != "step" and parameters[name].shape != value.shape:
-            raise ValueError(f"{folder}/state: momentum of {name} {list(value.shape)} fits no parameter of this model")
-        p = parameters[name]
-        optim.state[p][kind] = value if kind == "step" else value.to(p.device)
-
-
-def newest_checkpoint(out_dir, config, fingerprint):
-    """(folder, state) to resume from; raises ValueError when there is none or it belongs to another run."""
-    if not (found := checkpoints(out_dir)):
-        raise ValueError(f"resume: {out_dir} holds no complete checkpoint (step_N/state/state.json)")
-    folder = found[-1][1]
-    try:
-        state = json.loads((folder / "state" / "state.json").read_text())
-        before = state["config"]
-        if state["data"] != fingerprint:
-            raise ValueError(f"resume: {folder} was trained on other data than {config['data']}")
-    except (KeyError, TypeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{folder}/state/state.json: not written by train.py ({e!r})") from None
-    if changed := [k for k in config if k not in _free and before.get(k) != config[k]]:
-        raise ValueError(f"resume: {folder} was trained with " +
-                         ", ".join(f"{k}={before.get(k)!r}, not {config[k]!r}" for k in changed))
-    return folder, state
-
-
-def start_log(path, last_step):
-    """Keep the lines of log.jsonl up to last_step: what a killed run logged beyond its checkpoint is done again."""
-    lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
-    kept = "".join(line for line in lines if json.loads(line)["step"] <= last_step)
-    path.with_suffix(".tmp").write_text(kept)
-    path.with_suffix(".tmp").rename(path)
 
 
 def count_steps(rows):
@@ -393,8 +274,12 @@ def check_knobs():
     for name in ("global_batch", "microbatch", "log_interval"):
         if globals()[name] < 1:
             raise ValueError(f"{name} must be at least 1, found {globals()[name]}")
-    if global_batch % microbatch:
-        raise ValueError(f"microbatch={microbatch} does not divide global_batch={global_batch}")
+    if global_batch % (microbatch * WORLD):
+        ranks = f" on {WORLD} ranks" if WORLD > 1 else ""
+        raise ValueError(f"microbatch={microbatch}{ranks} does not divide global_batch={global_batch}; the nearest that does is "
+                         f"{max(1, round(global_batch / (microbatch * WORLD))) * microbatch * WORLD}")
+    if resume and resume_from:
+        raise ValueError("resume goes on in out_dir, resume_from starts a new out_dir: say one of them")
     if scratch and (lora_rank or adapter):
         raise ValueError("scratch: LoRA needs a pretrained base; say scratch=False or lora_rank=0")
     if lora_rank and adapter:
@@ -413,7 +298,7 @@ if __name__ == "__main__":
         config = configure(globals())
         print0(knob_table(globals()))
         check_knobs()
-        device = pick_device(device)
+        device = join(pick_device(device))
         compute_dtype = pick_dtype(dtype, device)
         train_rows = TokenRows(data, "train", seq_len, doc_mask)
         held_out = {"val": data} if "val" in train_rows.meta["splits"] else {}
@@ -427,29 +312,44 @@ if __name__ == "__main__":
             raise ValueError(f"seq_len={train_rows.seq_len} is longer than the model's max_position_embeddings="
                              f"{shape.max_position_embeddings}")
         steps = count_steps(train_rows)
-        started_from, state = (newest_checkpoint(out_dir, config, train_rows.sha256) if resume else
-                               (None, {"step": 0, "tokens": 0}))
+        started_from, state = None, {"step": 0, "tokens": 0, "skipped": 0}
+        if resume or resume_from:
+            started_from = Path(resume_from) if resume_from else newest_checkpoint(out_dir)
+            new_run = {"learning_rate", "schedule", "warmup_steps", "alpha_f", "t_scale", "alpha_f_decay", "cooldown_steps",
+                       "alpha_f_cooldown"}
+            state = checkpoint_state(started_from, config, train_rows.sha256, _free | (new_run if resume_from else set()))
         Path(out_dir).mkdir(parents=True, exist_ok=True)
+        held = lock(out_dir) if RANK == 0 else None
 
-        # model: frozen weights in the compute dtype, trained ones in fp32 (param_dtype for full finetuning)
+        # model: frozen weights in the compute dtype, trained ones in fp32 (param_dtype for full finetuning). It is made
+        # on meta, sharded, and then each rank reads its part
         is_lora = bool(lora_rank or adapter)
-        torch.manual_seed(seed)
-        if scratch and not resume:
-            model = Llama(shape).to(getattr(torch, param_dtype)).init_weights(seed).to(device)
-        else:
-            folder = base if is_lora or not resume else started_from
-            model = Llama.from_pretrained(folder, compute_dtype if is_lora else getattr(torch, param_dtype), device)
-        if is_lora and (adapter or resume):
-            load_adapter(model, started_from or adapter)
+        with torch.device("meta"):
+            model = Llama(shape).to(compute_dtype if is_lora else getattr(torch, param_dtype))
+        if is_lora and (adapter or started_from):
+            apply_saved_lora(model, started_from or adapter)
         elif is_lora:
             apply_lora(model, lora_rank, 2 * lora_rank if lora_alpha is None else lora_alpha, lora_dropout,
                        lora_targets, rslora)
         model.compute_dtype = compute_dtype
+        model.activation_checkpointing = activation_checkpointing
+        how, shards = choose_sharding(model, microbatch, train_rows.seq_len, compute_dtype.itemsize, device)
+        memory = predict_memory(model, microbatch, train_rows.seq_len, compute_dtype.itemsize, shards, activation_checkpointing)
+        shard_model(model, how, device, compute_dtype, shard_ranks).to_empty(device=device)
+        torch.manual_seed(seed)
+        if scratch and not started_from:
+            model.init_weights(seed)
+        else:
+            model.load_weights(started_from if started_from and not is_lora else base)
+        if is_lora and (adapter or started_from):
+            load_adapter_weights(model, started_from or adapter)
+        elif is_lora:
+            init_adapters(model)
         model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
         Optimizer = {"lionw": DecoupledLionW, "adamw": DecoupledAdamW}[optimizer]
         optim = Optimizer(trained, learning_rate, (beta1, beta2), weight_decay)
-        if resume:
+        if started_from:
             load_optimizer(model, optim, started_from)
         if compile:
             for block in model.layers:
@@ -457,22 +357,25 @@ if __name__ == "__main__":
 
         # what is going to happen
         count = sum(p.numel() for p in model.parameters())
-        batch = [train_rows[i] for i in rows_of_step(0, global_batch, len(train_rows), seed, shuffle)]
-        flops = flops_of_batch(model, batch, doc_mask)
-        memory = predict_memory(model, microbatch, train_rows.seq_len, compute_dtype.itemsize)
+        tokens_a_step = global_batch * train_rows.seq_len
+        flops = flops_of_batch(model, [train_rows[i] for i in rows_of_step(0, global_batch, len(train_rows), seed, shuffle)],
+                               doc_mask)
         peak = peak_flops(device)
-        rate = 0.4 * (peak or matmul_flops(device, compute_dtype))
+        rate = 0.4 * WORLD * (peak or matmul_flops(device, compute_dtype))
         print0(f"{base}: {count:,} parameters, {sum(p.numel() for p in trained):,} trained" +
                (f", LoRA r={model.lora['rank']} alpha={model.lora['alpha']} on {' '.join(model.lora['targets'])}" if is_lora else ", in full"))
         print0(f"{data}: {len(train_rows):,} rows of {train_rows.seq_len}; {steps:,} steps of {global_batch} rows = "
-               f"{steps * global_batch * train_rows.seq_len:,} tokens = {steps * global_batch / len(train_rows):.3g} epochs")
-        print0(f"{device_name(device)}, {str(compute_dtype)[6:]}: predicted memory " +
+               f"{steps * tokens_a_step:,} tokens = {steps * global_batch / len(train_rows):.3g} epochs")
+        print0(f"{device_name(device)}" + (f", {WORLD} ranks, shard={how}" if WORLD > 1 else "") +
+               f", {str(compute_dtype)[6:]}: predicted memory of a rank " +
                ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items()) +
                f", together {sum(memory.values()) / 1e9:.2f} GB; predicted time {(steps - state['step']) * flops / rate / 3600:.2f} h "
                f"at {rate / 1e12:.3g} TFLOP/s")
         log = Path(out_dir) / "log.jsonl"
-        start_log(log, state["step"])
-        (Path(out_dir) / "config.json").write_text(json.dumps({"config": config, "versions": versions()}, indent=1))
+        if RANK == 0:
+            start_log(log, state["step"])
+            (Path(out_dir) / "config.json").write_text(json.dumps({"config": config, "versions": versions()}, indent=1))
+        keep = {math.ceil(at / tokens_a_step - 1e-9) if at >= 1e6 else int(at) for at in checkpoint_at}
 
         stop = []  # signals that arrived: the run ends after the step in hand, with a checkpoint
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -484,33 +387,42 @@ if __name__ == "__main__":
                 print0(f"step {step}/{steps}  " + "  ".join(f"{name} loss {loss:.4f}" for name, loss in losses.items()))
                 append_jsonl(log, {"step": step, "tokens": state["tokens"], "val": losses})
 
-        if not resume:
+        if not started_from:
             validate(0)
         elif state["step"] >= steps:
             print0(f"{started_from}: the run is complete")
-        window, started = [], time.perf_counter()
+        window, started, skipped_in_a_row = [], time.perf_counter(), []
         for step in range(first := state["step"], steps):
             clock = time.perf_counter()
-            batch = [train_rows[i] for i in rows_of_step(step, global_batch, len(train_rows), seed, shuffle)]
+            batch = rows_of_step(step, global_batch, len(train_rows), seed, shuffle)
             lr = optim.param_groups[0]["lr"] = learning_rate_at(step, steps)
-            loss = backward_batch(model, batch, microbatch, device, loss_norm, doc_mask, seed, step)
-            norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
-            loss, norm = loss.item(), norm.item()
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise ValueError(f"step {step + 1}: loss {loss}, gradient norm {norm}; the rows were "
-                                 f"{rows_of_step(step, global_batch, len(train_rows), seed, shuffle).tolist()}")
-            if step == first:
-                check_first_step(model, loss, fresh=scratch and not resume)
-            optim.step()
+            loss = backward_batch(model, train_rows, batch, microbatch, device, loss_norm, doc_mask, seed, step)
+            if not is_sharded(model):
+                add_up_gradients(trained)
+            norm = whole(torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)).item()
+            loss, stops = add_up(loss.item(), len(stop), device=device)  # all ranks stop, or none
+            done = step + 1
+            if not (math.isfinite(loss) and math.isfinite(norm)):  # sums over ranks: all of them see it
+                skipped_in_a_row.append((done, batch.tolist()))
+                state["skipped"] += 1
+                print0(f"WARNING: step {done} skipped: loss {loss}, gradient norm {norm}")
+                append_jsonl(log, {"step": done, "skipped": batch.tolist(), "loss": str(loss), "grad_norm": str(norm)})
+                if len(skipped_in_a_row) >= max_skipped:
+                    raise ValueError(f"{max_skipped} steps in a row without a finite loss and gradient norm, the last {done}; "
+                                     f"their rows are in {log} under 'skipped'")
+            else:
+                skipped_in_a_row = []
+                if step == first:
+                    check_first_step(model, loss, fresh=scratch and not started_from)
+                optim.step()
             optim.zero_grad(set_to_none=True)
 
-            done = step + 1
-            state["tokens"] += global_batch * train_rows.seq_len
+            state["tokens"] += tokens_a_step
             window.append(time.perf_counter() - clock)
-            if done % log_interval == 0 or done == steps:
+            if (done % log_interval == 0 or done == steps) and not skipped_in_a_row:
                 seconds = sum(window) / len(window)
-                speed, tflops = global_batch * train_rows.seq_len / seconds, flops / seconds / 1e12
-                mfu = f"{tflops * 1e12 / peak:.1%}" if peak else "n/a"
+                speed, tflops = tokens_a_step / seconds, flops / seconds / 1e12
+                mfu = f"{tflops * 1e12 / peak / WORLD:.1%}" if peak else "n/a"
                 eta = (steps - done) * seconds
                 print0(f"step {done}/{steps} {done / steps:4.0%}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.3f}  "
                        f"{speed:,.0f} tok/s  {tflops:.2f} TFLOP/s  MFU {mfu}  "
@@ -521,11 +433,12 @@ if __name__ == "__main__":
                 window = []
             if done == steps or eval_interval and done % eval_interval == 0:
                 validate(done)
-            if done == steps or stop or save_interval and done % save_interval == 0:
+            if done == steps or stops or done in keep or save_interval and done % save_interval == 0:
                 state.update(step=done, config=config, data=train_rows.sha256, versions=versions())
-                saved = save_checkpoint(model, optim, out_dir, state, base, keep_last)
-                print0(f"saved {saved}")
-            if stop:
-                print0(f"stopped by {signal.Signals(stop[0]).name} after step {done}; --resume=True goes on")
-                raise SystemExit(0)
+                print0(f"saved {save_checkpoint(model, optim, out_dir, state, base, keep_last, keep)}")
+            if stops:
+                name = signal.Signals(stop[0]).name if stop else "a signal to another rank"
+                print0(f"stopped by {name} after step {done}; --resume=True goes on")
+                break
         print0(f"{time.perf_counter() - started:.0f} s, peak memory {peak_memory(device):.2f} GB")
+        leave()

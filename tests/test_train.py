@@ -176,7 +176,7 @@ def some_rows(n=8, T=16, seed=0):
 
 def gradients(model, rows, microbatch, **how):
     model.zero_grad()
-    loss = train.backward_batch(model, rows, microbatch, "cpu", **how)
+    loss = train.backward_batch(model, rows, range(len(rows)), microbatch, "cpu", **how)
     return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
@@ -213,7 +213,7 @@ def test_paper_weighting_is_the_mean_of_microbatch_means():
 def test_batch_without_targets_is_refused():
     rows = [(t, np.full_like(y, IGNORE), s) for t, y, s in some_rows(2)]
     with pytest.raises(ValueError, match="no token of the batch is a target"):
-        train.backward_batch(tiny_model(), rows, 1, "cpu")
+        train.backward_batch(tiny_model(), rows, range(len(rows)), 1, "cpu")
 
 
 # ----------------------------------------------------------------------------- resume and signals

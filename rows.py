@@ -1,0 +1,82 @@
+"""What train.py reads: rows of the token files that prepare_data.py wrote, and their order."""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model import IGNORE
+
+
+class TokenRows:
+    """Rows of one split of a token folder, memory-mapped: tokens, targets, and where documents begin.
+
+    Raises FileNotFoundError or ValueError when files are missing or do not have the size meta.json says."""
+
+    def __init__(self, folder, split="train", seq_len=0, doc_mask=True):
+        folder = Path(folder)
+        if not (folder / "meta.json").is_file():
+            raise FileNotFoundError(f"{folder}: no meta.json; make the folder with prepare_data.py")
+        try:
+            self.meta = json.loads((folder / "meta.json").read_text())
+            counts = self.meta["splits"][split]
+        except (ValueError, KeyError) as e:
+            raise ValueError(f"{folder}/meta.json: not a whole meta.json of prepare_data.py ({e!r})") from None
+        if seq_len and seq_len != self.meta["seq_len"] and self.meta["kind"] == "ift":
+            raise ValueError(f"seq_len={seq_len}: the rows of {folder} are packed for {self.meta['seq_len']}")
+        self.seq_len, self.doc_mask = seq_len or self.meta["seq_len"], doc_mask
+        read = lambda name, kind, n: read_array(folder / f"{split}.{name}", kind, n)
+        self.tokens = read("bin", self.meta["dtype"], counts["tokens"])
+        self.starts = read("docs.bin", "uint64", None)
+        self.mask = read("mask.bin", "uint8", counts["tokens"]) if self.meta["kind"] == "ift" else None
+        if not (n := len(self.tokens) // self.seq_len):
+            raise ValueError(f"{folder}/{split}.bin: {len(self.tokens)} tokens make no row of seq_len={self.seq_len}")
+        self.n = n
+        self.sha256 = counts["sha256"]
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        """Row i: tokens [T] int64, targets [T] int64 (IGNORE where nothing is learned), document starts in it."""
+        span = slice(i * self.seq_len, (i + 1) * self.seq_len)
+        tokens = self.tokens[span].astype(np.int64)
+        targets = np.append(tokens[1:], IGNORE)
+        if self.mask is not None:
+            targets[:-1][self.mask[span][1:] == 0] = IGNORE
+        inside = self.starts[slice(*np.searchsorted(self.starts, [span.start + 1, span.stop]))].astype(np.int64)
+        starts = inside - span.start
+        if self.doc_mask:
+            targets[starts - 1] = IGNORE  # a document's first token cannot be told from another document
+        return tokens, targets, starts
+
+
+def read_array(path, dtype, count):
+    """A file as a read-only array of `count` items (None: whatever it holds), mapped, not read."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing")
+    array = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r") if path.stat().st_size else np.zeros(0, dtype)
+    if count is not None and len(array) != count:
+        raise ValueError(f"{path}: holds {len(array)} items, meta.json says {count}; truncated?")
+    return array
+
+
+def rows_of_step(step, batch, n_rows, seed, shuffle=True):
+    """Indices of the `batch` rows of a step: a pure function of its arguments. Every row comes once an epoch;
+    epochs are permutations of their own and follow each other without a gap."""
+    positions = np.arange(step * batch, (step + 1) * batch)
+    rows = positions % n_rows
+    if shuffle:
+        for epoch in np.unique(positions // n_rows):
+            order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n_rows)
+            rows[positions // n_rows == epoch] = order[rows[positions // n_rows == epoch]]
+    return rows
+
+
+def stack(rows, device):
+    """Rows of TokenRows as tokens [B, T], targets [B, T] and document borders [n + 1] in the flattened B * T."""
+    tokens, targets, starts = zip(*rows)
+    T = len(tokens[0])
+    borders = np.concatenate([np.append(0, s) + i * T for i, s in enumerate(starts)] + [[len(rows) * T]])
+    return (*(torch.from_numpy(np.stack(x)).to(device) for x in (tokens, targets)),
+            torch.from_numpy(borders.astype(np.int64)).to(device))
