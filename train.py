@@ -179,6 +179,8 @@ def mean_loss(model, rows, microbatch, device, limit=0):
         total += model(tokens, targets, docs if rows.doc_mask else None, reduction="sum")[1].item()
         count += int((targets != IGNORE).sum())
     model.train()
+    if is_sharded(model):
+        model.reshard()  # without a backward pass the parts outside the blocks would stay gathered
     total, count = add_up(total, count, device=device)
     return total / count if count else math.nan
 
