@@ -178,33 +178,28 @@ def leading_vectors(A, sizes, values, accuracy=1e-3, seed=0):
     large where a space is ill defined because the next singular value is nearly as large as its last."""
     A, wide = (A.T, True) if A.shape[0] < A.shape[1] else (A, False)
     n, K = A.shape[1], max(sizes)
-    generator = torch.Generator().manual_seed(seed)
-    basis = A.new_empty(n, 0)
-    block = torch.randn(n, min(n, K + 8), generator=generator, dtype=A.dtype).to(A.device)
+    small = n <= 1024 or n < 8 * K  # then the whole space is as quick
+    start = torch.randn(n, K + 8, generator=torch.Generator().manual_seed(seed), dtype=A.dtype).to(A.device)
+    basis = torch.eye(n, dtype=A.dtype, device=A.device) if small else torch.linalg.qr(start).Q
+    mapped, tried = A @ basis, 0
     while True:
-        small = n <= 1024 or n < 8 * K  # then the whole space is as quick
-        basis = torch.eye(n, dtype=A.dtype, device=A.device) if small else torch.cat([basis, orthonormal(block, basis)], 1)
-        mapped = A @ basis
-        theta, S = torch.linalg.eigh(mapped.T @ mapped)
-        theta, S = theta[-K:].flip(0).clamp(min=0), S[:, -K:].flip(1)
-        V, U = basis @ S, torch.linalg.qr(mapped @ S).Q
-        residual = A.T @ (mapped @ S) - V * theta
-        of_U = A @ (A.T @ U) - U * theta
-        sines = {}
-        for k in sizes:
-            gap = (theta[k - 1] - (values[k] ** 2 if k < n else 0.0)).item()
-            far = max(residual[:, :k].norm().item(), of_U[:, :k].norm().item())
-            sines[k] = 0.0 if k == n else far / gap if gap > 0 else math.inf
-        if small or max(sines.values()) <= accuracy or 2 * basis.shape[1] >= n:
-            return (V, U, sines) if wide else (U, V, sines)
-        block = A.T @ (A @ basis[:, -block.shape[1]:])
-
-
-def orthonormal(block, basis):
-    """The columns of block made orthonormal, to each other and to those of basis; twice, against cancellation."""
-    for _ in range(2):
-        block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
-    return block
+        width = basis.shape[1]
+        if small or width >= 1.25 * tried or 2 * width >= n:
+            theta, S = torch.linalg.eigh(mapped.T @ mapped)
+            theta, S, tried = theta[-K:].flip(0).clamp(min=0), S[:, -K:].flip(1), width
+            V, U = basis @ S, torch.linalg.qr(mapped @ S).Q
+            of_V, of_U = A.T @ (mapped @ S) - V * theta, A @ (A.T @ U) - U * theta
+            sines = {}
+            for k in sizes:
+                far = max(of_V[:, :k].norm().item(), of_U[:, :k].norm().item())
+                gap = (theta[k - 1] - (values[k] ** 2 if k < n else 0.0)).item()
+                sines[k] = 0.0 if k == n else far / gap if gap > 0 else math.inf
+            if small or max(sines.values()) <= accuracy or 2 * width >= n:
+                return (V, U, sines) if wide else (U, V, sines)
+        block = A.T @ mapped[:, -K - 8:]
+        for _ in range(2):  # twice, against cancellation
+            block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+        basis, mapped = torch.cat([basis, block], 1), torch.cat([mapped, A @ block], 1)
 
 
 def overlap(before, after, sizes):
@@ -388,37 +383,35 @@ def cost_of(shape, checkpoints, with_vectors):
 
 
 # ----------------------------------------------------------------------------- files
-def write_json(path, content):
+def write_whole(path, text):
     """A file that is there in full or not at all."""
     partial = Path(f"{path}.tmp")
     with open(partial, "w") as file:
-        file.write(json.dumps(content))
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
 
 
-def resume_from(path, header):
-    """{(layer, module): records} that OUT.part holds; begins the file if there is none.
+def check_made_with(path, header):
+    """Raises ValueError when the file at `path` (OUT or OUT.part) was made from something else, or is not whole."""
+    try:
+        before = json.loads(path.read_text().split("\n")[0])["made_with"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not written by this script, or cut short; delete it or choose another --out") from None
+    if other := [k for k in header if before.get(k) != header[k]]:
+        raise ValueError(f"{path} was made with other {', '.join(other)}; delete it or choose another --out")
 
-    Raises ValueError when it, or OUT, was made from something else."""
-    part = Path(f"{path}.part")
-    for made in (path, part):
-        if made.is_file():
-            first = made.read_text().split("\n")[0]
-            try:
-                before = json.loads(first)["made_with"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{made}: not written by this script, or cut short; delete it or choose another --out") from None
-            if other := [k for k in header if before.get(k) != header[k]]:
-                raise ValueError(f"{made} was made with other {', '.join(other)}; delete it or choose another --out")
-    if not part.is_file():
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({"made_with": header}) + "\n")
-    lines = part.read_text().split("\n")[1:-1]  # behind the last new line: what a kill tore
-    done = {(records[0]["layer"], records[0]["module"]): records for records in map(json.loads, lines)}
-    part.write_text("".join(line + "\n" for line in [json.dumps({"made_with": header}), *map(json.dumps, done.values())]))
-    return done
+
+def resume_from(part, header):
+    """{(layer, module): records} that OUT.part holds, which is begun if it is not there; raises as check_made_with."""
+    lines = []
+    if part.is_file() and part.stat().st_size:
+        check_made_with(part, header)
+        lines = part.read_text().split("\n")[1:-1]  # behind the last new line: what a kill tore
+    part.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(part, "".join(line + "\n" for line in [json.dumps({"made_with": header}), *lines]))
+    return {(records[0]["layer"], records[0]["module"]): records for records in map(json.loads, lines)}
 
 
 def summary(records, checkpoints, fraction):
@@ -507,7 +500,7 @@ if __name__ == "__main__":
             if not out:
                 raise ValueError("out is not set; see --help")
             Path(out).parent.mkdir(parents=True, exist_ok=True)
-            write_json(out, {"kind": "noise", **about, **noise_experiment(noise, seed, fractions, device)})
+            write_whole(out, json.dumps({"kind": "noise", **about, **noise_experiment(noise, seed, fractions, device)}))
             print(f"wrote {out}")
             raise SystemExit(0)
 
@@ -525,37 +518,38 @@ if __name__ == "__main__":
         before = open_model(base, shape)
         checkpoints = [open_adapter(f, shape, before.identity) if is_adapter(f) else open_model(f, shape) for f in folders]
         about["made_with"] = header = json.loads(json.dumps({
-            "base": before.identity, "checkpoints": [[str(c.folder), c.identity] for c in checkpoints], "modules": names,
+            "base": before.identity, "checkpoints": [[c.folder.name, c.identity] for c in checkpoints], "modules": names,
             "layers": blocks, "fractions": fractions, "subspaces": subspaces, "method": method, "tolerance": tolerance}))
-        if path.is_file() and not Path(f"{path}.part").is_file():
-            resume_from(path, header)
-            Path(f"{path}.part").unlink()
-            print(summary(json.loads(path.read_text())["matrices"], checkpoints, 0.9 if 0.9 in fractions else fractions[0]))
+        part = Path(f"{path}.part")
+        share = 0.9 if 0.9 in fractions else fractions[0]
+        if path.is_file():
+            check_made_with(path, header)
+            print(summary(json.loads(path.read_text())["matrices"], checkpoints, share))
             print(f"{path} is complete already")
             raise SystemExit(0)
-        done = resume_from(path, header)
+        done = resume_from(part, header)
         todo = [(layer, module) for layer in blocks for module in names]
         cost = {key: cost_of(shape.projection_shapes[key[1]], len(checkpoints), bool(subspaces)) for key in todo}
         started = time.perf_counter()
         with tqdm(total=sum(cost.values()), initial=sum(cost[key] for key in todo if key in done), smoothing=0.05,
                   bar_format="{percentage:3.0f}%|{bar:30}| {elapsed}<{remaining}{postfix}") as bar, \
-                open(f"{path}.part", "a") as part, torch.inference_mode():
+                open(part, "a") as file, torch.inference_mode():
             for layer, module in todo:
                 if (layer, module) in done:
                     continue
                 bar.set_postfix_str(f"block {layer} {module}")
                 done[layer, module] = analyse(before, checkpoints, layer, module, subspaces, device, fractions=fractions,
                                               method=method, tolerance=tolerance)
-                part.write(json.dumps(done[layer, module]) + "\n")
-                part.flush()
+                file.write(json.dumps(done[layer, module]) + "\n")
+                file.flush()
                 bar.update(cost[layer, module])
         records = [record for key in todo for record in done[key]]
         states = [read_state(folder) for folder in folders]
-        write_json(path, {**about, "kind": "spectrum", "base": str(base), "checkpoints": [
+        write_whole(path, json.dumps({**about, "kind": "spectrum", "base": str(base), "checkpoints": [
             {"folder": str(c.folder), "step": s.get("step"), "tokens": s.get("tokens"), "lora_rank": c.rank}
-            for c, s in zip(checkpoints, states)], "matrices": records})
-        Path(f"{path}.part").unlink()
-        print(summary(records, checkpoints, 0.9 if 0.9 in fractions else fractions[0]))
+            for c, s in zip(checkpoints, states)], "matrices": records}))
+        part.unlink()
+        print(summary(records, checkpoints, share))
         print(f"wrote {path}: {len(records)} spectra in {time.perf_counter() - started:.0f} s, {device_name(device)}, "
               f"peak memory {peak_memory(device):.2f} GB, largest error {max(r['error'] / (r['singular_values'][0] or 1) for r in records):.0e} "
               f"of the largest value")
