@@ -56,7 +56,7 @@ STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labels
          "axes.grid": True, "grid.color": "#e8e8e8", "grid.linewidth": 0.5, "axes.axisbelow": True, "legend.frameon": False,
          "legend.fontsize": 7, "figure.constrained_layout.use": True, "pdf.fonttype": 42, "axes.unicode_minus": False}
 NAMES = {"gsm8k_strict_match": "GSM8K accuracy", "humaneval_pass@1": "HumanEval pass@1",
-         "forgetting": "mean of HellaSwag, ARC-c, WinoGrande"}
+         "forgetting": "mean accuracy on HellaSwag,\nARC-c and WinoGrande"}
 # what does not make two runs two settings
 NO_SETTING = {"data", "base", "out_dir", "resume", "val_data", "seed", "max_steps", "max_epochs", "max_tokens", "warmup_steps",
               "cooldown_steps", "microbatch", "log_interval", "eval_interval", "eval_rows", "save_interval", "keep_last",
@@ -455,62 +455,61 @@ def regularisers(points, bases):
     return plane(points, bases, series)
 
 
-def sweep(points, bases, families, value_of, label, axis="powers", rule=None):
+def sweep(points, bases, families, value_of, label, axis="powers", names=()):
     """Learning and forgetting by one knob: two panels a dataset. families(points) -> {(name, colour, marker): points};
-    value_of(point): its place on the x axis; rule(points): the point that a horizontal line stands for, if any."""
+    value_of(point): its place on the x axis; names: of the places 0, 1, ... on an axis of categories. Points of full
+    finetuning in a line of LoRA points stand apart from it."""
     panels = []
     for key, some in datasets_of(points).items():
-        for names in (learning, forgetting):
-            if metric := pick(names, some):
+        for metrics in (learning, forgetting):
+            if metric := pick(metrics, some):
                 lines = {name: sorted((p for p in line if metric in p.values), key=value_of)
                          for name, line in families(some).items()}
                 if any(len({value_of(p) for p in line}) > 1 for line in lines.values()):
-                    panels.append((key, metric, {name: line for name, line in lines.items() if line}, rule(some) if rule else None))
+                    panels.append((key, metric, {name: line for name, line in lines.items() if line}))
     if not panels:
         return None
     fig, axes = grid(len(panels))
-    for ax, ((dataset, base), metric, lines, line_at) in zip(axes, panels):
-        values = sorted({value_of(p) for line in lines.values() for p in line})
+    for ax, ((dataset, base), metric, lines) in zip(axes, panels):
         for (name, colour, marker), line in lines.items():
-            pairs = [p.values[metric] for p in line]
-            draw(ax, [value_of(p) for p in line], pairs, color=colour, marker=marker)
-            name_end(ax, value_of(line[-1]), pairs[-1][0], name, colour)
-        if line_at and metric in line_at.values:
-            ax.axhline(line_at.values[metric][0], color=FULL, lw=1)
-            name_end(ax, None, line_at.values[metric][0], "full", FULL)
+            loras = [p for p in line if p.rank]
+            for part in (loras, [p for p in line if not p.rank]) if loras else (line,):
+                draw(ax, [value_of(p) for p in part], [p.values[metric] for p in part], color=colour, marker=marker)
+            name_end(ax, value_of(line[-1]), line[-1].values[metric][0], name, colour)
         at_base(ax, bases.get((base, metric)))
-        if axis == "powers":
-            powers_axis(ax, values)
-        elif axis == "log":
-            ax.set_xscale("log")
+        if names:
+            ax.set_xticks(range(len(names)), names)
+            ax.set_xlim(-0.2, len(names) - 0.8)
+        elif axis == "powers":
+            powers_axis(ax, {value_of(p) for line in lines.values() for p in line})
         else:
-            ax.set_xticks(range(len(axis)), axis)
-            ax.set_xlim(-0.2, len(axis) - 0.8)
+            ax.set_xscale(axis)
         ax.set(title=dataset, xlabel=label, ylabel=title_of(metric))
     return fig
 
 
-def rank_of_main(some):
-    """The LoRA points that main_settings chose, at the length that most settings share."""
-    mains = {setting for _, setting in main_settings(some)}
-    return ends_of([p for p in some if p.setting in mains])
-
-
 def ranks(points, bases):
-    """By rank, a line for each length."""
+    """By rank, a line for each of up to five lengths, full finetuning beside it."""
+    present = sorted({p.rank for p in points if p.rank}) + [0]
+
     def families(some):
-        mains = {setting for rank, setting in main_settings(some) if rank}
+        mains = {setting for _, setting in main_settings(some)}
         lines = defaultdict(list)
         for p in some:
             if p.setting in mains and p.last:
                 lines[p.place["step"]].append(p)
-        lines = {s: line for s, line in sorted(lines.items()) if len({p.rank for p in line}) > 1}
-        shades = plt.cm.cividis(np.linspace(0.75, 0.0, len(lines))) if lines else ()
-        name = lambda p: f"{p.place['epoch']:.3g} ep." if (p.place.get("epoch") or 0) >= 1 else short(p.place.get("tokens") or p.place["step"])
-        return {(name(line[0]), matplotlib.colors.to_hex(shade), "o"): line for shade, line in zip(shades, lines.values())}
-    def full_of(some):
-        return next((p for p in rank_of_main(some) if not p.rank), None)
-    return sweep(points, bases, families, lambda p: p.rank, "LoRA rank", rule=full_of)
+        lengths = [step for step in sorted(lines) if len({p.rank for p in lines[step]} - {0}) > 1]
+        shown = [lengths[round(i)] for i in np.linspace(0, len(lengths) - 1, min(5, len(lengths)))]
+        shades = plt.cm.cividis(np.linspace(0.75, 0.0, len(shown)))
+        return {(length_name(lines[step][0]), matplotlib.colors.to_hex(shade), "o"): lines[step] for step, shade in zip(shown, shades)}
+    return sweep(points, bases, families, lambda p: present.index(p.rank), "LoRA rank", names=[*map(str, present[:-1]), "full"])
+
+
+def length_name(p):
+    """How long a point was trained, in words."""
+    if (p.place.get("epoch") or 0) >= 1:
+        return f"{p.place['epoch']:.3g} epochs"
+    return f"{short(p.place['tokens'])} tokens" if p.place.get("tokens") else f"{p.place['step']} steps"
 
 
 TARGETS = ("attention", "mlp", "all")
@@ -526,7 +525,7 @@ def targets(points, bases):
             if usual and p.other == max(usual, key=usual.get) and p.alpha == 2 * p.rank:
                 lines[p.rank].append(p)
         return {(f"r={rank}", *look(rank, lines).values()): line for rank, line in sorted(lines.items())}
-    return sweep(points, bases, families, lambda p: TARGETS.index(p.targets), "modules with adapters", TARGETS)
+    return sweep(points, bases, families, lambda p: TARGETS.index(p.targets), "modules with adapters", names=TARGETS)
 
 
 def rate_of(p):
