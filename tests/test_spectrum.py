@@ -64,13 +64,14 @@ def spectrum_of(folders, *tuned, **knobs):
              "subspaces": "1,4", **knobs}
     process = run_here("spectrum.py", *(f"--{k}={v}" for k, v in knobs.items()))
     written = folders / "out.json"
-    return process, json.loads(written.read_text()) if written.is_file() else None
+    return process, json.loads(written.read_text()) if process.returncode == 0 else None
 
 
 def one_line(process, *words):
-    assert process.returncode == 2 and process.stderr.count("\n") == 1, process.stderr
+    lines = [line for line in process.stderr.split("\n") if "%|" not in line]  # but for the progress bar
+    assert process.returncode == 2 and len(lines) == 2 and lines[0].startswith("spectrum.py: error:"), process.stderr
     for word in words:
-        assert word in process.stderr
+        assert word in lines[0]
 
 
 # ----------------------------------------------------------------------------- singular values
@@ -208,7 +209,7 @@ def test_rounding_is_told_from_change():
 
 
 # ----------------------------------------------------------------------------- directions
-@pytest.mark.parametrize("m, n", [(60, 40), (40, 60), (1300, 1100)], ids=["tall", "wide", "krylov"])
+@pytest.mark.parametrize("m, n", [(60, 40), (40, 60), (1060, 1030)], ids=["tall", "wide", "krylov"])
 def test_leading_vectors_are_svds(m, n):
     A = with_values([3.0 * 0.9 ** i for i in range(60 if n > 60 else 30)], m, n) + 1e-3 * gaussian(m, n, seed=5)
     U, S, Vh = torch.linalg.svd(A, full_matrices=False)
