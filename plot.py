@@ -90,6 +90,12 @@ def read_jsonl(path):
     return [o for o in objects if isinstance(o, dict)]
 
 
+def by_step(lines):
+    """The lines of a log in order of steps, training and validation apart; of a step that was logged twice, the last."""
+    kept = {(line["step"], "val" in line): line for line in lines if isinstance(line.get("step"), int)}
+    return [kept[key] for key in sorted(kept)]
+
+
 def read_json(path):
     """The object in a .json file, {} with a note if there is none."""
     try:
@@ -113,7 +119,7 @@ def read_run(folder):
     """The Run of a folder; val losses of its log count as metrics 'loss NAME'."""
     folder = Path(folder)
     config = read_json(folder / "config.json").get("config", {}) if (folder / "config.json").is_file() else {}
-    log, metrics, places = read_jsonl(folder / "log.jsonl"), defaultdict(dict), {}
+    log, metrics, places = by_step(read_jsonl(folder / "log.jsonl")), defaultdict(dict), {}
     per_step = next((line["epoch"] / line["step"] for line in log if line.get("epoch") and line.get("step")), None)
 
     def keep(line, metric, value, stderr=None):
@@ -508,7 +514,7 @@ def ranks(points, bases):
 def length_name(p):
     """How long a point was trained, in words."""
     if (p.place.get("epoch") or 0) >= 1:
-        return f"{p.place['epoch']:.3g} epochs"
+        return f"{p.place['epoch']:.3g} epoch" + "s" * (p.place["epoch"] != 1)
     return f"{short(p.place['tokens'])} tokens" if p.place.get("tokens") else f"{p.place['step']} steps"
 
 
@@ -673,65 +679,75 @@ def modules_of(spectrum):
     return list(dict.fromkeys(r["module"] for r in spectrum["matrices"]))
 
 
-def shared_legend(fig, entries, **how):
-    """One legend under all panels: [(name, line style)]."""
+def module_panels(spectrum, height):
+    """(fig, {module: axes}): a panel for each module, four in a row; x labels and legend are finish_panels' work."""
+    present = modules_of(spectrum)
+    fig, axes = grid(len(present), height=height, columns=4)
+    return fig, dict(zip(present, axes))
+
+
+def finish_panels(fig, panels, xlabel, ylabel, entries):
+    """Name the axes once, and put one legend, [(name, line style)], in the free place of the grid or below it."""
+    for ax in panels.values():
+        if ax.get_subplotspec().rowspan.stop == ax.get_gridspec().nrows or len(panels) - 4 < list(panels.values()).index(ax) + 1:
+            ax.set_xlabel(xlabel)
+    fig.supylabel(ylabel, fontsize=8)
     handles = [plt.Line2D([], [], label=name, **style) for name, style in entries]
-    fig.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), **how)
+    free = [ax for ax in fig.axes if not ax.get_visible()]
+    if free and len(handles) <= 8:
+        free[0].set_visible(True)
+        free[0].axis("off")
+        free[0].legend(handles=handles, loc="center left", bbox_to_anchor=(-0.2, 0.5), borderpad=0)
+    else:
+        fig.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
 
 
 def effective_rank(spectrum):
     """Figure 6: least rank that holds the share of D's squares, by block, a panel for each module."""
-    present, looks = modules_of(spectrum), checkpoint_names(spectrum)
-    share = "0.9" if "0.9" in spectrum["matrices"][0]["effective_rank"] else max(spectrum["matrices"][0]["effective_rank"])
-    fig, axes = grid(len(present), height=1.55, columns=4, sharex=True)
-    for ax, module in zip(axes, present):
+    looks, first = checkpoint_names(spectrum), spectrum["matrices"][0]["effective_rank"]
+    share = "0.9" if "0.9" in first else max(first)
+    fig, panels = module_panels(spectrum, 1.55)
+    for module, ax in panels.items():
+        before = rows_of(spectrum, "W0", module)
         for i, (name, colour) in enumerate(looks):
             rows = rows_of(spectrum, "D", module, i)
-            if rows:
-                ax.plot([r["layer"] for r in rows], [r["effective_rank"][share] for r in rows], color=colour, marker="o", ms=2)
-        first = rows_of(spectrum, "W0", module)
-        ax.plot([r["layer"] for r in first], [r["effective_rank"][share] for r in first], color=BASE, ls=":", lw=1)
-        if first:
-            ax.axhline(first[0]["random_rank"][share], color=CHANCE, ls="--", lw=1)
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        ax.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-        ax.set_title(f"{module.removesuffix('_proj')}  {'x'.join(map(str, first[0]['shape']))}" if first else module)
+            ax.plot([r["layer"] for r in rows], [r["effective_rank"][share] for r in rows], color=colour, marker="o", ms=2)
+        ax.plot([r["layer"] for r in before], [r["effective_rank"][share] for r in before], color=BASE, ls=":", lw=1)
+        for r in before[:1]:
+            ax.axhline(r["random_rank"][share], color=CHANCE, ls="--", lw=1)
+            ax.set_title(f"{module.removesuffix('_proj')}, {'x'.join(map(str, r['shape']))}")
+        ax.set_ylim(bottom=0)
         ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, integer=True))
-    fig.supxlabel("block", fontsize=8)
-    fig.supylabel(f"rank for {float(share):.0%} of squares", fontsize=8)
-    shared_legend(fig, [*((name, {"color": colour, "marker": "o", "ms": 2}) for name, colour in looks),
-                        ("the base's weight", {"color": BASE, "ls": ":"}), ("random, same shape", {"color": CHANCE, "ls": "--"})])
+    finish_panels(fig, panels, "block", f"rank for {float(share):.0%} of squares",
+                  [*((f"D, {name}", {"color": colour, "marker": "o", "ms": 2}) for name, colour in looks),
+                   ("the base's weight", {"color": BASE, "ls": ":"}), ("random, same shape", {"color": CHANCE, "ls": "--"})])
     return fig
 
 
 def spectra_of_one(spectrum):
-    """Figure S7: singular values of W0, W and D of one block, as shares of the largest of W0, and a random matrix of D's norm."""
+    """Figure S7: singular values of W0, W and D of one block, and the largest of a random matrix of the norm of the last D."""
     there = sorted({r["layer"] for r in spectrum["matrices"]})
     layer = block if block in there else there[len(there) // 2]
-    present, looks = modules_of(spectrum), checkpoint_names(spectrum)
-    fig, axes = grid(len(present), height=1.65, columns=4)
-    for ax, module in zip(axes, present):
-        pick_one = lambda matrix, i=None: next((r for r in rows_of(spectrum, matrix, module, i) if r["layer"] == layer), None)
-        first = pick_one("W0")
-        if not first:
-            continue
-        lines = [(first["singular_values"], BASE, ":")]
+    looks = checkpoint_names(spectrum)
+    fig, panels = module_panels(spectrum, 1.65)
+    for module, ax in panels.items():
+        of = lambda matrix, i=None, module=module: [r for r in rows_of(spectrum, matrix, module, i) if r["layer"] == layer]
+        lines, edge = [(r["singular_values"], BASE, "-", 2.2) for r in of("W0")], None
         for i, (name, colour) in enumerate(looks):
-            if D := pick_one("D", i):
-                lines.append((D["singular_values"], colour, "-"))
-                lines.append((pick_one("W", i)["singular_values"], colour, (0, (1, 3))))
-        for values, colour, ls in lines:
-            shown = [v if v > 1e-12 * max(values) else math.nan for v in values] if max(values, default=0) > 0 else []
-            ax.plot(np.arange(1, len(shown) + 1), shown, color=colour, ls=ls, lw=1.1)
-        ax.set(yscale="log", title=module.removesuffix("_proj"))
-        bottom = min((min(v for v in values if v > 1e-6 * values[0]) for values, _, _ in lines if values and values[0] > 0), default=None)
-        if bottom:
-            ax.set_ylim(bottom=bottom / 2)
-    fig.supxlabel("index of the singular value", fontsize=8)
-    fig.supylabel(f"singular value, block {layer}", fontsize=8)
-    shared_legend(fig, [("W0", {"color": BASE, "ls": ":"}), *((f"D, {name}", {"color": colour}) for name, colour in looks),
-                        *((f"W, {name}", {"color": colour, "ls": (0, (1, 3))}) for name, colour in looks)])
+            lines += [(r["singular_values"], colour, (0, (1, 1.5)), 1.3) for r in of("W", i)]
+            lines += [(r["singular_values"], colour, "-", 1.1) for r in of("D", i)]
+            edge = next((r["norm"] * (r["shape"][0] ** -0.5 + r["shape"][1] ** -0.5) for r in of("D", i)), edge)
+        # numbers that only rounding keeps from zero would stretch the axis
+        shown = [([v if v > 1e-4 * values[0] else math.nan for v in values], *style) for values, *style in lines if values and values[0] > 0]
+        for values, colour, ls, width in shown:
+            ax.plot(np.arange(1, len(values) + 1), values, color=colour, ls=ls, lw=width)
+        if edge:
+            ax.axhline(edge, color=CHANCE, ls="--", lw=1)
+        ax.set(title=module.removesuffix("_proj"), yscale="log" if shown else "linear")
+    finish_panels(fig, panels, "index", f"singular value, block {layer}",
+                  [("W0", {"color": BASE, "lw": 2.2}), *((f"D, {name}", {"color": colour}) for name, colour in looks),
+                   *((f"W, {name}", {"color": colour, "ls": (0, (1, 1.5))}) for name, colour in looks),
+                   ("largest, random D", {"color": CHANCE, "ls": "--"})])
     return fig
 
 
@@ -761,6 +777,8 @@ def directions(spectrum):
     name_end(axes[1], None, 1, "random", CHANCE)
     axes[0].set(yscale="log", xlabel="k leading directions", ylabel="share of W0's that W lost", title=looks[i][0])
     axes[1].set(yscale="log", xlabel="k leading directions of W0", ylabel="share of D written to them / chance", title="mean over blocks")
+    axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes[1].yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
     return fig
 
 
@@ -770,11 +788,12 @@ def noise(content):
     for (name, found), colour, ls in zip(content["spectra"].items(), (BASE, OTHERS[1], OTHERS[0]), ("-", "-", "--")):
         values = found["singular_values"]
         ax.plot(np.arange(1, len(values) + 1), values, color=colour, ls=ls)
-        name_end(ax, len(values), values[-1], f"{name}: rank {found['effective_rank'].get('0.9', '?')}", colour)
+        ax.lines[-1].set_label(f"{name}: rank {found['effective_rank'].get('0.9', '?')}")
+    ax.legend()
     ax.set(xlabel="index", ylabel="singular value")
     xs, ys = zip(*[(d["log10_c"], d["mean_difference"]) for d in content["differences"]])
     bx.plot(xs, ys, color=OTHERS[3], marker="o")
-    bx.set(yscale="log", xlabel="log10 c", ylabel="mean |spectrum of A + cB - of A|")
+    bx.set(yscale="log", xlabel="log10 c", ylabel="mean |change of A's spectrum by cB|")
     return fig
 
 

@@ -169,11 +169,11 @@ def rounding_share(W, D):
 
 
 # ----------------------------------------------------------------------------- leading directions
-def leading_vectors(A, sizes, values, accuracy=1e-3, seed=0):
+def leading_vectors(A, sizes, values, accuracy=1e-2, seed=0):
     """(U [m, K], V [n, K], {k: bound}) of the K = max(sizes) largest singular values of A in fp64, descending.
 
     All eigenvectors take ten times as long as all eigenvalues: block Krylov spaces of A^T A grow (Golub and Underwood
-    1977) until each wanted space is good to `accuracy`, or half as large as A. The bound is on the norm of the sines of
+    1977) until each wanted space is good to `accuracy`, or a quarter as large as A. The bound is on the norm of the sines of
     the angles to the exact space: |residual| / gap (Davis and Kahan), which knows `values`, A's singular values; it is
     large where a space is ill defined because the next singular value is nearly as large as its last."""
     A, wide = (A.T, True) if A.shape[0] < A.shape[1] else (A, False)
@@ -184,7 +184,7 @@ def leading_vectors(A, sizes, values, accuracy=1e-3, seed=0):
     mapped, tried = A @ basis, 0
     while True:
         width = basis.shape[1]
-        if small or width >= 1.25 * tried or 2 * width >= n:
+        if small or width >= 1.25 * tried or 4 * width >= n:
             theta, S = torch.linalg.eigh(mapped.T @ mapped)
             theta, S, tried = theta[-K:].flip(0).clamp(min=0), S[:, -K:].flip(1), width
             V, U = basis @ S, torch.linalg.qr(mapped @ S).Q
@@ -194,7 +194,7 @@ def leading_vectors(A, sizes, values, accuracy=1e-3, seed=0):
                 far = max(of_V[:, :k].norm().item(), of_U[:, :k].norm().item())
                 gap = (theta[k - 1] - (values[k] ** 2 if k < n else 0.0)).item()
                 sines[k] = 0.0 if k == n else far / gap if gap > 0 else math.inf
-            if small or max(sines.values()) <= accuracy or 2 * width >= n:
+            if small or max(sines.values()) <= accuracy or 4 * width >= n:
                 return (V, U, sines) if wide else (U, V, sines)
         block = A.T @ mapped[:, -K - 8:]
         for _ in range(2):  # twice, against cancellation
