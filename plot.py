@@ -254,6 +254,11 @@ def look(rank, ranks):
     return {"color": RANKS[i % len(RANKS)], "marker": MARKERS[1:][i % 5]}
 
 
+def shades_of(n):
+    """n colours from light to dark, for lengths."""
+    return [matplotlib.colors.to_hex(c) for c in plt.cm.cividis(np.linspace(0.75, 0.0, n))]
+
+
 def short(n):
     """1234567 -> 1.2M."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -506,8 +511,7 @@ def ranks(points, bases):
                 lines[p.place["step"]].append(p)
         lengths = [step for step in sorted(lines) if len({p.rank for p in lines[step]} - {0}) > 1]
         shown = [lengths[round(i)] for i in np.linspace(0, len(lengths) - 1, min(5, len(lengths)))]
-        shades = plt.cm.cividis(np.linspace(0.75, 0.0, len(shown)))
-        return {(length_name(lines[step][0]), matplotlib.colors.to_hex(shade), "o"): lines[step] for step, shade in zip(shown, shades)}
+        return {(length_name(lines[step][0]), shade, "o"): lines[step] for step, shade in zip(shown, shades_of(len(shown)))}
     return sweep(points, bases, families, lambda p: present.index(p.rank), "LoRA rank", names=[*map(str, present[:-1]), "full"])
 
 
@@ -660,11 +664,11 @@ def checkpoint_names(spectrum):
     made = spectrum["checkpoints"]
     ranks_there = {c["lora_rank"] for c in made if c["lora_rank"]}
     full = [i for i, c in enumerate(made) if not c["lora_rank"]]
-    shades = dict(zip(full, plt.cm.cividis(np.linspace(0.75, 0.0, len(full))) if len(full) > 1 else [FULL]))
+    shades = dict(zip(full, [FULL] if len(full) == 1 else shades_of(len(full))))
     looks = []
     for i, c in enumerate(made):
         length = f", {short(c['tokens'])} tokens" if c.get("tokens") and len(made) > 1 else ""
-        colour = look(c["lora_rank"], ranks_there)["color"] if c["lora_rank"] else matplotlib.colors.to_hex(shades[i])
+        colour = look(c["lora_rank"], ranks_there)["color"] if c["lora_rank"] else shades[i]
         looks.append((method_name(c["lora_rank"] or 0) + length, colour))
     return looks
 
