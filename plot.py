@@ -273,7 +273,7 @@ def draw(ax, xs, pairs, **look_of):
     with_bars = [(at, m, h) for at, (m, h) in zip(xs, pairs) if h]
     if with_bars:
         at, m, h = zip(*with_bars)
-        ax.errorbar(at, m, h, fmt="none", ecolor=look_of["color"], elinewidth=0.8, capsize=1.5, alpha=0.7)
+        ax.errorbar(at, m, h, fmt="none", ecolor=look_of["color"], elinewidth=0.8, capsize=1.5, alpha=0.5)
 
 
 def at_base(ax, value):
@@ -334,17 +334,17 @@ def length_axis(ax, points, kind):
     return kind
 
 
-def powers_axis(ax, values, axis="x"):
+def powers_axis(ax, values):
     """A logarithmic axis with the values themselves as ticks, thinned, if they span a factor of 4 or more."""
     values = sorted(set(values))
     if len(values) > 1 and values[0] > 0 and values[-1] / values[0] >= 4:
-        getattr(ax, f"set_{axis}scale")("log", base=2)
+        ax.set_xscale("log", base=2)
         kept = [values[-1]]
         for v in reversed(values[:-1]):
             if kept[-1] / v >= (values[-1] / values[0]) ** 0.12:
                 kept.append(v)
-        getattr(ax, f"set_{axis}ticks")(kept, [short(v) for v in kept])
-        getattr(ax, f"{axis}axis").set_minor_locator(matplotlib.ticker.NullLocator())
+        ax.set_xticks(kept, [short(v) if v >= 1 else f"{v:.1e}".replace(".0e", "e").replace("e-0", "e-") for v in kept])
+        ax.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
 
 
 def grid(n, width=PAGE, height=2.1, columns=2, **how):
@@ -407,6 +407,7 @@ def plane(points, bases, series_of):
             panels[key] = learn, forget, series
     if not panels:
         return None
+    below = len(panels) == 1  # a legend at the side would leave too little of one column
     fig, axes = grid(len(panels), height=2.6)
     for ax, ((dataset, base), (learn, forget, series)) in zip(axes, panels.items()):
         shown = [p for _, _, line in series for p in line]
@@ -434,7 +435,11 @@ def plane(points, bases, series_of):
         handles += [plt.Line2D([], [], ls="", color=BASE, marker="*", label="base")] * bool(all(start))
         handles += [plt.Line2D([], [], ls="", color="#bbbbbb", marker="o", markersize=sizes[v] ** 0.5, label=f"{short(v)} {kind}")
                     for v in (list(sizes)[::max(1, len(sizes) - 1)] if len(sizes) > 1 else [])]
-        ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.3, borderpad=0)
+        if below:
+            fig.set_figheight(2.4 + 0.16 * -(-len(handles) // 2))
+            fig.legend(handles=handles, loc="outside lower center", ncols=2, handletextpad=0.3)
+        else:
+            ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.3, borderpad=0)
     return fig
 
 
@@ -461,12 +466,12 @@ def regularisers(points, bases):
         if not found:
             return []
         lines = [(method_name(rank), look(rank, [r for r, _ in mains]), curve_of(some, setting)) for rank, setting in mains]
-        return lines + [(f"full, {name}", {"color": OTHERS[i % 3], "marker": "X"}, curve_of(some, setting))
+        return lines + [(f"full, {name}", {"color": OTHERS[i % 3], "marker": "XphH*"[i % 5]}, curve_of(some, setting))
                         for i, (name, setting) in enumerate(sorted(found))]
     return plane(points, bases, series)
 
 
-def sweep(points, bases, families, value_of, label, axis="powers", names=()):
+def sweep(points, bases, families, value_of, label, names=()):
     """Learning and forgetting by one knob: two panels a dataset. families(points) -> {(name, colour, marker): points};
     value_of(point): its place on the x axis; names: of the places 0, 1, ... on an axis of categories. Points of full
     finetuning in a line of LoRA points stand apart from it."""
@@ -491,10 +496,8 @@ def sweep(points, bases, families, value_of, label, axis="powers", names=()):
         if names:
             ax.set_xticks(range(len(names)), names)
             ax.set_xlim(-0.2, len(names) - 0.8)
-        elif axis == "powers":
-            powers_axis(ax, {value_of(p) for line in lines.values() for p in line})
         else:
-            ax.set_xscale(axis)
+            powers_axis(ax, {value_of(p) for line in lines.values() for p in line})
         ax.set(title=dataset, xlabel=label, ylabel=title_of(metric))
     return fig
 
@@ -534,7 +537,7 @@ def targets(points, bases):
         for p in ends:
             if usual and p.other == max(usual, key=usual.get) and p.alpha == 2 * p.rank:
                 lines[p.rank].append(p)
-        return {(f"r={rank}", *look(rank, lines).values()): line for rank, line in sorted(lines.items())}
+        return {(f"r={rank}", *look(rank, {p.rank for p in some}).values()): line for rank, line in sorted(lines.items())}
     return sweep(points, bases, families, lambda p: TARGETS.index(p.targets), "modules with adapters", names=TARGETS)
 
 
@@ -553,8 +556,8 @@ def learning_rates(points, bases):
         lines = {key: line for key, line in sorted(lines.items()) if len({rate_of(p) for p in line}) > 1}
         several = [rank for rank, _ in lines]
         return {(method_name(rank) + (", " + dict(rest).get("optimizer", "") if several.count(rank) > 1 else ""),
-                 *look(rank, several).values()): line for (rank, rest), line in lines.items()}
-    return sweep(points, bases, families, rate_of, "learning rate", "log")
+                 *look(rank, {p.rank for p in some}).values()): line for (rank, rest), line in lines.items()}
+    return sweep(points, bases, families, rate_of, "learning rate")
 
 
 def alphas(points, bases):
@@ -572,13 +575,12 @@ def alphas(points, bases):
             lines[p.alpha if by_rate else rate_of(p)].append(p)
         name = lambda p, key: f"alpha={key:g}" + (f" ({key / p.rank:g} r)") if by_rate else f"rate {key:g}"
         return {(name(line[0], key), OTHERS[i % 7], MARKERS[i % 6]): line for i, (key, line) in enumerate(sorted(lines.items()))}
-    return sweep(points, bases, families, rate_of if by_rate else lambda p: p.alpha, "learning rate" if by_rate else "alpha",
-                 "log" if by_rate else "powers")
+    return sweep(points, bases, families, rate_of if by_rate else lambda p: p.alpha, "learning rate" if by_rate else "alpha")
 
 
 def subjects(all_runs, matches):
-    """[(name, style, {metric: (value, stderr)})] of bases and of the last evaluated step of every run that has such metrics."""
-    chosen = [run for run in all_runs if any(matches(m) for m in run.metrics)]
+    """[(name, style, {metric: (value, stderr)})] of bases and of the last evaluated step of every run with two such metrics."""
+    chosen = [run for run in all_runs if sum(bool(matches(m)) for m in run.metrics) > 1]
     order = sorted(chosen, key=lambda run: (bool(run.config), -1 if not run.config.get("lora_rank") else run.config["lora_rank"], run.name))
     several = Counter(run.config.get("lora_rank") or 0 for run in chosen if run.config)
     found = []
@@ -586,7 +588,7 @@ def subjects(all_runs, matches):
         last = max(s for m, steps in run.metrics.items() if matches(m) for s in steps)
         rank = run.config.get("lora_rank") or 0
         name = "base" if not run.config or last == 0 else method_name(rank) if several[rank] == 1 else run.name
-        style = {"color": BASE, "marker": "*"} if name == "base" else look(rank, list(several))
+        style = {"color": BASE, "marker": "*"} if name == "base" else look(rank, {run.config.get("lora_rank") or 0 for run in all_runs})
         found.append((name, style, {m: steps[last] for m, steps in run.metrics.items() if matches(m) and last in steps}))
     return found
 
@@ -594,8 +596,7 @@ def subjects(all_runs, matches):
 def pass_at_k(all_runs):
     """Figure of appendix F: pass@k by k."""
     k_of = lambda metric: int(metric.rsplit("pass@", 1)[1]) if metric.rsplit("pass@", 1)[-1].isdigit() and "pass@" in metric else None
-    series = [s for s in subjects(all_runs, k_of) if len(s[2]) > 1]
-    if not series:
+    if not (series := subjects(all_runs, k_of)):
         return None
     fig, (ax,) = grid(1, height=2.4)
     ks = sorted({k_of(m) for _, _, found in series for m in found})

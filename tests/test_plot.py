@@ -224,7 +224,7 @@ def test_ranks_targets_rates_alphas_and_regularisers(tmp_path):
     found = {tuple(np.round(line.get_ydata(), 3)) for line in learn.lines}
     assert {(0.16, 0.16), (0.64, 0.64), (0.216, 0.3, 0.3)} <= found and learn.get_xscale() == "log"
     fig = plot.regularisers(points, bases)
-    assert "full, weight decay 0.001" in [t.get_text() for t in fig.axes[0].get_legend().get_texts()]
+    assert "full, weight decay 0.001" in [t.get_text() for t in fig.legends[0].get_texts()]
 
 
 def test_pass_at_k_and_diversity(tmp_path):
