@@ -15,6 +15,7 @@ Series that are missing are left out; lines that cannot be read and values that 
 import glob
 import json
 import math
+import re
 import statistics
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -118,7 +119,8 @@ class Run(NamedTuple):
 def read_run(folder):
     """The Run of a folder; val losses of its log count as metrics 'loss NAME'."""
     folder = Path(folder)
-    config = read_json(folder / "config.json").get("config", {}) if (folder / "config.json").is_file() else {}
+    config = read_json(folder / "config.json").get("config") if (folder / "config.json").is_file() else {}
+    config = config if isinstance(config, dict) else {}
     log, metrics, places = by_step(read_jsonl(folder / "log.jsonl")), defaultdict(dict), {}
     per_step = next((line["epoch"] / line["step"] for line in log if line.get("epoch") and line.get("step")), None)
 
@@ -128,7 +130,8 @@ def read_run(folder):
             metrics[metric][step] = value, number(stderr)
             epoch = line.get("epoch") or (per_step * step if per_step else None)
             before = places.get(step, {})
-            places[step] = {"step": step, "tokens": line.get("tokens") or before.get("tokens"), "epoch": epoch or before.get("epoch")}
+            places[step] = {"step": step, "tokens": line.get("tokens") or before.get("tokens"),
+                            "epoch": epoch or before.get("epoch")}
 
     for line in log:
         for name, loss in (line["val"].items() if isinstance(line.get("val"), dict) else ()):
@@ -157,9 +160,10 @@ class Point(NamedTuple):
 
 
 def targets_name(targets):
+    """'attention', 'mlp' or 'all' for lora_targets that spell them out; others as they stand."""
     names = {t.strip() for t in str(targets).split(",")}
     attention, mlp = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
-    return {frozenset(attention): "attention", frozenset(mlp): "mlp", frozenset(attention | mlp): "all"}.get(frozenset(names), str(targets))
+    return "attention" if names == attention else "mlp" if names == mlp else "all" if names == attention | mlp else str(targets)
 
 
 def mean_of_seeds(pairs):
@@ -188,7 +192,8 @@ def points_of(all_runs):
                     bases[base, metric].append(value)
                 else:
                     dataset = Path(run.config.get("data", "")).name
-                    groups[dataset, base, rank, alpha, targets, other, step, step == last].append((metric, value, run.places[step]))
+                    groups[dataset, base, rank, alpha, targets, other, step, step == last].append(
+                        (metric, value, run.places[step]))
     points = []
     for (*setting, _, last), found in groups.items():
         by_metric = defaultdict(list)
@@ -419,7 +424,8 @@ def plane(points, bases, series_of):
             ax.scatter(xs, ys, [sizes[p.place[kind]] for p in line], color=style["color"], marker=style["marker"],
                        alpha=0.85, linewidths=0.4, edgecolors="white", zorder=3)
             for p, at, y in zip(line, xs, ys):
-                ax.errorbar(at, y, p.values[learn][1] or 0, p.values[forget][1] or 0, ecolor=style["color"], elinewidth=0.5, alpha=0.5)
+                ax.errorbar(at, y, p.values[learn][1] or 0, p.values[forget][1] or 0, ecolor=style["color"],
+                            elinewidth=0.5, alpha=0.5)
         start = bases.get((base, forget)), bases.get((base, learn))
         if all(start):
             ax.scatter(start[0][0], start[1][0], 40, color=BASE, marker="*", zorder=4)
@@ -581,21 +587,20 @@ def alphas(points, bases):
 def subjects(all_runs, matches):
     """[(name, style, {metric: (value, stderr)})] of bases and of the last evaluated step of every run with two such metrics."""
     chosen = [run for run in all_runs if sum(bool(matches(m)) for m in run.metrics) > 1]
-    order = sorted(chosen, key=lambda run: (bool(run.config), -1 if not run.config.get("lora_rank") else run.config["lora_rank"], run.name))
-    several = Counter(run.config.get("lora_rank") or 0 for run in chosen if run.config)
+    several, every = (Counter(run.config.get("lora_rank") or 0 for run in some if run.config) for some in (chosen, all_runs))
     found = []
-    for run in order:
+    for run in sorted(chosen, key=lambda run: (bool(run.config), run.config.get("lora_rank") or 0, run.name)):
         last = max(s for m, steps in run.metrics.items() if matches(m) for s in steps)
         rank = run.config.get("lora_rank") or 0
         name = "base" if not run.config or last == 0 else method_name(rank) if several[rank] == 1 else run.name
-        style = {"color": BASE, "marker": "*"} if name == "base" else look(rank, {run.config.get("lora_rank") or 0 for run in all_runs})
+        style = {"color": BASE, "marker": "*"} if name == "base" else look(rank, every)
         found.append((name, style, {m: steps[last] for m, steps in run.metrics.items() if matches(m) and last in steps}))
     return found
 
 
 def pass_at_k(all_runs):
     """Figure of appendix F: pass@k by k."""
-    k_of = lambda metric: int(metric.rsplit("pass@", 1)[1]) if metric.rsplit("pass@", 1)[-1].isdigit() and "pass@" in metric else None
+    k_of = lambda metric: int(found[1]) if (found := re.search(r"pass@(\d+)$", metric)) else None
     if not (series := subjects(all_runs, k_of)):
         return None
     fig, (ax,) = grid(1, height=2.4)
@@ -621,8 +626,9 @@ def diversity(all_runs):
     for ax, part, title in zip(axes, parts, ("that pass", "that fail")):
         for i, (name, found, style) in enumerate(series):
             value, error = found[part]
-            ax.barh(i, value, color=style["color"], height=0.7, xerr=1.96 * error if error else None, error_kw={"elinewidth": 0.8})
-            ax.annotate(f" {value:.3g}", (value + (1.96 * error if error else 0), i), va="center", fontsize=7)
+            half = 1.96 * error if error else 0
+            ax.barh(i, value, color=style["color"], height=0.7, xerr=half or None, error_kw={"elinewidth": 0.8})
+            ax.annotate(f" {value:.3g}", (value + half, i), va="center", fontsize=7)
         ax.set_yticks(range(len(series)), [name for name, _, _ in series])
         ax.set(xlabel=f"unique outputs a problem {title}")
         ax.margins(x=0.15)
@@ -635,7 +641,8 @@ def training(all_runs):
     """Loss of the training steps, a running median, and the held-out losses as points."""
     lines = []
     for run in all_runs:
-        log = [(line["tokens"], loss) for line in run.log if line.get("tokens") and (loss := number(line.get("loss"))) is not None]
+        log = [(line["tokens"], loss) for line in run.log
+               if number(line.get("tokens")) and (loss := number(line.get("loss"))) is not None]
         if log:
             lines.append((run, log))
     if not lines:
@@ -743,7 +750,8 @@ def spectra_of_one(spectrum):
             lines += [(r["singular_values"], colour, "-", 1.1) for r in of("D", i)]
             edge = next((r["norm"] * (r["shape"][0] ** -0.5 + r["shape"][1] ** -0.5) for r in of("D", i)), edge)
         # numbers that only rounding keeps from zero would stretch the axis
-        shown = [([v if v > 1e-4 * values[0] else math.nan for v in values], *style) for values, *style in lines if values and values[0] > 0]
+        shown = [([v if v > 1e-4 * values[0] else math.nan for v in values], *style) for values, *style in lines
+                 if values and values[0] > 0]
         for values, colour, ls, width in shown:
             ax.plot(np.arange(1, len(values) + 1), values, color=colour, ls=ls, lw=width)
         if edge:
@@ -781,7 +789,8 @@ def directions(spectrum):
     axes[1].axhline(1, color=CHANCE, ls="--", lw=1)
     name_end(axes[1], None, 1, "random", CHANCE)
     axes[0].set(yscale="log", xlabel="k leading directions", ylabel="share of W0's that W lost", title=looks[i][0])
-    axes[1].set(yscale="log", xlabel="k leading directions of W0", ylabel="share of D written to them / chance", title="mean over blocks")
+    axes[1].set(yscale="log", xlabel="k leading directions of W0", ylabel="share of D written to them / chance",
+                title="mean over blocks")
     axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes[1].yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
     return fig
@@ -816,9 +825,10 @@ def speed(all_runs, tables):
         steps = [line for line in run.log if number(line.get("tok_per_s")) is not None]
         if steps:
             by_method[run.config.get("lora_rank") or 0].append(
-                (statistics.median(line["tok_per_s"] for line in steps), max((line.get("peak_gb") or 0 for line in steps))))
+                (statistics.median(line["tok_per_s"] for line in steps), max(number(line.get("peak_gb")) or 0 for line in steps)))
     for rank, found in sorted(by_method.items()):
-        bars.append(("train.py", method_name(rank), look(rank, by_method)["color"], statistics.median(t for t, _ in found), max(g for _, g in found)))
+        bars.append(("train.py", method_name(rank), look(rank, by_method)["color"], statistics.median(t for t, _ in found),
+                     max(g for _, g in found)))
     bars = [b for b in bars if b[3] is not None]
     if not bars:
         return None
@@ -866,11 +876,10 @@ def is_whole(spectrum):
 if __name__ == "__main__":
     with one_line_errors():
         configure(globals())
-        folders = [Path(p) for pattern in runs for p in sorted(glob.glob(pattern)) or [pattern] if Path(p).is_dir() or not glob.glob(pattern)]
-        for folder in folders:
-            if not folder.is_dir():
-                problems[f"{folder}: no such folder, left out"] += 1
-        read = [run for folder in folders if folder.is_dir() and ((run := read_run(folder)).metrics or run.log)]
+        named = [Path(path) for pattern in runs for path in sorted(glob.glob(pattern)) or [pattern]]
+        folders = [path for path in named if path.is_dir()]
+        problems.update(f"{path}: no such folder, left out" for path in named if not path.exists())
+        read = [run for folder in folders if (run := read_run(folder)).metrics or run.log]
         files = list(spectra) or [folder / "spectrum.json" for folder in folders if (folder / "spectrum.json").is_file()]
         loaded = [(Path(file), content) for file in files if is_whole(content := read_json(file))]
         tables = [read_json(file) for file in benches]
@@ -904,5 +913,6 @@ if __name__ == "__main__":
             print(f"note: {count} {problem}" if "left out" not in problem else f"note: {problem}")
         if not drawn:
             metrics = sorted({m for run in read for m in run.metrics})
-            raise ValueError(f"nothing to draw from {len(read)} runs, {len(loaded)} spectra, {len(tables)} benches; metrics found: "
-                             f"{', '.join(metrics) or 'none'}; learning={','.join(learning)}, forgetting={','.join(forgetting)}")
+            raise ValueError(f"nothing to draw from {len(read)} runs, {len(loaded)} spectra, {len(tables)} benches; metrics "
+                             f"found: {', '.join(metrics) or 'none'}; learning={','.join(learning)}, "
+                             f"forgetting={','.join(forgetting)}")

@@ -32,8 +32,8 @@ def write_run(folder, results=(), log=(), **changes):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"config": {**BASE_CONFIG, **changes}}))
     (folder / "results.jsonl").write_text("".join(json.dumps(
-        {"run": folder.name, "step": s, "tokens": 1000 * s, "epoch": s / 10, "metric": m, "value": v, "stderr": e[0] if e else None})
-        + "\n" for s, m, v, *e in results))
+        {"run": folder.name, "step": s, "tokens": 1000 * s, "epoch": s / 10, "metric": m, "value": v,
+         "stderr": e[0] if e else None}) + "\n" for s, m, v, *e in results))
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     return folder
 
@@ -48,7 +48,8 @@ def study(folder, lengths=(10, 20, 40), ranks=(0, 16, 64), **more):
     """Separate runs of every length and rank; learning = rank / 1000 + length / 100, forgetting what is missing to 0.6."""
     for rank in ranks:
         for n in lengths:
-            write_run(folder / f"r{rank}-{n}", ((n, LEARN, rank / 1000 + n / 100), (n, FORGET, 0.6 - n / 1000 - (0.1 if not rank else 0))),
+            forgot = n / 1000 + (0.1 if not rank else 0)
+            write_run(folder / f"r{rank}-{n}", ((n, LEARN, rank / 1000 + n / 100), (n, FORGET, 0.6 - forgot)),
                       lora_rank=rank, max_steps=n, **more)
     write_base(folder / "base")
     return folder
@@ -110,10 +111,11 @@ def seen_as(rgb, matrix):
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
-@pytest.mark.parametrize("matrix", [np.eye(3).tolist(),
-                                    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-                                    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]]],
-                         ids=["normal", "protanopia", "deuteranopia"])
+@pytest.mark.parametrize("matrix", [
+    np.eye(3).tolist(),
+    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]]],
+    ids=["normal", "protanopia", "deuteranopia"])
 def test_colours_are_told_apart(matrix):
     labs = [seen_as(to_rgb(c), matrix) for c in (FULL, BASE, *RANKS[:3])]
     assert min(np.linalg.norm(a - b) for i, a in enumerate(labs) for b in labs[:i]) > 12
@@ -145,7 +147,8 @@ def test_names_do_not_overlap_and_are_large_enough(tmp_path):
 
 
 def test_one_run_of_many_checkpoints_is_a_curve_and_val_losses_are_metrics(tmp_path):
-    log = [{"step": s, "tokens": s * 100, "epoch": s / 100, "loss": 3 - s / 10, "lr": 1e-3, "tok_per_s": 5.0, "peak_gb": 1.0} for s in (1, 2, 3, 4)]
+    log = [{"step": s, "tokens": s * 100, "epoch": s / 100, "loss": 3 - s / 10, "lr": 1e-3, "tok_per_s": 5.0, "peak_gb": 1.0}
+           for s in (1, 2, 3, 4)]
     log += [{"step": s, "tokens": s * 100, "val": {"val": 2 - s / 10, "stories": 1 + s / 10}} for s in (0, 2, 4)]
     write_run(tmp_path / "runs" / "a", log=log)
     points, bases = load(tmp_path / "runs")
@@ -182,7 +185,8 @@ def test_pareto_is_better_further_up_and_right(tmp_path):
     sizes = next(c.get_sizes() for c in ax.collections if len(np.asarray(c.get_offsets())) == 3)
     assert sizes[0] < sizes[1] < sizes[2]  # longer is larger
     for run in ("a", "b"):
-        write_run(tmp_path / "losses" / run, log=[{"step": s, "tokens": s, "val": {"val": 2.0 - s / 9, "stories": 1.0 + s / 9}} for s in (0, 1, 2)])
+        write_run(tmp_path / "losses" / run, log=[
+            {"step": s, "tokens": s, "val": {"val": 2.0 - s / 9, "stories": 1.0 + s / 9}} for s in (0, 1, 2)])
     plot.forgetting = ("loss stories",)
     try:
         ax, = plot.pareto(*load(tmp_path / "losses")).axes
@@ -212,7 +216,7 @@ def test_ranks_targets_rates_alphas_and_regularisers(tmp_path):
     points, bases = load(runs)
 
     learn, forget = plot.ranks(points, bases).axes
-    xs, ys = next((list(line.get_xdata()), list(line.get_ydata())) for line in learn.lines if list(line.get_ydata()) == pytest.approx([0.216, 0.264]))
+    xs = next(list(line.get_xdata()) for line in learn.lines if list(line.get_ydata()) == pytest.approx([0.216, 0.264]))
     assert xs == [0, 1] and [t.get_text() for t in learn.get_xticklabels()] == ["16", "64", "full"]
     assert any(list(line.get_xdata()) == [2] and list(line.get_ydata()) == pytest.approx([0.2]) for line in learn.lines)
 
@@ -230,13 +234,15 @@ def test_ranks_targets_rates_alphas_and_regularisers(tmp_path):
 def test_pass_at_k_and_diversity(tmp_path):
     write_base(tmp_path / "runs" / "llama")
     for rank in (0, 64):
-        write_run(tmp_path / "runs" / f"r{rank}", [(20, f"humaneval_pass@{k}", 0.1 * (i + 1), 0.01) for i, k in enumerate((1, 4, 16))] +
-                  [(20, "humaneval_unique_passed", 3.0, 0.1), (20, "humaneval_unique_failed", 20.0, 1.0)], lora_rank=rank)
+        passed = [(20, f"humaneval_pass@{k}", 0.1 * (i + 1), 0.01) for i, k in enumerate((1, 4, 16))]
+        unique = [(20, "humaneval_unique_passed", 3.0, 0.1), (20, "humaneval_unique_failed", 20.0, 1.0)]
+        write_run(tmp_path / "runs" / f"r{rank}", passed + unique, lora_rank=rank)
     runs = [read_run(f) for f in sorted((tmp_path / "runs").iterdir())]
     ax, = plot.pass_at_k(runs).axes
     assert line_with(ax, FULL) == ([1, 4, 16], pytest.approx([0.1, 0.2, 0.3]))
     passed, failed = plot.diversity(runs).axes
-    assert [bar.get_width() for bar in failed.patches] == [20, 20] and [t.get_text() for t in passed.get_yticklabels()] == ["full", "LoRA r=64"]
+    assert [bar.get_width() for bar in failed.patches] == [20, 20]
+    assert [t.get_text() for t in passed.get_yticklabels()] == ["full", "LoRA r=64"]
 
 
 def spectrum_json(layers=3, checkpoints=((None, 100), (16, 100))):
@@ -245,7 +251,8 @@ def spectrum_json(layers=3, checkpoints=((None, 100), (16, 100))):
         more = {"overlap_out": {"1": 0.9, "4": 0.8}, "overlap_in": {"1": 0.9, "4": 0.8}, "change_out": {"1": 0.1, "4": 0.2},
                 "random_out": {"1": 0.01, "4": 0.04}} if matrix == "W" else {}
         return {"layer": layer, "module": module, "shape": [64, 64], "checkpoint": i, "matrix": matrix, "norm": 1.0,
-                "effective_rank": {"0.9": rank + layer}, "random_rank": {"0.9": 33}, "singular_values": [1.0 / (k + 1) for k in range(rank)], **more}
+                "effective_rank": {"0.9": rank + layer}, "random_rank": {"0.9": 33},
+                "singular_values": [1.0 / (k + 1) for k in range(rank)], **more}
     return {"kind": "spectrum", "checkpoints": [{"folder": "f", "step": 1, "tokens": t, "lora_rank": r} for r, t in checkpoints],
             "matrices": [record(m, i, layer, module) for layer in range(layers) for module in ("q_proj", "up_proj")
                          for m, i in (("W0", None), *((m, i) for i in range(len(checkpoints)) for m in "WD"))]}
@@ -254,12 +261,14 @@ def spectrum_json(layers=3, checkpoints=((None, 100), (16, 100))):
 def test_spectra_show_the_files_numbers():
     content = spectrum_json()
     fig = plot.effective_rank(content)
-    assert line_with(fig.axes[0], FULL) == ([0, 1, 2], [40, 41, 42]) and line_with(fig.axes[0], RANKS[0]) == ([0, 1, 2], [16, 17, 18])
+    assert line_with(fig.axes[0], FULL) == ([0, 1, 2], [40, 41, 42])
+    assert line_with(fig.axes[0], RANKS[0]) == ([0, 1, 2], [16, 17, 18])
     assert fig.axes[0].get_title() == "q, 64x64" and fig.axes[0].get_ylim()[0] == 0
     fig = plot.spectra_of_one(content)
     assert list(fig.axes[1].lines[0].get_ydata()) == content["matrices"][0]["singular_values"]
     lost, ratio = plot.directions(content).axes
-    assert list(ratio.lines[0].get_ydata()) == pytest.approx([10, 5]) and list(lost.lines[0].get_ydata()) == pytest.approx([0.1, 0.2])
+    assert list(ratio.lines[0].get_ydata()) == pytest.approx([10, 5])
+    assert list(lost.lines[0].get_ydata()) == pytest.approx([0.1, 0.2])
     several = plot.effective_rank(spectrum_json(checkpoints=((None, 100), (None, 200), (None, 400))))
     assert len({line.get_color() for line in several.axes[0].lines[:3]}) == 3  # light to dark by length
 
@@ -271,7 +280,8 @@ def test_script_draws_every_figure_there_is_data_for(tmp_path):
     noise = {"kind": "noise", "spectra": {"A": {"singular_values": [2.0, 1.0], "effective_rank": {"0.9": 2}}},
              "differences": [{"log10_c": c, "mean_difference": 10.0 ** c} for c in (-1, 0)]}
     (tmp_path / "n.json").write_text(json.dumps(noise))
-    (tmp_path / "b.json").write_text(json.dumps({"results": {"full": {"ours": {"tok_per_s": 2.0, "peak_gb": 1.0}, "peer": {"tok_per_s": 1.0}}}}))
+    sides = {"ours": {"tok_per_s": 2.0, "peak_gb": 1.0}, "peer": {"tok_per_s": 1.0}}
+    (tmp_path / "b.json").write_text(json.dumps({"results": {"full": sides}}))
     process = run_plot(tmp_path / "fig", runs=tmp_path / "runs" / "*", spectra=f"{tmp_path}/s.json,{tmp_path}/n.json",
                        benches=tmp_path / "b.json", formats="png,pdf")
     assert process.returncode == 0, process.stderr

@@ -153,13 +153,15 @@ def test_closed_form_is_the_dense_one(m, n, r):
     assert (dense[r:] < 1e-12 * dense[0]).all()
 
 
-@pytest.mark.parametrize("name, base", [("stories260k-r4-all", "data/stories260k"), ("gqa-r8-rslora", "golden/models/gqa-theta500k"),
-                                        ("gqa-r16-qv", "golden/models/gqa-theta500k")])
+@pytest.mark.parametrize("name, base", [
+    ("stories260k-r4-all", "data/stories260k"), ("gqa-r8-rslora", "golden/models/gqa-theta500k"),
+    ("gqa-r16-qv", "golden/models/gqa-theta500k")])
 def test_golden_adapters_have_the_spectra_of_their_merged_change(name, base, tmp_path):
     folder, base = need(f"golden/adapters/{name}"), need(base)
     process = run_here("spectrum.py", f"--base={base}", f"--tuned={folder}", f"--out={tmp_path}/s.json", "--subspaces=")
     assert process.returncode == 0, process.stderr
-    found = {(r["layer"], r["module"]): r for r in json.loads((tmp_path / "s.json").read_text())["matrices"] if r["matrix"] == "D"}
+    written = json.loads((tmp_path / "s.json").read_text())["matrices"]
+    found = {(r["layer"], r["module"]): r for r in written if r["matrix"] == "D"}
     model = load_adapter(Llama.from_pretrained(base), folder)
     for layer, layer_block in enumerate(model.layers):
         deltas = {k: v for m in layer_block.modules() if hasattr(m, "deltas") for k, v in m.deltas().items()}
@@ -313,7 +315,8 @@ def test_killed_and_started_again_gives_the_same(folders, monkeypatch):
 def test_bad_input_is_one_line(folders):
     base = load_file(folders / "base" / "model.safetensors")
     shutil.copytree(folders / "base", folders / "nan")
-    save_file({**base, "model.layers.1.mlp.up_proj.weight": torch.full((48, 32), math.nan)}, folders / "nan" / "model.safetensors")
+    base["model.layers.1.mlp.up_proj.weight"] = torch.full((48, 32), math.nan)
+    save_file(base, folders / "nan" / "model.safetensors")
     one_line(spectrum_of(folders, "nan")[0], "nan", "layers.1.mlp.up_proj", "NaN")
     (folders / "out.json.part").unlink()
     tiny(hidden_size=64, head_dim=16).save_pretrained(folders / "other")
