@@ -759,40 +759,37 @@ def spectra_of_one(spectrum):
         ax.set(title=module.removesuffix("_proj"), yscale="log" if shown else "linear")
     finish_panels(fig, panels, "index", f"singular value, block {layer}",
                   [("W0", {"color": BASE, "lw": 2.2}), *((f"D, {name}", {"color": colour}) for name, colour in looks),
-                   *((f"W, {name}", {"color": colour, "ls": (0, (1, 1.5))}) for name, colour in looks),
+                   ("W, same colours", {"color": looks[-1][1], "ls": (0, (1, 1.5))}),
                    ("largest, random D", {"color": CHANCE, "ls": "--"})])
     return fig
 
 
 def directions(spectrum):
-    """How much of the leading k directions of W0 is still among those of W, and how much of the change lies in them."""
+    """How much of the leading k directions of W0 is no longer among those of W, and how much of the change is written to
+    them: means over blocks, two panels for the last checkpoint of full finetuning and of each rank."""
     rows = [r for r in spectrum["matrices"] if r["matrix"] == "W" and r.get("overlap_out")]
     if not rows:
         return None
-    looks, present = checkpoint_names(spectrum), modules_of(spectrum)
-    fig, axes = grid(2, height=2.3)
-    i = max(r["checkpoint"] for r in rows)
-    for n, module in enumerate(present):
-        mine = [r for r in rows if r["module"] == module and r["checkpoint"] == i]
-        ks = sorted({int(k) for r in mine for k in r["overlap_out"]})
-        if not mine:
-            continue
-        over = lambda name, k: statistics.fmean(r[name][str(k)] for r in mine if str(k) in r[name])
-        style = {"color": OTHERS[n % 7], "marker": "osD^vPX"[n % 7]}
-        lost = [max(1 - (over("overlap_out", k) + over("overlap_in", k)) / 2, 1e-16) for k in ks]
-        axes[0].plot(ks, lost, **style)
-        ratio = [over("change_out", k) / over("random_out", k) for k in ks]
-        axes[1].plot(ks, ratio, **style)
-        for ax, last in zip(axes, (lost[-1], ratio[-1])):
-            name_end(ax, ks[-1], last, module.removesuffix("_proj"), style["color"])
-            powers_axis(ax, ks)
-    axes[1].axhline(1, color=CHANCE, ls="--", lw=1)
-    name_end(axes[1], None, 1, "random", CHANCE)
-    axes[0].set(yscale="log", xlabel="k leading directions", ylabel="share of W0's that W lost", title=looks[i][0])
-    axes[1].set(yscale="log", xlabel="k leading directions of W0", ylabel="share of D written to them / chance",
-                title="mean over blocks")
-    axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes[1].yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
+    looks = checkpoint_names(spectrum)
+    last = {spectrum["checkpoints"][i]["lora_rank"]: i for i in sorted({r["checkpoint"] for r in rows})}
+    fig, axes = grid(2 * len(last), height=2.2)
+    for i, lost_ax, ratio_ax in zip(last.values(), axes[::2], axes[1::2]):
+        for n, module in enumerate(modules_of(spectrum)):
+            mine = [r for r in rows if r["module"] == module and r["checkpoint"] == i]
+            ks = sorted({int(k) for r in mine for k in r["overlap_out"]})
+            over = lambda name, k, mine=mine: statistics.fmean(r[name][str(k)] for r in mine if str(k) in r[name])
+            lost = [max(1 - (over("overlap_out", k) + over("overlap_in", k)) / 2, 1e-16) for k in ks]
+            ratio = [over("change_out", k) / over("random_out", k) for k in ks]
+            for ax, ys in ((lost_ax, lost), (ratio_ax, ratio)) if ks else ():
+                ax.plot(ks, ys, color=OTHERS[n % 7], marker="osD^vPX"[n % 7])
+                name_end(ax, ks[-1], ys[-1], module.removesuffix("_proj"), OTHERS[n % 7])
+                powers_axis(ax, ks)
+        ratio_ax.axhline(1, color=CHANCE, ls="--", lw=1)
+        name_end(ratio_ax, None, 1, "random", CHANCE)
+        lost_ax.set(yscale="log", xlabel="k leading directions", ylabel="share of W0's that W lost", title=looks[i][0])
+        ratio_ax.set(yscale="log", xlabel="k leading directions of W0", ylabel="D written to them / chance", title=looks[i][0])
+        ratio_ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ratio_ax.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "235" else "")
     return fig
 
 

@@ -266,7 +266,8 @@ def test_spectra_show_the_files_numbers():
     assert fig.axes[0].get_title() == "q, 64x64" and fig.axes[0].get_ylim()[0] == 0
     fig = plot.spectra_of_one(content)
     assert list(fig.axes[1].lines[0].get_ydata()) == content["matrices"][0]["singular_values"]
-    lost, ratio = plot.directions(content).axes
+    lost, ratio, _, of_lora = plot.directions(content).axes
+    assert of_lora.get_title().startswith("LoRA r=16")
     assert list(ratio.lines[0].get_ydata()) == pytest.approx([10, 5])
     assert list(lost.lines[0].get_ydata()) == pytest.approx([0.1, 0.2])
     several = plot.effective_rank(spectrum_json(checkpoints=((None, 100), (None, 200), (None, 400))))
