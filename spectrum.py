@@ -164,7 +164,7 @@ def rounding_share(W, D):
     if W.element_size() > 2 or not D.any():
         return 0.0
     step = torch.ldexp(torch.full_like(D, torch.finfo(W.dtype).eps), torch.frexp(W.double()).exponent - 1)
-    changed = D != 0  # where the change was rounded to nothing, D is zero and holds no noise
+    changed = (D != 0) & (W != 0)  # where the change was rounded to nothing, D is zero and holds no noise
     return min(1.0, ((step * changed).square().sum() / 12 / D.square().sum()).item())
 
 
