@@ -459,28 +459,27 @@ def noise_experiment(n, seed, fractions, device="cpu"):
 def compare_routes(n, device):
     """Print seconds and errors of the routes to the singular values of a matrix [n, n], and what a 7B pair would take."""
     generator = torch.Generator().manual_seed(0)
-    square = torch.randn(n, n, generator=generator).to(device)
-    tall = torch.randn(round(n * 11008 / 4096), n, generator=generator).to(device)
-    routes = {"ours, auto": lambda A: singular_values(A)[0],
+    ours = lambda A: singular_values(A)[0]
+    routes = {"svdvals, fp64": lambda A: torch.linalg.svdvals(A.double()), "svdvals, fp32": torch.linalg.svdvals,
               "eigvalsh(A^T A), fp64": lambda A: torch.linalg.eigvalsh(A.double().T @ A.double()).flip(0).clamp(min=0).sqrt(),
-              "svdvals, fp32": torch.linalg.svdvals, "svdvals, fp64": lambda A: torch.linalg.svdvals(A.double())}
-    seconds, found = {}, {}
-    for shape, A in (("square", square), ("tall", tall)):
-        for name, route in routes.items():
-            if shape == "tall" and name != "ours, auto":
-                continue
-            started = time.perf_counter()
-            values = route(A).double().cpu()  # the copy waits for the device
-            seconds[shape, name], found[shape, name] = time.perf_counter() - started, values
-    exact = found["square", "svdvals, fp64"]
-    for name in routes:
-        error = (found["square", name] - exact).abs().max() / exact[0]
-        print(f"{n} x {n}  {name:22} {seconds['square', name]:8.2f} s   differs from fp64 SVD by {error:.1e} of the largest")
-    factor = (4096 / n) ** 3
-    one = factor * (128 * seconds["square", "ours, auto"] + 96 * seconds["tall", "ours, auto"])
-    print(f"{len(tall)} x {n}  ours, auto: {seconds['tall', 'ours, auto']:.2f} s\na 7B model's 224 matrices on "
-          f"{device_name(device)}: {one / 3600:.2f} h for one of W0, W, D, {3 * one / 3600:.2f} h for a pair, without vectors" +
-          ("" if n == 4096 else f" (scaled from {n} by the cube)"))
+              "ours": ours}
+
+    def timed(route, A):
+        started = time.perf_counter()
+        values = route(A).double().cpu()  # the copy waits for the device
+        return values, time.perf_counter() - started
+
+    square, exact = torch.randn(n, n, generator=generator).to(device), None
+    for name, route in routes.items():
+        values, seconds = timed(route, square)
+        exact = values if exact is None else exact
+        print(f"{n} x {n}  {name:22} {seconds:8.2f} s   differs from fp64 SVD by {(values - exact).abs().max() / exact[0]:.1e} "
+              f"of the largest", flush=True)
+    rows = round(n * 11008 / 4096)
+    of_mlp = timed(ours, torch.randn(rows, n, generator=generator).to(device))[1]
+    hours = (128 * seconds + 96 * of_mlp) * (4096 / n) ** 3 / 3600
+    print(f"{rows} x {n}  {'ours':22} {of_mlp:8.2f} s\na 7B model's 224 matrices on {device_name(device)}: {hours:.2f} h for one of "
+          f"W0, W, D, {3 * hours:.2f} h for a pair, without vectors" + ("" if n == 4096 else f" (from {n} by the cube)"))
 
 
 # ----------------------------------------------------------------------------- the run
