@@ -478,8 +478,8 @@ def compare_routes(n, device):
     rows = round(n * 11008 / 4096)
     of_mlp = timed(ours, torch.randn(rows, n, generator=generator).to(device))[1]
     hours = (128 * seconds + 96 * of_mlp) * (4096 / n) ** 3 / 3600
-    print(f"{rows} x {n}  {'ours':22} {of_mlp:8.2f} s\na 7B model's 224 matrices on {device_name(device)}: {hours:.2f} h for one of "
-          f"W0, W, D, {3 * hours:.2f} h for a pair, without vectors" + ("" if n == 4096 else f" (from {n} by the cube)"))
+    print(f"{rows} x {n}  {'ours':22} {of_mlp:8.2f} s\na 7B model's 224 matrices on {device_name(device)}: {hours:.2f} h for one "
+          f"of W0, W, D, {3 * hours:.2f} h for a pair, without vectors" + ("" if n == 4096 else f" (from {n} by the cube)"))
 
 
 # ----------------------------------------------------------------------------- the run
