@@ -121,6 +121,9 @@ def read_run(folder):
     folder = Path(folder)
     config = read_json(folder / "config.json").get("config") if (folder / "config.json").is_file() else {}
     config = config if isinstance(config, dict) else {}
+    if config.get("adapter") and not config.get("lora_rank"):  # trained on from an adapter, which brought its rank
+        made = [read_json(path) for path in sorted(folder.glob("step_*/adapter_config.json"))]
+        config |= {"lora_rank": made[0].get("r"), "lora_alpha": made[0].get("lora_alpha")} if made else {}
     log, metrics, places = by_step(read_jsonl(folder / "log.jsonl")), defaultdict(dict), {}
     per_step = next((line["epoch"] / line["step"] for line in log if line.get("epoch") and line.get("step")), None)
 
@@ -876,7 +879,9 @@ if __name__ == "__main__":
         named = [Path(path) for pattern in runs for path in sorted(glob.glob(pattern)) or [pattern]]
         folders = [path for path in named if path.is_dir()]
         problems.update(f"{path}: no such folder, left out" for path in named if not path.exists())
-        read = [run for folder in folders if (run := read_run(folder)).metrics or run.log]
+        every = [read_run(folder) for folder in folders]
+        read = [run for run in every if run.metrics or run.log]
+        problems.update(f"{run.name}: neither results nor a log, left out" for run in every if run not in read)
         files = list(spectra) or [folder / "spectrum.json" for folder in folders if (folder / "spectrum.json").is_file()]
         loaded = [(Path(file), content) for file in files if is_whole(content := read_json(file))]
         tables = [read_json(file) for file in benches]

@@ -313,7 +313,7 @@ def test_figures_survive_bad_input(tmp_path):
     process = run_plot(tmp_path / "fig", runs=f"{runs}/*,{tmp_path}/absent", benches=f"{tmp_path}/b.json,{tmp_path}/none.json")
     assert process.returncode == 0, process.stderr
     assert {p.name for p in (tmp_path / "fig").iterdir()} >= {"learning.png", "pareto.png"}
-    for word in ("absent: no such folder", "none.json", "not JSON", "no finite numbers", "empty files"):
+    for word in ("absent: no such folder", "none.json", "not JSON", "no finite numbers", "empty files", "zero: neither"):
         assert word in process.stdout, word
 
 
@@ -332,6 +332,14 @@ def test_one_checkpoint_and_zero_change_are_drawn(tmp_path):
     (tmp_path / "s.json").write_text(json.dumps(content))
     process = run_plot(tmp_path / "fig", spectra=tmp_path / "s.json")
     assert process.returncode == 0, process.stderr
+
+
+def test_a_run_that_went_on_from_an_adapter_has_its_rank(tmp_path):
+    run = write_run(tmp_path / "runs" / "a", ((10, LEARN, 0.5),), adapter="out/first")
+    (run / "step_10").mkdir()
+    (run / "step_10" / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16}))
+    points, _ = load(tmp_path / "runs")
+    assert [(p.rank, p.alpha) for p in points] == [(8, 16)]
 
 
 def test_ends_of_takes_the_length_most_settings_share(tmp_path):
