@@ -1,0 +1,349 @@
+"""plot.py: what stands in the figures is what stands in the files; names apart, colours told apart; bad input survived."""
+import json
+import math
+
+import matplotlib
+import numpy as np
+import pytest
+from conftest import run_here
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
+
+import plot
+from plot import BASE, FULL, RANKS, ends_of, main_settings, mean_of_seeds, points_of, read_run, spread, targets_name
+
+BASE_CONFIG = {"base": "models/base", "data": "data/gsm8k", "lora_rank": 0, "lora_alpha": None, "lora_targets": "all",
+               "learning_rate": 1e-5, "weight_decay": 0.0, "lora_dropout": 0.05, "optimizer": "lionw", "seed": 1, "max_steps": 10}
+LEARN, FORGET = "gsm8k_strict_match", "forgetting"
+
+
+# ----------------------------------------------------------------------------- helpers
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    plot.problems.clear()
+    matplotlib.rcParams.update(plot.STYLE)
+    yield
+    plot.plt.close("all")
+
+
+def write_run(folder, results=(), log=(), **changes):
+    """A run folder; results: (step, metric, value[, stderr])."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"config": {**BASE_CONFIG, **changes}}))
+    (folder / "results.jsonl").write_text("".join(json.dumps(
+        {"run": folder.name, "step": s, "tokens": 1000 * s, "epoch": s / 10, "metric": m, "value": v,
+         "stderr": e[0] if e else None}) + "\n" for s, m, v, *e in results))
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    return folder
+
+
+def write_base(folder):
+    folder.mkdir(parents=True)
+    (folder / "results.jsonl").write_text("".join(json.dumps(
+        {"run": "base", "step": 0, "metric": m, "value": v, "stderr": 0.01}) + "\n" for m, v in ((LEARN, 0.1), (FORGET, 0.6))))
+
+
+def study(folder, lengths=(10, 20, 40), ranks=(0, 16, 64), **more):
+    """Separate runs of every length and rank; learning = rank / 1000 + length / 100, forgetting what is missing to 0.6."""
+    for rank in ranks:
+        for n in lengths:
+            forgot = n / 1000 + (0.1 if not rank else 0)
+            write_run(folder / f"r{rank}-{n}", ((n, LEARN, rank / 1000 + n / 100), (n, FORGET, 0.6 - forgot)),
+                      lora_rank=rank, max_steps=n, **more)
+    write_base(folder / "base")
+    return folder
+
+
+def load(folder):
+    return points_of([read_run(f) for f in sorted(folder.iterdir())])
+
+
+def line_with(ax, colour):
+    """(xs, ys) of the first line of a colour."""
+    line = next(line for line in ax.lines if line.get_color() == colour)
+    return list(line.get_xdata()), list(line.get_ydata())
+
+
+def names_in(fig):
+    """The names beside lines as placed: [(text, box)]."""
+    plot.place_names(fig)
+    fig.canvas.draw()
+    extent = matplotlib.text.Text.get_window_extent  # an annotation's own would count the line that leads to it
+    return [(t.get_text(), extent(t)) for ax in fig.axes for t in ax.texts]
+
+
+def run_plot(out, *argv, **knobs):
+    return run_here("plot.py", *(f"--{k}={v}" for k, v in {"out_dir": out, "dpi": 40, "formats": "png", **knobs}.items()), *argv)
+
+
+# ----------------------------------------------------------------------------- small parts
+@settings(deadline=None)
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=12).map(sorted), st.floats(0.01, 2))
+def test_names_are_spread_no_more_than_needed(wanted, gap):
+    got = spread(wanted, gap)
+    assert all(b - a >= gap - 1e-9 for a, b in zip(got, got[1:]))
+    assert np.mean(got) == pytest.approx(np.mean(wanted), abs=1e-6)  # the least-squares answer moves no centre
+    if all(b - a >= gap for a, b in zip(wanted, wanted[1:])):
+        assert got == pytest.approx(wanted, abs=1e-9)
+
+
+def test_intervals():
+    assert mean_of_seeds([(0.5, None)]) == (0.5, None)
+    assert mean_of_seeds([(0.5, 0.1)]) == (0.5, pytest.approx(0.196))
+    mean, half = mean_of_seeds([(1.0, 0.1), (2.0, 0.1), (3.0, 0.1)])
+    assert mean == 2 and half == pytest.approx(4.303 / 3 ** 0.5, rel=1e-3)  # Student's t with two degrees of freedom
+    assert mean_of_seeds([(1.0, 0.3), (2.0, 0.4)]) == (1.5, pytest.approx(1.96 * 0.25))
+    assert mean_of_seeds([(1.0, None), (2.0, 0.4)])[1] is None
+
+
+def test_targets_have_names():
+    assert targets_name("all") == "all" and targets_name("q_proj,k_proj, v_proj,o_proj") == "attention"
+    assert targets_name("up_proj,gate_proj,down_proj") == "mlp" and targets_name("q_proj") == "q_proj"
+
+
+def seen_as(rgb, matrix):
+    """CIE Lab of a colour as a colour-blind reader sees it (Machado et al. 2009), by the standard formulas."""
+    linear = np.array([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb])
+    linear = np.clip(np.array(matrix) @ linear, 0, 1)
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ linear / (0.9505, 1, 1.089)
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("matrix", [
+    np.eye(3).tolist(),
+    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]]],
+    ids=["normal", "protanopia", "deuteranopia"])
+def test_colours_are_told_apart(matrix):
+    labs = [seen_as(to_rgb(c), matrix) for c in (FULL, BASE, *RANKS[:3])]
+    assert min(np.linalg.norm(a - b) for i, a in enumerate(labs) for b in labs[:i]) > 12
+    assert all(lab[0] < 75 for lab in labs)  # dark enough on white
+
+
+# ----------------------------------------------------------------------------- what is drawn
+def test_learning_curve_shows_the_files_numbers(tmp_path):
+    points, bases = load(study(tmp_path / "runs"))
+    fig = plot.curves(points, bases, plot.learning)
+    ax, = fig.axes
+    assert line_with(ax, FULL) == ([1, 2, 4], pytest.approx([0.1, 0.2, 0.4]))  # epochs
+    assert line_with(ax, RANKS[1]) == ([1, 2, 4], pytest.approx([0.164, 0.264, 0.464]))
+    dashed = line_with(ax, BASE)
+    assert set(dashed[1]) == {0.1} and ax.get_ylabel() == "GSM8K accuracy" and ax.get_title() == "gsm8k"
+    assert {text for text, _ in names_in(fig)} == {"full", "LoRA r=16", "LoRA r=64", "base"}
+
+
+def test_names_do_not_overlap_and_are_large_enough(tmp_path):
+    for rank in (0, 2, 4, 8, 16, 64, 256):
+        write_run(tmp_path / "runs" / f"r{rank}", [(n, LEARN, 0.5 + rank * 1e-6) for n in (1, 10)], lora_rank=rank)
+    write_base(tmp_path / "runs" / "base")
+    fig = plot.curves(*load(tmp_path / "runs"), plot.learning)
+    boxes = [box for _, box in names_in(fig)]
+    assert len(boxes) == 8
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert fig.get_figwidth() <= plot.PAGE
+    assert all(t.get_fontsize() >= 7 for t in fig.findobj(matplotlib.text.Text) if t.get_text())
+
+
+def test_one_run_of_many_checkpoints_is_a_curve_and_val_losses_are_metrics(tmp_path):
+    log = [{"step": s, "tokens": s * 100, "epoch": s / 100, "loss": 3 - s / 10, "lr": 1e-3, "tok_per_s": 5.0, "peak_gb": 1.0}
+           for s in (1, 2, 3, 4)]
+    log += [{"step": s, "tokens": s * 100, "val": {"val": 2 - s / 10, "stories": 1 + s / 10}} for s in (0, 2, 4)]
+    write_run(tmp_path / "runs" / "a", log=log)
+    points, bases = load(tmp_path / "runs")
+    ax, = plot.curves(points, bases, plot.learning).axes
+    assert line_with(ax, FULL) == ([200, 400], pytest.approx([1.8, 1.6])) and bases["base", "loss val"][0] == 2
+    assert [p.place["epoch"] for p in points] == [0.02, 0.04] and "less is better" in ax.get_ylabel()
+    fig = plot.training([read_run(tmp_path / "runs" / "a")])
+    assert list(fig.axes[0].lines[0].get_ydata()) == [2.9, 2.8, 2.7, 2.6]
+
+
+def test_seeds_become_one_point_with_an_interval(tmp_path):
+    for seed, value in ((1, 0.1), (2, 0.2), (3, 0.3)):
+        write_run(tmp_path / "runs" / f"s{seed}", ((10, LEARN, value),), seed=seed)
+    points, _ = load(tmp_path / "runs")
+    assert len(points) == 1 and points[0].values[LEARN] == (pytest.approx(0.2), pytest.approx(4.303 * 0.1 / 3 ** 0.5, rel=1e-3))
+    assert plot.curves(points, {}, plot.learning).axes[0].collections  # the bar
+
+
+def test_main_setting_is_the_one_with_most_lengths_then_the_papers(tmp_path):
+    study(tmp_path / "runs", ranks=(16,))
+    write_run(tmp_path / "runs" / "other", ((10, LEARN, 0.9),), lora_rank=16, learning_rate=1.0)
+    write_run(tmp_path / "runs" / "mlp", ((10, LEARN, 0.9),), lora_rank=8, lora_targets="mlp", max_steps=10)
+    write_run(tmp_path / "runs" / "all", ((10, LEARN, 0.1),), lora_rank=8, max_steps=10)
+    points, _ = load(tmp_path / "runs")
+    mains = dict(main_settings(points))
+    assert dict(mains[16][5])["learning_rate"] == "1e-05" and mains[8][4] == "all"
+
+
+def test_pareto_is_better_further_up_and_right(tmp_path):
+    points, bases = load(study(tmp_path / "runs"))
+    ax, = plot.pareto(points, bases).axes
+    offsets = {tuple(np.round(o, 4)) for c in ax.collections if hasattr(c, "get_offsets") for o in np.asarray(c.get_offsets())}
+    assert {(0.49, 0.1), (0.48, 0.2), (0.46, 0.4), (0.6, 0.1)} <= offsets  # full, and the base's star
+    sizes = next(c.get_sizes() for c in ax.collections if len(np.asarray(c.get_offsets())) == 3)
+    assert sizes[0] < sizes[1] < sizes[2]  # longer is larger
+    for run in ("a", "b"):
+        write_run(tmp_path / "losses" / run, log=[
+            {"step": s, "tokens": s, "val": {"val": 2.0 - s / 9, "stories": 1.0 + s / 9}} for s in (0, 1, 2)])
+    plot.forgetting = ("loss stories",)
+    try:
+        ax, = plot.pareto(*load(tmp_path / "losses")).axes
+    finally:
+        plot.forgetting = ("forgetting",)
+    assert ax.xaxis_inverted() and ax.yaxis_inverted()
+
+
+def test_ranks_targets_rates_alphas_and_regularisers(tmp_path):
+    runs = study(tmp_path / "runs")
+    number = 0
+
+    def more(value, **changes):
+        nonlocal number
+        number += 1
+        write_run(runs / f"x{number}", ((20, LEARN, value), (20, FORGET, 0.5)), max_steps=20, **changes)
+
+    for targets in ("attention", "mlp"):
+        for rank in (16, 64):
+            more(0.2 if targets == "mlp" else 0.1, lora_rank=rank, lora_targets=targets)
+    for rate in (1e-4, 1e-3):
+        more(0.3, lora_rank=16, learning_rate=rate)
+        more(0.4, learning_rate=rate)
+        for alpha in (16.0, 64.0):
+            more(alpha / 100, lora_rank=16, lora_alpha=alpha, learning_rate=rate)
+    more(0.35, weight_decay=1e-3)
+    points, bases = load(runs)
+
+    learn, forget = plot.ranks(points, bases).axes
+    xs = next(list(line.get_xdata()) for line in learn.lines if list(line.get_ydata()) == pytest.approx([0.216, 0.264]))
+    assert xs == [0, 1] and [t.get_text() for t in learn.get_xticklabels()] == ["16", "64", "full"]
+    assert any(list(line.get_xdata()) == [2] and list(line.get_ydata()) == pytest.approx([0.2]) for line in learn.lines)
+
+    learn, forget = plot.targets(points, bases).axes
+    assert line_with(learn, RANKS[0]) == ([0, 1, 2], pytest.approx([0.1, 0.2, 0.216]))
+    learn, forget = plot.learning_rates(points, bases).axes
+    assert line_with(learn, FULL) == ([1e-5, 1e-4, 1e-3], pytest.approx([0.2, 0.4, 0.4]))
+    learn, forget = plot.alphas(points, bases).axes
+    found = {tuple(np.round(line.get_ydata(), 3)) for line in learn.lines}
+    assert {(0.16, 0.16), (0.64, 0.64), (0.216, 0.3, 0.3)} <= found and learn.get_xscale() == "log"
+    fig = plot.regularisers(points, bases)
+    assert "full, weight decay 0.001" in [t.get_text() for t in fig.legends[0].get_texts()]
+
+
+def test_pass_at_k_and_diversity(tmp_path):
+    write_base(tmp_path / "runs" / "llama")
+    for rank in (0, 64):
+        passed = [(20, f"humaneval_pass@{k}", 0.1 * (i + 1), 0.01) for i, k in enumerate((1, 4, 16))]
+        unique = [(20, "humaneval_unique_passed", 3.0, 0.1), (20, "humaneval_unique_failed", 20.0, 1.0)]
+        write_run(tmp_path / "runs" / f"r{rank}", passed + unique, lora_rank=rank)
+    runs = [read_run(f) for f in sorted((tmp_path / "runs").iterdir())]
+    ax, = plot.pass_at_k(runs).axes
+    assert line_with(ax, FULL) == ([1, 4, 16], pytest.approx([0.1, 0.2, 0.3]))
+    passed, failed = plot.diversity(runs).axes
+    assert [bar.get_width() for bar in failed.patches] == [20, 20]
+    assert [t.get_text() for t in passed.get_yticklabels()] == ["full", "LoRA r=64"]
+
+
+def spectrum_json(layers=3, checkpoints=((None, 100), (16, 100))):
+    def record(matrix, i, layer, module):
+        rank = 16 if i == 1 and matrix == "D" else 40
+        more = {"overlap_out": {"1": 0.9, "4": 0.8}, "overlap_in": {"1": 0.9, "4": 0.8}, "change_out": {"1": 0.1, "4": 0.2},
+                "random_out": {"1": 0.01, "4": 0.04}} if matrix == "W" else {}
+        return {"layer": layer, "module": module, "shape": [64, 64], "checkpoint": i, "matrix": matrix, "norm": 1.0,
+                "effective_rank": {"0.9": rank + layer}, "random_rank": {"0.9": 33},
+                "singular_values": [1.0 / (k + 1) for k in range(rank)], **more}
+    return {"kind": "spectrum", "checkpoints": [{"folder": "f", "step": 1, "tokens": t, "lora_rank": r} for r, t in checkpoints],
+            "matrices": [record(m, i, layer, module) for layer in range(layers) for module in ("q_proj", "up_proj")
+                         for m, i in (("W0", None), *((m, i) for i in range(len(checkpoints)) for m in "WD"))]}
+
+
+def test_spectra_show_the_files_numbers():
+    content = spectrum_json()
+    fig = plot.effective_rank(content)
+    assert line_with(fig.axes[0], FULL) == ([0, 1, 2], [40, 41, 42])
+    assert line_with(fig.axes[0], RANKS[0]) == ([0, 1, 2], [16, 17, 18])
+    assert fig.axes[0].get_title() == "q, 64x64" and fig.axes[0].get_ylim()[0] == 0
+    fig = plot.spectra_of_one(content)
+    assert list(fig.axes[1].lines[0].get_ydata()) == content["matrices"][0]["singular_values"]
+    lost, ratio, _, of_lora = plot.directions(content).axes
+    assert of_lora.get_title().startswith("LoRA r=16")
+    assert list(ratio.lines[0].get_ydata()) == pytest.approx([10, 5])
+    assert list(lost.lines[0].get_ydata()) == pytest.approx([0.1, 0.2])
+    several = plot.effective_rank(spectrum_json(checkpoints=((None, 100), (None, 200), (None, 400))))
+    assert len({line.get_color() for line in several.axes[0].lines[:3]}) == 3  # light to dark by length
+
+
+# ----------------------------------------------------------------------------- the script, with bad input too
+def test_script_draws_every_figure_there_is_data_for(tmp_path):
+    study(tmp_path / "runs", lengths=(10, 20))
+    (tmp_path / "s.json").write_text(json.dumps(spectrum_json()))
+    noise = {"kind": "noise", "spectra": {"A": {"singular_values": [2.0, 1.0], "effective_rank": {"0.9": 2}}},
+             "differences": [{"log10_c": c, "mean_difference": 10.0 ** c} for c in (-1, 0)]}
+    (tmp_path / "n.json").write_text(json.dumps(noise))
+    sides = {"ours": {"tok_per_s": 2.0, "peak_gb": 1.0}, "peer": {"tok_per_s": 1.0}}
+    (tmp_path / "b.json").write_text(json.dumps({"results": {"full": sides}}))
+    process = run_plot(tmp_path / "fig", runs=tmp_path / "runs" / "*", spectra=f"{tmp_path}/s.json,{tmp_path}/n.json",
+                       benches=tmp_path / "b.json")
+    assert process.returncode == 0, process.stderr
+    names = {"learning", "forgetting", "pareto", "ranks", "speed", "effective_rank", "spectra", "directions", "noise"}
+    assert {p.name for p in (tmp_path / "fig").iterdir()} == {f"{n}.png" for n in names}
+    assert "no data for: targets" in process.stdout
+    pdfs = []
+    for _ in range(2):
+        run_plot(tmp_path / "pdf", runs=tmp_path / "runs" / "*", figures="pareto", formats="pdf")
+        pdfs.append((tmp_path / "pdf" / "pareto.pdf").read_bytes())
+    assert pdfs[0] == pdfs[1] and pdfs[0].startswith(b"%PDF")  # the same data, the same bytes
+
+
+def test_figures_survive_bad_input(tmp_path):
+    runs = tmp_path / "runs"
+    write_run(runs / "one", ((10, LEARN, 0.2), (10, FORGET, 0.5)))
+    write_run(runs / "nan", ((10, LEARN, math.nan), (20, LEARN, 0.3), (20, FORGET, None)), lora_rank=16)
+    write_run(runs / "torn", ((10, LEARN, 0.25),), lora_rank=64)
+    with open(runs / "torn" / "results.jsonl", "a") as file:
+        file.write('{"run": "torn", "step"\n[1]\n{"step": "x", "metric": "y", "value": 1}\n\xff\n')
+    write_run(runs / "empty", lora_rank=4)
+    (runs / "zero").mkdir()
+    for name in ("config.json", "results.jsonl", "log.jsonl", "spectrum.json"):
+        (runs / "zero" / name).write_bytes(b"")
+    (runs / "odd").mkdir()
+    (runs / "odd" / "config.json").write_text("[]")
+    (tmp_path / "b.json").write_text(json.dumps({"results": {"full": None, "lora": {"ours": {"tok_per_s": "NaN"}}}}))
+    process = run_plot(tmp_path / "fig", runs=f"{runs}/*,{tmp_path}/absent", benches=f"{tmp_path}/b.json,{tmp_path}/none.json")
+    assert process.returncode == 0, process.stderr
+    assert {p.name for p in (tmp_path / "fig").iterdir()} >= {"learning.png", "pareto.png"}
+    for word in ("absent: no such folder", "none.json", "not JSON", "no finite numbers", "empty files", "zero: neither"):
+        assert word in process.stdout, word
+
+
+@pytest.mark.parametrize("spectrum", [b"", b"{}", b'{"kind": "spectrum", "matrices": []}', b"[1]"])
+def test_nothing_to_draw_is_one_line(tmp_path, spectrum):
+    (tmp_path / "s.json").write_bytes(spectrum)
+    process = run_plot(tmp_path / "fig", spectra=tmp_path / "s.json")
+    assert process.returncode == 2 and process.stderr.count("\n") == 1 and "nothing to draw" in process.stderr
+
+
+def test_one_checkpoint_and_zero_change_are_drawn(tmp_path):
+    content = spectrum_json(layers=1, checkpoints=((None, None),))
+    for record in content["matrices"]:
+        if record["matrix"] == "D":
+            record.update(norm=0.0, singular_values=[0.0] * 4, effective_rank={"0.9": 0})
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    process = run_plot(tmp_path / "fig", spectra=tmp_path / "s.json")
+    assert process.returncode == 0, process.stderr
+
+
+def test_a_run_that_went_on_from_an_adapter_has_its_rank(tmp_path):
+    run = write_run(tmp_path / "runs" / "a", ((10, LEARN, 0.5),), adapter="out/first")
+    (run / "step_10").mkdir()
+    (run / "step_10" / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16}))
+    points, _ = load(tmp_path / "runs")
+    assert [(p.rank, p.alpha) for p in points] == [(8, 16)]
+
+
+def test_ends_of_takes_the_length_most_settings_share(tmp_path):
+    study(tmp_path / "runs", lengths=(10, 20))
+    write_run(tmp_path / "runs" / "x", ((20, LEARN, 0.5),), lora_rank=8, max_steps=20)
+    points, _ = load(tmp_path / "runs")
+    assert {p.place["step"] for p in ends_of(points)} == {20} and len(ends_of(points)) == 4 and ends_of([]) == []
