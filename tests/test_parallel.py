@@ -81,9 +81,9 @@ def test_sharded_run_killed_on_four_ranks_goes_on_with_two_and_with_one(setting)
     folder, _ = setting
     knobs = [*KIND["full"], "--optimizer=adamw", "--shard=full", "--save_interval=2", "--keep_last=0"]
     train_alone(setting, "one", *knobs)
-    killed = launch(setting, 4, "many", *knobs, "--max_steps=100")
+    killed = launch(setting, 4, "many", *knobs)
     wait_for_line(killed, "saved")
-    subprocess.run(["pkill", "-9", "-f", f"out_dir={folder / 'many'}"], check=True)  # torchrun, and its ranks
+    subprocess.run(["pkill", "-9", "-f", f"out_dir={folder / 'many'}"], check=False)  # torchrun, and its ranks
     killed.communicate()
     for _, later in checkpoints(folder / "many")[1:]:  # if it got that far
         shutil.rmtree(later)
