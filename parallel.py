@@ -67,9 +67,10 @@ def is_sharded(model):
 
 def add_up(*numbers, device):
     """Sums of numbers over all ranks, as floats; equal on all of them."""
+    if WORLD == 1:
+        return [float(number) for number in numbers]
     total = torch.tensor(numbers, dtype=torch.float64, device=device)
-    if WORLD > 1:
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total.tolist()
 
 
