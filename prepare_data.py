@@ -148,7 +148,7 @@ def word_by_word(tok):
     one into the next, so that BPE, which only ever joins neighbours to a token, cannot either."""
     if not tok.name.startswith("sentencepiece"):
         return False
-    pieces = [tok.decode([i]) for i in range(tok.vocab_size)]
+    pieces = {tok.decode([i]) for i in range(tok.vocab_size)} - {" ⁇ "}  # the unknown token, which stands for no text
     probe = "a b  c\n d\n\n\te \n　é ﬁ ½\u00a0x  " * 2  # a normalizer that rewrites text shows here
     return (not any(re.search(r"[^ ] |.\n|\n.", piece) for piece in pieces) and
             WordCache(tok, np.uint32).encode(probe) == np.array(tok.encode(probe), np.uint32).tobytes())
@@ -267,8 +267,12 @@ def blocks(sources, job, bar_used):
 
 def write_shard(job, path, *block):
     """Encode a block and store it under `path`, whole or not at all; returns (seconds that took, MB of text)."""
-    started = time.perf_counter()
-    shard = encode_block(job, *block)
+    started, (name, _, items) = time.perf_counter(), block
+    try:
+        shard = encode_block(job, *block)
+    except MemoryError:
+        raise OSError(f"{name}: memory ran out at the records from {items[0][0]} to {items[-1][0]}; lower --workers, or "
+                      "--block_mb if these are many") from None
     with open(path + ".part", "wb") as file:
         np.savez(file, **shard)
         file.flush()

@@ -283,7 +283,7 @@ def array_items(stream):
         while True:
             try:
                 item, end = decoder.raw_decode(text, at)
-                if end < len(text) or ended:  # a number may go on
+                if ended or end < len(text) and text[end] not in "0123456789.eE+-":  # a number may go on
                     break
             except (ValueError, RecursionError) as error:
                 if ended or isinstance(error, RecursionError):
