@@ -123,24 +123,25 @@ PRESETS = {
 # -----------------------------------------------------------------------------
 # Tokens
 
-class WordCache(dict):
-    """{word with the blanks before it: its ids as bytes}, filled as words are asked for."""
+class WordCache:
+    """The ids of words, with the blanks before them, as bytes. Those not met before are encoded together, a line each."""
     words = re.compile(r" *[^ \n]+|\n| +")
 
-    def __init__(self, tok, dtype, most=300_000):
-        self.tok, self.dtype, self.most = tok, dtype, most
-
-    def __missing__(self, word):
-        ids = self.tok.encode("\n" + word)[2:]  # less the blank that sentencepiece begins with, and the newline
-        packed = np.array(ids, self.dtype).tobytes()
-        if len(word) <= 40:
-            if len(self) == self.most:
-                self.clear()
-            self[word] = packed
-        return packed
+    def __init__(self, tok, dtype, most=4_000_000):
+        self.tok, self.dtype, self.most = tok, dtype, most  # characters to keep: some 80 MB in each process
+        self.newline, self.known, self.chars = tok.encode("\n")[-1], {}, 0
 
     def encode(self, text):
-        return b"".join(map(self.__getitem__, self.words.findall(" " + text))) if text else b""
+        words = self.words.findall(" " + text) if text else []
+        if self.chars > self.most or not self.known:
+            self.known, self.chars = {"\n": np.array([self.newline], self.dtype).tobytes()}, 0
+        if new := list(set(words).difference(self.known)):
+            ids = np.array(self.tok.encode("\n" + "\n".join(new)), self.dtype)  # a blank, which sentencepiece puts first, then
+            borders = [*np.flatnonzero(ids == self.newline).tolist(), len(ids)]  # newline, word, newline, word, ...
+            self.known.update((word, ids[a + 1:b].tobytes())
+                              for word, (a, b) in zip(new, itertools.pairwise(borders), strict=True))
+            self.chars += sum(map(len, new))
+        return b"".join(map(self.known.__getitem__, words))
 
 
 def word_by_word(tok):
@@ -150,7 +151,7 @@ def word_by_word(tok):
         return False
     pieces = {tok.decode([i]) for i in range(tok.vocab_size)} - {" ⁇ "}  # the unknown token, which stands for no text
     probe = "a b  c\n d\n\n\te \n　é ﬁ ½\u00a0x  " * 2  # a normalizer that rewrites text shows here
-    return (not any(re.search(r"[^ ] |.\n|\n.", piece) for piece in pieces) and
+    return (not any(re.search(r"[^ ] |.\n|\n.", piece) for piece in pieces) and len(tok.encode("\n")) == 2 and
             WordCache(tok, np.uint32).encode(probe) == np.array(tok.encode(probe), np.uint32).tobytes())
 
 
