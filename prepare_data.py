@@ -80,7 +80,7 @@ packing = 'best_fit'         # ift: 'best_fit' = fewest rows | 'paper' = llm-fou
 packing_ratio = 0.0          # paper: examples packed into a row on average; 0 = llm-foundry's 'auto'
 packing_seed = 17            # paper: of the order of the examples
 paper_ranks = 32             # paper: GPUs, each of which packs its own share
-paper_batch = 6              # paper: rows a GPU and step; rows stand in the order of the steps, paper_ranks * paper_batch each
+paper_batch = 6              # paper: rows a GPU and step. Rows stand in the order of its steps: --shuffle=False in train.py
 # where it goes
 out_dir = ''                 # a new folder, such as data/gsm8k
 overwrite = False            # replace the data that is there
@@ -95,27 +95,27 @@ _choices = {'kind': ('cpt', 'ift'), 'on_bad_record': ('error', 'skip'), 'packing
 # knobs that change no byte of the output
 _free = {'preset', 'workers', 'block_mb', 'overwrite', 'inspect', 'word_cache'}
 
-# Datasets of the paper. Licence, size as published, tokens as the paper has them; the time is size / (speed * cores), and
-# a run prints its speed. Revisions are pinned.
+# Datasets of the paper, each with its licence, size as published and tokens as in the paper. The time is an estimate from
+# 3 bytes a token and 5 MB/s a core, which is what a core of a server does; a run prints its own. Revisions are pinned.
 PRESETS = {
-    # code cpt: gated (terms of The Stack, licences of the files), Python subset; the paper takes 20B tokens of it. Needs
-    # about 40 GB for the tokens and as much again while it runs.
+    # code cpt: gated (terms of The Stack, licences of the files), Python subset; the paper takes 20B tokens of it. 40 GB of
+    # tokens, and as much again in out_dir.work while it runs; 3.5 hours of one core
     "starcoder_python": dict(
         source=("hf://datasets/bigcode/starcoderdata@9fc30b578cedaec69e47302df72cf00feed7c8c4/python/*.parquet",),
         text_field="content", kind="cpt", seq_len=4096, max_tokens=20_000_000_000, val_fraction=0.0005),
-    # math cpt: ODC-By 1.0, 6,315,233 documents in 27 GB of parquet; 14.7B tokens, which training repeats to 20B
+    # math cpt: ODC-By 1.0, 6,315,233 documents in 27 GB of parquet; 14.7B tokens, which training repeats to 20B; 2.5 hours
     "openwebmath": dict(
         source=("hf://datasets/open-web-math/open-web-math@fde8ef8de2300f5e778f56261843dab89f230815/data/*.parquet",),
         text_field="text", kind="cpt", seq_len=4096, val_fraction=0.0005),
-    # code ift: Apache-2.0, 111,183 records; 72.97M tokens and 193 steps an epoch in the paper
+    # code ift: Apache-2.0, 111,183 records; 72.97M tokens and 193 steps an epoch in the paper; a minute
     "magicoder": dict(
         source=("hf://datasets/ise-uiuc/Magicoder-Evol-Instruct-110K@b0079beaa0361d82412520b873715bee59cc7dd4/*.jsonl",),
         prompt_field="instruction", response_field="response", kind="ift", seq_len=4096, val_fraction=0.0),
-    # math ift: MIT, 395,000 records; about 103M tokens an epoch in the paper, 24 rows a GPU
+    # math ift: MIT, 395,000 records; about 103M tokens an epoch in the paper, 24 rows a GPU; a minute
     "metamathqa": dict(
         source=("hf://datasets/meta-math/MetaMathQA@aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18/MetaMathQA-395K.json",),
         prompt_field="query", response_field="response", kind="ift", seq_len=1024, paper_batch=24, val_fraction=0.0),
-    # chat ift: ODC-By, about 326,000 conversations; its tokens are not in the paper
+    # chat ift: ODC-By, about 326,000 conversations, the tokens of which the paper does not say; some minutes
     "tulu_v2": dict(
         source=("hf://datasets/allenai/tulu-v2-sft-mixture@6248b175d2ccb5ec7c4aeb22e6d8ee3b21b2c752/data/*.parquet",),
         template="tulu", kind="ift", seq_len=4096, val_fraction=0.0)}
@@ -238,7 +238,7 @@ def encode_block(job, name, side, items):
         text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
         documents.append((kept, length - kept, sum(map(len, texts)), number if isinstance(number, int) else 0,
                           key_of(digest[8:]), key_of(hashlib.sha256(identity.encode()).digest()), val))
-    info = {"name": name, "records": len(items), "bad": len(bad), "bad_first": bad[:5], "dropped": dropped,
+    info = {"name": name, "source": name + side, "records": len(items), "bad": len(bad), "bad_first": bad[:5], "dropped": dropped,
             "hits": sorted(hits), "text_bytes": text_bytes}
     return {"documents": np.array(documents, DOCUMENT), "ids": np.frombuffer(b"".join(ids), job.dtype),
             "mask": np.frombuffer(b"".join(masks), np.uint8), "copies": np.frombuffer("".join(copies).encode(), np.uint8),
@@ -274,11 +274,12 @@ def write_shard(job, path, *block):
     except MemoryError:
         raise OSError(f"{name}: memory ran out at the records from {items[0][0]} to {items[-1][0]}; lower --workers, or "
                       "--block_mb if these are many") from None
-    with open(path + ".part", "wb") as file:
+    part = f"{path}.{os.getpid()}.part"  # of a run that was killed a worker may still write for a moment
+    with open(part, "wb") as file:
         np.savez(file, **shard)
         file.flush()
         os.fsync(file.fileno())
-    os.rename(path + ".part", path)
+    os.rename(part, path)
     return np.array([time.perf_counter() - started, json.loads(shard["info"].tobytes())["text_bytes"] / 1e6])
 
 
@@ -365,7 +366,7 @@ def repeated_ids(work, count, id_field, on_bad_record):
     for number, shard in enumerate(shards(work, count, "ids")):
         seen.append(shard["documents"]["id"])
         name = json.loads(shard["info"].tobytes())["name"]
-        places += [(name, shard["documents"]["number"])]
+        places.append((name, shard["documents"]["number"]))
     keys = np.concatenate(seen)
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     repeated = first[inverse] != np.arange(len(keys))
@@ -427,7 +428,7 @@ def fill_splits(splits, work, count, limit=2**64, repeated=None):
     total = {"records": Counter(), "bad": 0, "bad_first": [], "hits": set()}
     for number, shard in enumerate(shards(work, count, "write")):
         documents, info = shard["documents"], json.loads(shard["info"].tobytes())
-        total["records"][info["name"]] += info["records"]
+        total["records"][info["source"]] += info["records"]
         total["bad"] += info["bad"]
         total["bad_first"] = (total["bad_first"] + info["bad_first"])[:5]
         total["hits"] |= {*info["hits"]}
@@ -550,7 +551,8 @@ def pack_paper(lengths, seq_len, ranks, batch, ratio, seed):
     int(ratio * batch) of its own a step; a last incomplete group is dropped. Ratio 0: 'auto', the least of all ranks."""
     order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(lengths)).tolist()
     shares = [order[rank::ranks][:len(lengths) // ranks] for rank in range(ranks)]
-    ratio = ratio or min(auto_ratio(share, lengths, seq_len, batch) for share in shares)
+    ratio = ratio or min(auto_ratio(share, lengths, seq_len, batch)
+                         for share in tqdm(shares, desc="packing_ratio", leave=False, disable=None))
     group = int(ratio * batch)
     steps = len(shares[0]) // group
     packed = [packed_share(share[:steps * group], lengths, seq_len, batch, ratio)[0] for share in shares]
@@ -657,7 +659,7 @@ def file_sha256(path):
 # -----------------------------------------------------------------------------
 # The folder
 
-_ours = re.compile(r"(train|val)\.(bin|docs\.bin|mask\.bin|jsonl|stream|stream\.mask)|(meta|plan)\.json|\d+\.npz(\.part)?")
+_ours = re.compile(r"(train|val)\.(bin|docs\.bin|mask\.bin|jsonl|stream|stream\.mask)|(meta|plan)\.json|\d+\.npz(\.\d+\.part)?")
 
 
 def remove(folder):
@@ -709,6 +711,9 @@ def written_whole(out, plan):
         remove(tmp)
         if len(list(Path(work).glob("*.npz"))) < 16:  # soon made again, so no litter after a mistake
             remove(work)
+        if isinstance(error, KeyboardInterrupt):
+            print("stopped; the same command goes on")
+            raise SystemExit(130) from None
         if isinstance(error, OSError) and error.errno and not error.filename:  # a failed write does not say where
             raise OSError(error.errno, error.strerror, tmp) from None
         raise
@@ -788,7 +793,8 @@ if __name__ == "__main__":
             pad = 0 if tok.eos_id is None else tok.eos_id
             meta = {"format": 1, "kind": kind, "dtype": dtype.name, "seq_len": seq_len, "vocab_size": tok.vocab_size,
                     "bos_id": tok.bos_id, "eos_id": tok.eos_id, "tokenizer_sha256": tok.sha256, "tokenizer_name": tok.name,
-                    "source": [{**entry, "records": total["records"][entry["path"]]} for entry in entries],
+                    "source": [{**entry, "records": total["records"][entry["path"] + side]}
+                               for entry, (_, side) in zip(entries, sources)],
                     "skipped": total["bad"], "skipped_first": total["bad_first"],
                     "decontaminated": [{"path": path, "records": n, "short": short} for path, n, short in eval_counts],
                     "eval_records_found": len(total["hits"]), "settings": settings, "versions": versions,
