@@ -86,14 +86,15 @@ def test_loss_of_packed_documents_is_their_loss_alone(prepare, tmp_path, packing
     from train import TokenRows, mean_loss
     base, records = need("data/stories260k"), []
     for number, length in enumerate([3, 40, 9, 25, 14, 30, 5, 18]):
-        records.append({"prompt": f"Once there were {number}", "response": "little birds who sang " * (length // 4 + 1)})
+        records.append({"prompt": f"Once there were {number}", "response": "little birds who sang " * (length // 9 + 1)})
     write_jsonl(tmp_path / "a.jsonl", records)
     model, losses = Llama.from_pretrained(base, dtype=torch.float32, device="cpu"), []
     for kind, extra in [(packing, {"paper_ranks": 2, "paper_batch": 1, "packing_ratio": 4.0}), ("none", {})]:
         status, out, err = prepare(source="a.jsonl", kind="ift", tokenizer=base, seq_len=256, packing=kind, overwrite=1, **extra)
         assert status == 0, err
         rows = TokenRows(tmp_path / "data")
-        losses.append((mean_loss(model, rows, 1, torch.device("cpu")), sum(int((t >= 0).sum()) for _, t, _ in rows)))
+        targets = sum(int((rows[i][1] >= 0).sum()) for i in range(len(rows)))
+        losses.append((mean_loss(model, rows, 1, torch.device("cpu")), targets))
         assert len(rows) == (8 if kind == "none" else 2)
     assert losses[0][1] == losses[1][1] > 100 and losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)
 
