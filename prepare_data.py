@@ -93,7 +93,7 @@ word_cache = True            # remember the ids of words where that is exact (se
 _choices = {'kind': ('cpt', 'ift'), 'on_bad_record': ('error', 'skip'), 'packing': ('best_fit', 'paper', 'none'),
             'train_on_turns': ('last', 'all')}
 # knobs that change no byte of the output
-_free = {'preset', 'workers', 'block_mb', 'overwrite', 'inspect', 'word_cache'}
+_free = {'workers', 'block_mb', 'overwrite', 'inspect', 'word_cache'}
 
 # Datasets of the paper, each with its licence, size as published and tokens as in the paper. The time is an estimate from
 # 3 bytes a token and 5 MB/s a core, which is what a core of a server does; a run prints its own. Revisions are pinned.
@@ -209,7 +209,7 @@ def encode_block(job, name, side, items):
     for number, raw in items:
         try:
             record = parse(raw)
-            turns, identity = turns_of(record, job), id_of(record, job.id_field) if job.id_field else ""
+            turns, identity = turns_of(record, job), id_of(record, job.id_field) if job.id_field else b""
         except ValueError as error:
             bad.append(f"{name}{'/' if isinstance(number, str) else ':'}{number}: {error}")
             if job.on_bad_record == "error":
@@ -234,10 +234,10 @@ def encode_block(job, name, side, items):
         kept = min(length, job.seq_len) if job.kind == "ift" else length
         ids.append(encoded[:kept * job.dtype.itemsize])
         masks.append(mask[:kept])
-        copies += [json.dumps(record) + "\n"] if job.keep_records else []
+        copies += [json.dumps(record, default=str) + "\n"] if job.keep_records else []
         text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
         documents.append((kept, length - kept, sum(map(len, texts)), number if isinstance(number, int) else 0,
-                          key_of(digest[8:]), key_of(hashlib.sha256(identity.encode()).digest()), val))
+                          key_of(digest[8:]), key_of(hashlib.sha256(identity).digest()), val))
     info = {"name": name, "source": name + side, "records": len(items), "bad": len(bad), "bad_first": bad[:5], "dropped": dropped,
             "hits": sorted(hits), "text_bytes": text_bytes}
     return {"documents": np.array(documents, DOCUMENT), "ids": np.frombuffer(b"".join(ids), job.dtype),
@@ -663,22 +663,27 @@ _ours = re.compile(r"(train|val)\.(bin|docs\.bin|mask\.bin|jsonl|stream|stream\.
 
 
 def remove(folder):
-    """Delete a folder of ours if it is there; a file in it that is not ours stays, with an OSError."""
+    """Delete a folder of ours if it is there; OSError, and nothing is deleted, if it holds a file that is not ours."""
     if os.path.isdir(folder):
-        for name in filter(_ours.fullmatch, os.listdir(folder)):
+        check_ours(folder)
+        for name in os.listdir(folder):
             os.unlink(f"{folder}/{name}")
         os.rmdir(folder)
+
+
+def check_ours(folder):
+    if foreign := [name for name in os.listdir(folder) if not _ours.fullmatch(name)]:
+        raise FileExistsError(f"out_dir: {folder} holds {min(foreign)}, which is not of this script; not replaced")
 
 
 def check_free(out, overwrite):
     """Refuse an out_dir that is there already; a kill between the two renames below left out.old, which comes back."""
     if os.path.exists(out + ".old") and not os.path.exists(out):
         os.rename(out + ".old", out)
-    there = set(os.listdir(out)) if os.path.exists(out) else set()
-    if there and not overwrite:
+    if os.path.exists(out) and os.listdir(out) and not overwrite:
         raise FileExistsError(f"out_dir: {out} is there already; --overwrite=True replaces it")
-    if foreign := {name for name in there if not _ours.fullmatch(name)}:
-        raise FileExistsError(f"out_dir: {out} holds {min(foreign)}, which is not of this script; not replaced")
+    if os.path.exists(out):
+        check_ours(out)
 
 
 @contextmanager
@@ -780,7 +785,8 @@ if __name__ == "__main__":
 
         with written_whole(out, plan) as (folder, work):
             # 2: records to shards, by as many processes as are wanted
-            processes = workers or max(1, min(len(os.sched_getaffinity(0)), int(size / (block_mb * 1e6))))
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            processes = workers or max(1, min(cores, int(size / (block_mb * 1e6))))
             started = time.perf_counter()
             count, (busy, text_mb) = encode_blocks(sources, job, work, processes)
             seconds = time.perf_counter() - started

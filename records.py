@@ -349,11 +349,11 @@ def text_of(record, name):
 
 
 def id_of(record, name):
-    """What a record has as its id, as text; ValueError if that is neither text nor a number."""
+    """What a record has as its id, as bytes; ValueError if that is neither text nor a number."""
     if not isinstance(record, dict) or not isinstance(record.get(name), (str, int)):
         raise ValueError(f"expected text or a number in field {name!r}, found "
                          f"{'no such field' if name not in record else type(record[name]).__name__}")
-    return str(record[name])
+    return str(record[name]).encode()
 
 
 def messages_of(record, name):

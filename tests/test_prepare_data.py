@@ -125,6 +125,23 @@ def test_chats_equal_llm_foundry():
             assert labels(tok, turns, 4096, bos_each=True, **options) == unseen(case[name]), (name, case["messages"])
 
 
+def test_padded_rows_equal_llm_foundry(prepare, tmp_path):
+    fixture = golden("finetune_tokens")
+    pairs, compared = {pair["train_index"]: pair for pair in fixture["pairs"]}, 0
+    for batch in fixture["padded_batches"]:
+        if batch["padding_side"] == "right":
+            write_jsonl(tmp_path / "a.jsonl", [pairs[index] for index in batch["train_indices"]])
+            status, out, err = prepare(source="a.jsonl", kind="ift", tokenizer=need("data/llama2-tokenizer"), packing="none",
+                                       seq_len=batch["max_seq_len"], overwrite=True)
+            assert status == 0, err
+            ids, mask = np.fromfile("data/train.bin", "<u2"), np.fromfile("data/train.mask.bin", np.uint8)
+            rows = len(batch["train_indices"])
+            assert ids.reshape(rows, -1).tolist() == batch["input_ids"]
+            assert np.where(mask, ids.astype(int), -100).reshape(rows, -1).tolist() == batch["labels"]
+            compared += 1
+    assert compared == 2
+
+
 def test_stream_equals_llm_foundry(prepare, tmp_path):
     """Every run of ConcatTokensDataset that a CPT stream can be: one BOS (the tokenizer's own), wrapped."""
     fixture, compared = golden("finetune_tokens")["cpt"], 0
