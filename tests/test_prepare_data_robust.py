@@ -134,23 +134,47 @@ def test_a_dead_worker_is_an_error(corpus, tmp_path, monkeypatch):
     assert done.returncode == 0 and "going on with" in done.stdout
 
 
-def test_workers_end_with_their_parent(corpus, tmp_path):
-    """Killed by -9 the parent can say nothing; its workers see that it is gone."""
-    run = subprocess.Popen([sys.executable, "-c", "import sys, runpy, time, records; parse = records.parse\n"
-                            "records.parse = lambda raw: (time.sleep(0.2), parse(raw))[1]\n"
-                            "runpy.run_path(sys.argv.pop(1), run_name='__main__')", ROOT / "prepare_data.py",
-                            *flags(**{**corpus, "workers": 2})], cwd=tmp_path, stdout=subprocess.DEVNULL,
+SLOW = ("import sys, runpy, time, records; parse = records.parse\n"
+        "records.parse = lambda raw: (time.sleep(0.1), parse(raw))[1]\n"
+        "sys.argv[0] = 'prepare_data.py'; runpy.run_path(sys.argv.pop(1), run_name='__main__')")
+
+
+def start_slowly(corpus, tmp_path):
+    """A run with two workers that takes minutes; returns it once both are there, and their process ids."""
+    run = subprocess.Popen([sys.executable, "-c", SLOW, ROOT / "prepare_data.py", *flags(**{**corpus, "workers": 2})],
+                           cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                            env={**os.environ, "PYTHONPATH": str(ROOT)})
     children, until = [], time.time() + 60
     while len(children) < 2 and time.time() < until:
-        time.sleep(0.1)
+        time.sleep(0.05)
         children = open(f"/proc/{run.pid}/task/{run.pid}/children").read().split()
-    run.kill()
-    run.wait()
-    until = time.time() + 10
+    assert len(children) == 2
+    return run, children
+
+
+def gone(children, seconds=20):
+    until = time.time() + seconds
     while any(os.path.exists(f"/proc/{child}") for child in children) and time.time() < until:
-        time.sleep(0.1)
-    assert len(children) == 2 and not any(os.path.exists(f"/proc/{child}") for child in children)
+        time.sleep(0.05)
+    return not any(os.path.exists(f"/proc/{child}") for child in children)
+
+
+def test_workers_end_with_their_parent(corpus, tmp_path):
+    """Killed by -9 the parent can say nothing; its workers see that it is gone."""
+    run, children = start_slowly(corpus, tmp_path)
+    run.kill()
+    run.communicate()
+    assert gone(children)
+
+
+def test_ctrl_c(corpus, tmp_path):
+    run, children = start_slowly({**corpus, "block_mb": 0.001}, tmp_path)
+    time.sleep(0.5)
+    for pid in (run.pid, *map(int, children)):  # a terminal tells all of them
+        os.kill(pid, signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and out.endswith("stopped; the same command goes on\n") and "Traceback" not in err, err
+    assert gone(children) and not (tmp_path / "data").exists()
 
 
 # ---- inspect
