@@ -24,7 +24,7 @@ import multiprocessing
 import os
 import platform
 import re
-import string
+import signal
 import threading
 import time
 from collections import Counter, deque
@@ -39,7 +39,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure, knob_table
-from records import (CHATS, TEMPLATES, eval_ngrams, expand, id_of, ngrams, parse, pystdlib, read_records, read_template,
+from records import (CHATS, eval_ngrams, expand, id_of, ngrams, parse, pystdlib, read_records, read_template,
                      toy_math, turns_of, unescape)
 from runtime import fsync_folder, one_line_errors
 from tokenizer import load_tokenizer
@@ -285,7 +285,6 @@ def write_shard(job, path, *block):
 
 def start_worker(job):
     """In each process: keep the job, leave Ctrl-C to the parent, and end when the parent is gone, even by kill -9."""
-    import signal
     global _job
     _job, parent = job, os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -342,28 +341,26 @@ def shards(work, count, desc):
 def sample_limit(work, count, most):
     """The key below which the train documents of all shards just reach `most` tokens; 2^64 if they do not. Keys are
     hashes, so this is a random sample that neither the order of the files nor of the records changes."""
-    limit, low, below, shift = 2**64, 0, 0, 64
-    while shift > 0:  # 16 bits of the key at a time: the tokens of each of 65,536 ranges, then of the range that holds it
-        shift -= 16
-        tokens = np.zeros(65537, np.int64)
+    prefix, below = 0, 0  # the first bits of the last key that is in, and the tokens of all keys below them
+    for shift in (48, 32, 16, 0):  # 16 bits more: count the tokens for each of their 65,536 values
+        tokens = np.zeros(65536, np.int64)
         for shard in shards(work, count, "sample"):
             documents = shard["documents"][~shard["documents"]["val"]]
-            keys = documents["key"]
-            inside = (keys >> np.uint64(shift + 16) == low) if shift < 48 else np.ones(len(keys), bool)
-            bins = (keys[inside] >> np.uint64(shift) & np.uint64(0xFFFF)).astype(np.int64)
-            tokens += np.bincount(bins, documents["length"][inside], 65537).astype(np.int64)
+            high, bits = documents["key"] >> np.uint64(shift), documents["key"] >> np.uint64(shift) & np.uint64(0xFFFF)
+            here = high >> np.uint64(16) == prefix
+            tokens += np.bincount(bits[here].astype(np.int64), documents["length"][here], 65536).astype(np.int64)
         reached = below + np.cumsum(tokens)
         if reached[-1] < most:
-            return limit
-        bin_ = int(np.searchsorted(reached, most))
-        below, low = int(reached[bin_] - tokens[bin_]), low << 16 | bin_
-    return low + 1
+            return 2**64
+        last = int(np.searchsorted(reached, most))
+        prefix, below = prefix << 16 | last, int(reached[last] - tokens[last])
+    return prefix + 1
 
 
 def repeated_ids(work, count, id_field, on_bad_record):
-    """{number of a shard: mask of its documents whose id was seen before}; ValueError names the first two, on 'error'."""
+    """For each shard which of its documents have an id that was seen before; ValueError names the first, on 'error'."""
     seen, places = [], []
-    for number, shard in enumerate(shards(work, count, "ids")):
+    for shard in shards(work, count, "ids"):
         seen.append(shard["documents"]["id"])
         name = json.loads(shard["info"].tobytes())["name"]
         places.append((name, shard["documents"]["number"]))
@@ -426,7 +423,7 @@ def fill_splits(splits, work, count, limit=2**64, repeated=None):
     """Deal the documents of all shards to the splits, in their order: those of train whose key is below `limit`, and none
     that `repeated` names. Returns what the blocks counted."""
     total = {"records": Counter(), "bad": 0, "bad_first": [], "hits": set()}
-    for number, shard in enumerate(shards(work, count, "write")):
+    for number, shard in enumerate(map(dict, shards(work, count, "write"))):  # dict: each array is read once
         documents, info = shard["documents"], json.loads(shard["info"].tobytes())
         total["records"][info["source"]] += info["records"]
         total["bad"] += info["bad"]

@@ -1,12 +1,10 @@
 """prepare_data.py: the original tools' tokens, masks and rows that lose nothing, and errors in one line."""
-import contextlib
 import gzip
 import hashlib
 import io
 import json
 import random
 import re
-import sys
 
 import numpy as np
 import pytest
