@@ -17,6 +17,7 @@ A cpt row is a window of the stream BOS document EOS BOS document EOS ...; an if
 The work is cut into blocks, and what becomes of a block is kept in out_dir.work until the whole is done: a run that was
 killed goes on with the blocks that are missing, and neither that nor the number of workers changes a byte of the output.
 """
+import fcntl
 import hashlib
 import itertools
 import json
@@ -683,22 +684,38 @@ def check_free(out, overwrite):
         check_ours(out)
 
 
+def open_work(work, plan):
+    """Make or enter the folder for shards, throw away those of another plan, and keep a second run out of it: returns a file
+    that must stay open. Raises OSError if there is another run."""
+    os.makedirs(work, exist_ok=True)
+    check_ours(work)
+    lock = open(f"{work}/plan.json", "a+")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, and its workers do not inherit it
+    except OSError:
+        raise FileExistsError(f"out_dir: another run is at work in {work}") from None
+    lock.seek(0)
+    found = list(Path(work).glob("*.npz"))
+    if lock.read() != plan:
+        for path in Path(work).glob("*.npz*"):
+            path.unlink()
+        lock.truncate(0)
+        print(plan, end="", file=lock, flush=True)
+    elif found:
+        print(f"going on with {len(found)} finished blocks of {work}")
+    return lock
+
+
 @contextmanager
 def written_whole(out, plan):
     """Yield (a folder out.tmp to write into, a folder out.work for shards). The first gets the name `out`, in place of
     what was there, only when the block has ended well; the second outlives an error or a kill, and is used again by
     a run of the same plan. Raises OSError, also for a full disk."""
     tmp, old, work = out + ".tmp", out + ".old", out + ".work"
+    lock = open_work(work, json.dumps(plan, indent=1))
     try:
         remove(old)
         remove(tmp)
-        plan = json.dumps(plan, indent=1)
-        if not os.path.exists(f"{work}/plan.json") or Path(work, "plan.json").read_text() != plan:
-            remove(work)
-            os.makedirs(work)
-            Path(work, "plan.json").write_text(plan)
-        elif done := len(list(Path(work).glob("*.npz"))):
-            print(f"going on with {done} finished blocks of {work}")
         os.makedirs(tmp)
         yield tmp, work
         fsync_folder(tmp)
@@ -719,6 +736,8 @@ def written_whole(out, plan):
         if isinstance(error, OSError) and error.errno and not error.filename:  # a failed write does not say where
             raise OSError(error.errno, error.strerror, tmp) from None
         raise
+    finally:
+        lock.close()
 
 # -----------------------------------------------------------------------------
 if __name__ == "__main__":

@@ -162,6 +162,8 @@ def gone(children, seconds=20):
 def test_workers_end_with_their_parent(corpus, tmp_path):
     """Killed by -9 the parent can say nothing; its workers see that it is gone."""
     run, children = start_slowly(corpus, tmp_path)
+    second = run_here("prepare_data.py", *flags(**{**corpus, "seq_len": 32}))
+    assert second.returncode == 2 and "another run is at work in data.work" in second.stderr, second.stderr
     run.kill()
     run.communicate()
     assert gone(children)
