@@ -784,12 +784,12 @@ if __name__ == "__main__":
         job.fields += [id_field] * bool(id_field)
         made = {"toy_math": lambda: toy_math(toy_records, toy_seed), "pystdlib": pystdlib}
         sources = [(found, "train" if val_source else "") for found in expand(source, made, suffixes)]
-        sources += [(found, "val") for found in expand(val_source, made, suffixes)]
+        sources += [(found, "val") for found in expand(val_source, made, suffixes, "val_source")]
         size = sum(found.size() for found, _ in sources)
         with tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=None, desc="checksums") as bar:
             entries = [{"path": found.name, "sha256": found.sha256(bar.update), "bytes": found.size(), "records": 0,
                         **({"revision": found.revision} if found.revision else {})} for found, _ in sources]
-        evals = expand(decontaminate, {}, suffixes)
+        evals = expand(decontaminate, {}, suffixes, "decontaminate")
         job.eval_ngrams, eval_counts = eval_ngrams(evals)
         versions = {"python": platform.python_version(),
                     **{name: version(name) for name in ("numpy", "sentencepiece", "tiktoken")}}

@@ -104,7 +104,7 @@ class Source:
         return digest.hexdigest()
 
 
-def expand(patterns, made, suffixes):
+def expand(patterns, made, suffixes, knob="source"):
     """Files, folders, globs, hub datasets and names in `made` ({name: function that yields records}) -> [Source],
     sorted within a pattern. Hub datasets are downloaded. Raises ValueError."""
     found = []
@@ -112,34 +112,34 @@ def expand(patterns, made, suffixes):
         if pattern in made:
             found.append(Source(pattern, pattern, b"".join(json.dumps(r).encode() + b"\n" for r in made[pattern]())))
         elif pattern.startswith("hf://"):
-            found += from_hub(pattern)
+            found += from_hub(pattern, knob)
         elif os.path.isdir(pattern):
             found.append(folder := Source(pattern, pattern, suffixes=suffixes))
             if not folder.files():
-                raise ValueError(f"source: the folder {pattern} holds no {', '.join(suffixes)} file (--suffixes says which "
+                raise ValueError(f"{knob}: the folder {pattern} holds no {', '.join(suffixes)} file (--suffixes says which "
                                  f"count as documents); records are named by '{pattern}/*.jsonl'")
         else:
             paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
             for path in paths or [pattern]:
                 if not os.path.isfile(path):
-                    raise ValueError(f"source: expected a file, a folder, a glob, hf://datasets/OWNER/NAME or one of "
+                    raise ValueError(f"{knob}: expected a file, a folder, a glob, hf://datasets/OWNER/NAME or one of "
                                      f"{', '.join(made)}; {path} is {'no file' if paths else 'not there'}")
-                check_format(path)
+                check_format(path, knob)
                 found.append(Source(path, path))
     return found
 
 
-def check_format(path):
+def check_format(path, knob):
     if not re.search(FORMATS, path):
-        raise ValueError(f"source: expected .parquet, .txt, .json or .jsonl (the last three also .gz), found {path}")
+        raise ValueError(f"{knob}: expected .parquet, .txt, .json or .jsonl (the last three also .gz), found {path}")
 
 
-def from_hub(url):
+def from_hub(url, knob):
     """hf://datasets/OWNER/NAME[@REVISION][/GLOB] -> [Source], downloaded to the hub's cache, where huggingface_hub goes
     on with what was begun. A branch becomes the commit it stands for. Raises ValueError with the way round."""
     match = re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", url)
     if not match:
-        raise ValueError(f"source: expected hf://datasets/OWNER/NAME, then @REVISION and /FILES or not; found {url}")
+        raise ValueError(f"{knob}: expected hf://datasets/OWNER/NAME, then @REVISION and /FILES or not; found {url}")
     from huggingface_hub import HfApi, errors, hf_hub_download  # half a second, which only these sources cost
     repo, revision, pattern = match.groups()
     pattern = pattern or "*"
@@ -151,19 +151,19 @@ def from_hub(url):
                        and (pattern != "*" or re.search(FORMATS, file.rfilename)))
         paths = [hf_hub_download(repo, name, repo_type="dataset", revision=info.sha) for name in names]
     except errors.GatedRepoError:
-        raise ValueError(f"source: {repo} is gated: accept its terms at https://huggingface.co/datasets/{repo} and set "
+        raise ValueError(f"{knob}: {repo} is gated: accept its terms at https://huggingface.co/datasets/{repo} and set "
                          f"HF_TOKEN to a token of that account{by_hand}") from None
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
-        raise ValueError(f"source: {url}: no such dataset or revision, or a private one without HF_TOKEN "
+        raise ValueError(f"{knob}: {url}: no such dataset or revision, or a private one without HF_TOKEN "
                          f"({type(error).__name__}){by_hand}") from None
     except (OSError, errors.HfHubHTTPError) as error:  # ConnectionError and HF_HUB_OFFLINE's error are OSErrors
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"source: {url}: the hub cannot be reached ({type(error).__name__}: {reason}){by_hand}") from None
+        raise ValueError(f"{knob}: {url}: the hub cannot be reached ({type(error).__name__}: {reason}){by_hand}") from None
     if not names:
         held = ", ".join(file.rfilename for file in info.siblings[:8])
-        raise ValueError(f"source: {url}: no file matches {pattern!r}; the dataset holds {held or 'nothing'}")
+        raise ValueError(f"{knob}: {url}: no file matches {pattern!r}; the dataset holds {held or 'nothing'}")
     for name in names:
-        check_format(name)
+        check_format(name, knob)
     return [Source(f"hf://datasets/{repo}@{info.sha}/{name}", path, revision=info.sha) for name, path in zip(names, paths)]
 
 # -----------------------------------------------------------------------------

@@ -451,6 +451,8 @@ def test_gzip_cut_short_keeps_what_came_before_when_skipping(prepare, tmp_path):
 MISTAKES = {  # name: (knobs, what the message says)
     "no source": ({"source": ""}, "source: expected at least one file"),
     "missing file": ({"source": "b.txt"}, "source: expected a file"),
+    "missing val file": ({"source": "a.txt", "val_source": "b.txt"}, "val_source: expected a file"),
+    "missing eval file": ({"source": "a.txt", "decontaminate": "b.csv"}, "decontaminate: expected a file"),
     "glob of nothing": ({"source": "a.txt,*.gz"}, "*.gz is not there"),
     "folder": ({"source": "sub"}, "holds no .py file"),
     "format": ({"source": "a.csv"}, "found a.csv"),
