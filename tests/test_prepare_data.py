@@ -1,12 +1,10 @@
 """prepare_data.py: the original tools' tokens, masks and rows that lose nothing, and errors in one line."""
-import contextlib
 import gzip
 import hashlib
 import io
 import json
 import random
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +14,8 @@ from hypothesis import strategies as st
 
 import prepare_data
 from conftest import ROOT, golden, need, run_here, run_stage
-from prepare_data import Split, encode_pair, finish_cpt, finish_ift, pack_best_fit, template_fields, toy_math, unescape
+from prepare_data import DOCUMENT, Split, encode_turns, finish_cpt, finish_ift, make_encoder, pack_best_fit
+from records import CHATS, read_template, toy_math, unescape
 from tokenizer import load_tokenizer
 
 
@@ -49,6 +48,14 @@ def write_jsonl(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
+def shard_of(documents, masks=(), lost=0):
+    """What a block of such documents becomes."""
+    rows = np.zeros(len(documents), DOCUMENT)
+    rows["length"], rows["lost"] = [len(ids) for ids in documents], lost
+    return {"documents": rows, "ids": np.concatenate([np.array(ids, "<u2") for ids in documents]),
+            "mask": np.array([bit for mask in masks for bit in mask], np.uint8)}
+
+
 def documents_of(folder, name="train"):
     """The documents of a split as train.py will see them: [(ids, mask or None)], padding included."""
     meta = json.loads((folder / "meta.json").read_text())
@@ -64,12 +71,17 @@ def documents_of(folder, name="train"):
 
 # ---- the original tools' tokens
 
-def labels(encoded, seq_len):
-    """What golden/finetune_tokens.json stores for an example: validity, ids, labels."""
-    if encoded is None:
-        return {"valid": False}
-    ids, n_prompt = encoded[0][:seq_len], encoded[1]
-    return {"valid": True, "length": len(ids), "input_ids": ids, "labels": [-100] * n_prompt + ids[n_prompt:]}
+def labels(tok, turns, seq_len, **options):
+    """What golden/finetune_tokens.json stores for an example: validity, ids, labels. The label of the first token is the
+    one that no loss ever sees."""
+    ids, mask, dropped = encode_turns(make_encoder(tok, "<u2", True), turns, seq_len, b"\1\0", b"\2\0", **options)
+    ids, mask = np.frombuffer(ids, "<u2")[:seq_len].tolist(), [*mask[:seq_len]]
+    labels = [i if learned else -100 for i, learned in zip(ids, mask)]
+    return {"valid": False} if dropped else {"valid": True, "length": len(ids), "input_ids": ids, "labels": labels}
+
+
+def unseen(result):
+    return {**result, "labels": [-100] + result["labels"][1:]} if result["valid"] else result
 
 
 @pytest.mark.parametrize("seq_len", [64, 1024])
@@ -79,7 +91,7 @@ def test_pairs_equal_llm_foundry(seq_len):
     assert len(fixture["pairs"]) == 30 and len(fixture["tricky_pairs"]) == 15
     spelt_out = []
     for pair in fixture["pairs"] + fixture["tricky_pairs"]:
-        ours = labels(encode_pair(tok, pair["prompt"], pair["response"], seq_len), seq_len)
+        ours = labels(tok, [(pair["prompt"], pair["response"])], seq_len)
         if re.search("</?s>", pair["prompt"] + pair["response"]):
             # Hugging Face reads "<s>" and "</s>" in a text as ids 1 and 2; for us they are text, as for sentencepiece
             spelt_out.append((pair["prompt"], pair["response"]))
@@ -89,6 +101,43 @@ def test_pairs_equal_llm_foundry(seq_len):
             assert ours == pair[f"at_{seq_len}"], pair
     assert spelt_out == [("Q: 1+1?\nA:", " 2</s>"), ("Q", "ends with </s>"), ("Q", "</s>"), ("<s> doubled bos", "x"),
                          ("mid </s> text here", "and <s> there")]
+
+
+def test_target_settings_equal_llm_foundry():
+    tok, fixture = load_tokenizer(need("data/llama2-tokenizer")), golden("finetune_tokens")
+    pairs = {pair["train_index"]: (pair["prompt"], pair["response"]) for pair in fixture["pairs"]}
+    assert len(fixture["target_settings"]) == 16
+    for case in fixture["target_settings"]:
+        prompts = {"none": None, "all": 0}.get(case["target_prompts"], case["target_prompts"][len("length>="):])
+        ours = labels(tok, [pairs[case["train_index"]]], case["max_seq_len"], learn_all=case["target_responses"] == "all",
+                      prompt_from=None if prompts is None else int(prompts))
+        assert ours == unseen(case["result"]), case["target_prompts"]
+
+
+def test_chats_equal_llm_foundry():
+    tok, fixture = load_tokenizer(need("data/llama2-tokenizer")), golden("finetune_tokens")
+    assert len(fixture["chat"]) == 3
+    for case in fixture["chat"]:
+        turns = CHATS["llama2"]([(message["role"], message["content"]) for message in case["messages"]])
+        for name, options in [("last", {}), ("all", {"learn_all": True}), ("prompts_all", {"learn_all": True, "prompt_from": 0})]:
+            assert labels(tok, turns, 4096, bos_each=True, **options) == unseen(case[name]), (name, case["messages"])
+
+
+def test_padded_rows_equal_llm_foundry(prepare, tmp_path):
+    fixture = golden("finetune_tokens")
+    pairs, compared = {pair["train_index"]: pair for pair in fixture["pairs"]}, 0
+    for batch in fixture["padded_batches"]:
+        if batch["padding_side"] == "right":
+            write_jsonl(tmp_path / "a.jsonl", [pairs[index] for index in batch["train_indices"]])
+            status, out, err = prepare(source="a.jsonl", kind="ift", tokenizer=need("data/llama2-tokenizer"), packing="none",
+                                       seq_len=batch["max_seq_len"], overwrite=True)
+            assert status == 0, err
+            ids, mask = np.fromfile("data/train.bin", "<u2"), np.fromfile("data/train.mask.bin", np.uint8)
+            rows = len(batch["train_indices"])
+            assert ids.reshape(rows, -1).tolist() == batch["input_ids"]
+            assert np.where(mask, ids.astype(int), -100).reshape(rows, -1).tolist() == batch["labels"]
+            compared += 1
+    assert compared == 2
 
 
 def test_stream_equals_llm_foundry(prepare, tmp_path):
@@ -140,13 +189,13 @@ def test_cpt_gives_the_documents_back(prepare, tokenizer_file, tmp_path, ending)
 def test_stream_and_its_starts(tmp_path_factory, seq_len, lengths):
     """The stream is cut to whole rows, and exactly the documents that begin before the cut are listed."""
     folder = tmp_path_factory.mktemp("stream")
-    split, stream, starts = Split(open(folder / "train.bin", "wb"), np.dtype("<u2")), [], []
+    split, stream, starts = Split(folder, "train", np.dtype("<u2"), False), [], []
     for number, length in enumerate(lengths):
         starts.append(len(stream))
         stream += [number] * length
-        split.add([number] * length, 0, most=None)
-    split.file.close()
-    counts, kept = finish_cpt(folder, "train", split, seq_len), len(stream) // seq_len * seq_len
+        split.add(shard_of([[number] * length]), np.ones(1, bool))
+    split.close()
+    counts, kept = finish_cpt(split, seq_len), len(stream) // seq_len * seq_len
     assert np.fromfile(folder / "train.bin", "<u2").tolist() == stream[:kept] and counts["lost"] == len(stream) - kept
     assert np.fromfile(folder / "train.docs.bin", "<u8").tolist() == [start for start in starts if start < kept]
 
@@ -263,16 +312,16 @@ def test_rows_masks_and_starts_agree(tmp_path_factory, data):
     shapes = data.draw(st.lists(shape, min_size=1, max_size=30))
     shapes = [(n, min(n_prompt, seq_len - 1)) for n, n_prompt in shapes]
     packing = data.draw(st.sampled_from(["best_fit", "none"]))
-    split = Split(open(folder / "train.stream", "wb"), np.dtype("<u2"))
-    examples = []
+    split, examples = Split(folder, "train", np.dtype("<u2"), True), []
     for number, (n, n_prompt) in enumerate(shapes):
-        ids = [100 + number] * n
-        split.add(ids, n_prompt, most=seq_len)
-        examples.append((ids[:seq_len], ([0] * n_prompt + [1] * n)[:min(n, seq_len)]))
-    split.file.close()
-    counts = finish_ift(folder, "train", split, seq_len, packing, pad)
+        ids, mask = [100 + number] * min(n, seq_len), ([0] * n_prompt + [1] * n)[:min(n, seq_len)]
+        split.add(shard_of([ids], [mask], lost=n - len(ids)), np.ones(1, bool))
+        examples.append((ids, mask))
+    split.close()
+    rows = pack_best_fit(split.lengths(), seq_len) if packing == "best_fit" else [[i] for i in range(len(shapes))]
+    counts = finish_ift(split, rows, seq_len, pad)
     (folder / "meta.json").write_text(json.dumps({"dtype": "uint16", "splits": {"train": {
-        **counts, "sha256": hashlib.sha256((folder / "train.bin").read_bytes()).hexdigest()}}}))
+        **counts}}}))
     found = documents_of(folder)
     padding = [(ids, mask) for ids, mask in found if ids[0] == pad]
     assert sorted(document for document in found if document[0][0] != pad) == sorted(examples)
@@ -283,7 +332,7 @@ def test_rows_masks_and_starts_agree(tmp_path_factory, data):
     assert counts["targets"] == sum(sum(mask) for _, mask in examples) and counts["documents"] == len(examples)
     assert counts["truncated"] == sum(n > seq_len for n, _ in shapes)
     assert counts["lost"] == sum(max(0, n - seq_len) for n, _ in shapes)
-    assert not (folder / "train.stream").exists()
+    assert not list(folder.glob("*stream*"))
 
 
 def test_ift_run_decodes_to_its_records(prepare, tokenizer_file, tmp_path):
@@ -322,8 +371,10 @@ def test_response_prefix_stands_before_responses_only(prepare, tokenizer_file, t
 def test_no_target_at_the_start_of_an_example(tokenizer_file):
     """Without BOS an empty prompt would leave the first response token to be predicted from another example."""
     tok = load_tokenizer(tokenizer_file)
-    assert encode_pair(tok, "", "R", 16, add_bos=False) is None
-    assert encode_pair(tok, "", "R", 16) == ([tok.bos_id] + tok.encode("R") + [tok.eos_id], 1)
+    encode = make_encoder(tok, "<u2", True)
+    n = len(tok.encode("long word"))
+    assert encode_turns(encode, [("", "long word")], 16)[1:] == (b"\0" + b"\1" * (n - 1), "")
+    assert encode_turns(encode, [("", "long word")], 16, b"\1\0", b"\2\0")[1] == b"\0" + b"\1" * (n + 1)
 
 
 # ---- sources that need no file
@@ -400,12 +451,15 @@ def test_gzip_cut_short_keeps_what_came_before_when_skipping(prepare, tmp_path):
 MISTAKES = {  # name: (knobs, what the message says)
     "no source": ({"source": ""}, "source: expected at least one file"),
     "missing file": ({"source": "b.txt"}, "source: expected a file"),
+    "missing val file": ({"source": "a.txt", "val_source": "b.txt"}, "val_source: expected a file"),
+    "missing eval file": ({"source": "a.txt", "decontaminate": "b.csv"}, "decontaminate: expected a file"),
     "glob of nothing": ({"source": "a.txt,*.gz"}, "*.gz is not there"),
-    "folder": ({"source": "sub"}, "'sub/*.jsonl'"),
+    "folder": ({"source": "sub"}, "holds no .py file"),
     "format": ({"source": "a.csv"}, "found a.csv"),
-    "empty file": ({"source": "empty.jsonl"}, "train: 0 documents"),
-    "empty text": ({"source": "empty.txt"}, "1 dropped"),
-    "text not UTF-8": ({"source": "latin.txt"}, "latin.txt:1: cannot be read"),
+    "empty file": ({"source": "a.txt,empty.jsonl"}, "empty.jsonl:1: the file holds no records"),
+    "empty text": ({"source": "empty.txt"}, "empty.txt:1: the file holds no records"),
+    "blank text": ({"source": "blank.txt"}, "1 dropped"),
+    "text not UTF-8": ({"source": "latin.txt"}, "latin.txt:1: 'utf-8' codec can't decode"),
     "too short": ({"source": "a.txt", "seq_len": 4096}, "no row of 4096"),
     "nothing for val": ({"source": "a.txt", "val_fraction": 0.0001}, "--val_fraction=0"),
     "all targets cut": ({"source": "ift.jsonl", "kind": "ift", "seq_len": 2}, "1 dropped"),
@@ -414,7 +468,7 @@ MISTAKES = {  # name: (knobs, what the message says)
     "knob": ({"sauce": "a.txt"}, "source"),
     "seq_len": ({"source": "a.txt", "seq_len": 1}, "seq_len: expected 2 or more, found 1"),
     "fraction": ({"source": "a.txt", "val_fraction": 1.5}, "val_fraction: expected 0 <= fraction < 1, found 1.5"),
-    "template": ({"source": "a.txt", "template": "{"}, "template: expected fields"),
+    "template": ({"source": "a.txt", "template": "{"}, "template: expected none, alpaca"),
     "template field": ({"source": "a.jsonl", "template": "{question}"}, "a.jsonl:1: expected a field 'question'"),
     "tokenizer": ({"source": "a.txt", "tokenizer": "nowhere"}, "nowhere"),
     "no out_dir": ({"source": "a.txt", "out_dir": ""}, "out_dir: expected a folder's name"),
@@ -428,7 +482,8 @@ MISTAKES = {  # name: (knobs, what the message says)
 def test_mistake(prepare, tmp_path, name):
     knobs, message = MISTAKES[name]
     for file, content in {"a.txt": GOOD, "a.jsonl": GOOD, "a.csv": b"x", "empty.jsonl": b"", "empty.txt": b"",
-                          "latin.txt": b"\xe9t\xe9", "ift.jsonl": b'{"prompt": "p", "response": "r"}'}.items():
+                          "blank.txt": b" \n", "latin.txt": b"\xe9t\xe9",
+                          "ift.jsonl": b'{"prompt": "p", "response": "r"}'}.items():
         (tmp_path / file).write_bytes(content)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/mine.txt").write_text("mine")
@@ -491,7 +546,8 @@ def test_a_killed_run_heals(prepare, tmp_path):
 
 def test_templates():
     assert unescape(r"a\nb\tc\\nd") == "a\nb\tc\\nd" and unescape("a\nb") == "a\nb"
-    assert template_fields("Q: {q}\n{{x}} {a}") == ["q", "a"] and template_fields("") == []
-    for wrong in ("no field", "{}", "{0}", "{q.x}", "{q[0]}", "{q", "{q:d}"):
-        with pytest.raises(ValueError, match="template: expected"):
-            template_fields(wrong)
+    assert read_template(r"Q: {q}\n{{x}} {a}", "p") == ("Q: {q}\n{{x}} {a}", {"q": "q", "a": "a"})
+    assert read_template("none", "p") == ("{prompt}", {"prompt": "p"})
+    for wrong in ("no field", "", "{}", "{0}", "{q.x}", "{q[0]}", "{q", "{q:d}", "alpacca"):
+        with pytest.raises(ValueError, match="template: expected none, alpaca, magicoder, tulu, llama2, or a text"):
+            read_template(wrong, "p")

@@ -1,0 +1,373 @@
+"""prepare_data.py, the paper's side: llm-foundry's packing, presets, the hub, and the sources of its datasets."""
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import re
+import threading
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from conftest import ROOT, golden, need, run_stage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_prepare_data import documents_of, prepare, tokenizer_file, write_jsonl  # noqa: F401 (fixtures)
+
+import prepare_data
+from prepare_data import auto_ratio, pack_first_fit, pack_paper, packed_share
+from records import array_items, expand, parse, read_records, split_text, tulu_turns
+from tokenizer import load_tokenizer
+
+# ---- packing as llm-foundry
+
+
+def test_first_fit_equals_llm_foundry():
+    cases = golden("packing")["packing"]
+    assert len(cases) == 12
+    for case in cases:
+        leftover, lengths = [], [min(length, case["max_seq_len"]) for length in case["lengths"]]
+        for call in case["calls"]:
+            rows, leftover = pack_first_fit(call["raw_examples"], lengths, case["max_seq_len"], case["device_batch_size"],
+                                            leftover)
+            leftover = leftover[:case["max_leftover_bins_to_keep"]]  # None keeps all, as we do
+            assert [(row["size"], row["examples"]) for row in call["bins"]] == rows, case["name"]
+            assert [(row["size"], row["examples"]) for row in call["leftover"]] == leftover, case["name"]
+
+
+def test_auto_ratio_equals_llm_foundry():
+    for case in golden("packing")["auto_ratio"]:
+        lengths, seq_len, batch = case["lengths"], case["max_seq_len"], case["device_batch_size"]
+        examples = list(range(len(lengths)))
+        assert auto_ratio(examples, lengths, seq_len, batch) == case["auto_packing_ratio"]
+        for entry in case["profile"][:4]:
+            rows, left = packed_share(examples, lengths, seq_len, batch, entry["ratio"])
+            packed, lost = sum(size for size, _ in rows), sum(size for size, _ in left)
+            assert 100 * (1 - packed / (len(rows) * seq_len)) == pytest.approx(entry["padding_percent"], abs=1e-9)
+            assert 100 * lost / (packed + lost) == pytest.approx(entry["waste_percent"], abs=1e-9)
+
+
+def test_magicoder_has_193_steps():
+    """The step counts that the authors publish fall out of 111,183 examples of Magicoder's mean length (656 tokens)."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(656) - 0.18, 0.6, 111183), 20, 4096).astype(int).tolist()
+    assert 600 < np.mean(lengths) < 700
+    rows, ratio = pack_paper(lengths, 4096, ranks=32, batch=6, ratio=0, seed=17)
+    assert ratio == 3.1 and len(rows) == 193 * 192
+    used = [example for row in rows for example in row]
+    assert len(used) == len(set(used)) == 193 * 32 * 18  # int(3.1 * 6) examples a GPU and step
+    assert max(sum(lengths[example] for example in row) for row in rows) <= 4096
+    assert sum(lengths) / len(rows) / 4096 == pytest.approx(0.48, abs=0.01)
+    # rows of a step come from that step's examples of each GPU
+    order = np.random.Generator(np.random.Philox(key=[17, 0])).permutation(111183)
+    for step, rank in ((0, 0), (5, 31), (192, 7)):
+        here = [example for row in rows[step * 192 + rank * 6:step * 192 + rank * 6 + 6] for example in row]
+        assert sorted(here) == sorted(order[rank::32][step * 18:step * 18 + 18].tolist())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=300), st.integers(1, 4), st.integers(1, 5), st.floats(1, 6),
+       st.integers(0, 9))
+def test_paper_packing_loses_nothing_unseen(lengths, ranks, batch, ratio, seed):
+    rows, _ = pack_paper(lengths, 64, ranks, batch, ratio, seed)
+    used = [example for row in rows for example in row]
+    assert len(used) == len(set(used)) and len(rows) % (ranks * batch) == 0
+    assert all(row and sum(lengths[example] for example in row) <= 64 for row in rows)
+    assert len(rows) == len(lengths) // ranks // int(ratio * batch) * ranks * batch
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "paper"])
+def test_loss_of_packed_documents_is_their_loss_alone(prepare, tmp_path, packing):
+    """From records to the loss that train.py takes: isolated, packed rows lose what their examples lose one a row."""
+    import torch
+
+    from model import Llama
+    from train import TokenRows, mean_loss
+    base, records = need("data/stories260k"), []
+    for number, length in enumerate([3, 40, 9, 25, 14, 30, 5, 18]):
+        records.append({"prompt": f"Once there were {number}", "response": "little birds who sang " * (length // 9 + 1)})
+    write_jsonl(tmp_path / "a.jsonl", records)
+    model, losses = Llama.from_pretrained(base, dtype=torch.float32, device="cpu"), []
+    for kind, extra in [(packing, {"paper_ranks": 2, "paper_batch": 1, "packing_ratio": 4.0}), ("none", {})]:
+        status, out, err = prepare(source="a.jsonl", kind="ift", tokenizer=base, seq_len=256, packing=kind, overwrite=1, **extra)
+        assert status == 0, err
+        rows = TokenRows(tmp_path / "data")
+        targets = sum(int((rows[i][1] >= 0).sum()) for i in range(len(rows)))
+        losses.append((mean_loss(model, rows, 1, torch.device("cpu")), targets))
+        assert len(rows) == (8 if kind == "none" else 2)
+    assert losses[0][1] == losses[1][1] > 100 and losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)
+
+
+def test_paper_packing_run(prepare, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"question {i}", "response": "yes" * (i % 2 + 1)} for i in range(200)])
+    status, out, err = prepare(source="a.jsonl", kind="ift", packing="paper", paper_ranks=2, paper_batch=3, packing_ratio=2,
+                               seq_len=64)
+    assert status == 0, err
+    meta = json.loads((tmp_path / "data/meta.json").read_text())["splits"]["train"]
+    assert "16 steps of 6 rows an epoch; 8 documents left over" in out and (meta["rows"], meta["unpacked"]) == (96, 8)
+    assert meta["documents"] == 192 and (meta["steps"], meta["packing_ratio"]) == (16, 2.0)
+    shown = [ids for ids, mask in documents_of(tmp_path / "data") if any(mask)]
+    assert len({tuple(ids) for ids in shown}) == 192
+    status, out, err = prepare(source="a.jsonl", kind="ift", packing="paper", paper_ranks=64, overwrite=True)
+    assert status == 2 and "--paper_ranks" in err
+
+
+# ---- presets and templates
+
+SAMPLES = {  # preset: (sample of its records, what stands in the example that is shown)
+    "magicoder": ("magicoder_evol_instruct", "[<BOS>Please amend the subsequent"),
+    "metamathqa": ("metamathqa", "#### 1200\nThe answer is: 1200<EOS>»"),
+    "tulu_v2": ("tulu_v2", "<|assistant|>\n]« You're welcome! If you have any further questions, feel free to ask.<EOS>»")}
+
+
+@pytest.mark.parametrize("preset", SAMPLES)
+def test_preset_on_real_records(prepare, tmp_path, preset):
+    name, shown = SAMPLES[preset]
+    records = [json.loads(line) for line in need(f"data/schema-samples/{name}.jsonl").read_text().splitlines()]
+    if preset == "metamathqa":  # published as one array
+        (tmp_path / "in.json").write_text(json.dumps(records, indent=2))
+    elif preset == "tulu_v2":
+        write_parquet(tmp_path / "in.parquet", records)
+    else:
+        write_jsonl(tmp_path / "in.jsonl", records)
+    [file] = tmp_path.glob("in.*")
+    status, out, err = prepare(preset=preset, source=file.name, tokenizer=need("data/llama2-tokenizer"), seq_len=2048)
+    assert status == 0, err
+    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    assert shown in "\n".join(meta["examples"]) and meta["source"][0]["records"] == len(records)
+    assert (meta["kind"], meta["seq_len"], meta["settings"]["val_fraction"]) == ("ift", 2048, 0.0)
+    assert meta["settings"]["paper_batch"] == (24 if preset == "metamathqa" else 6)
+
+
+def test_cpt_preset_reads_its_field(prepare, tmp_path):
+    records = [{"content": f"def f{i}():\n    return {i}\n" * 40, "id": str(i)} for i in range(60)]
+    write_parquet(tmp_path / "train-0.parquet", records)
+    status, out, err = prepare(preset="starcoder_python", source="train-*.parquet", seq_len=64, max_tokens=3000)
+    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    assert status == 0 and meta["settings"]["text_field"] == "content", err
+    stats = meta["splits"]["train"]
+    longest = max(len(ids) for ids, _ in documents_of(tmp_path / "data"))
+    assert 3000 - 64 < stats["tokens"] < 3000 + longest and stats["dropped_why"]["not sampled"] > 5
+
+
+def test_every_preset_is_pinned_and_whole():
+    assert set(prepare_data.PRESETS) == {"starcoder_python", "openwebmath", "magicoder", "metamathqa", "tulu_v2"}
+    for preset in prepare_data.PRESETS.values():
+        assert re.fullmatch(r"hf://datasets/[^@]+@[0-9a-f]{40}/.*(\.parquet|\.jsonl|\.json)", preset["source"][0])
+        assert set(preset) <= set(vars(prepare_data))
+    assert prepare_data.PRESETS["metamathqa"]["seq_len"] == 1024
+
+
+def test_the_command_line_wins_over_a_preset(prepare, tmp_path):
+    status, out, err = prepare(preset="magicoder", source="nowhere.jsonl", seq_len=99)
+    assert status == 2 and "nowhere.jsonl" in err and "seq_len = 99" in out
+    assert "one of starcoder_python" in prepare(preset="magicode")[2]
+    assert "expected hf://datasets/OWNER/NAME" in prepare(source="hf://datasets/me")[2]
+
+
+def test_named_templates(prepare, tmp_path, tokenizer_file):
+    write_jsonl(tmp_path / "a.jsonl", [{"query": "2+2?", "response": "4"}])
+    for name, before, after in [("alpaca", "Below is an instruction", "2+2?\n\n### Response:"), ("none", "2+2?", ""),
+                                ("magicoder", "You are an exceptionally", "@@ Instruction\n2+2?\n\n@@ Response\n")]:
+        assert prepare(source="a.jsonl", kind="ift", template=name, prompt_field="query", seq_len=512, overwrite=True)[0] == 0
+        [shown] = json.loads((tmp_path / "data/meta.json").read_text())["examples"]
+        assert shown.startswith(f"[<BOS>{before}") and shown.endswith(f"{after}]« 4<EOS>»")
+
+
+def test_tulu_turns_and_which_are_learned(prepare, tmp_path):
+    messages = [{"role": r, "content": c} for r, c in [("system", "Be kind."), ("user", "Hi "), ("assistant", "Hello."),
+                                                       ("user", "Bye"), ("assistant", "See you.")]]
+    assert tulu_turns([(m["role"], m["content"]) for m in messages]) == [
+        ("<|system|>\nBe kind.\n<|user|>\nHi\n<|assistant|>\n", "Hello."), ("\n<|user|>\nBye\n<|assistant|>\n", "See you.")]
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}])
+    for turns, learned in [("last", ["See you."]), ("all", ["Hello.", "See you."])]:
+        status, out, err = prepare(source="a.jsonl", kind="ift", template="tulu", train_on_turns=turns, seq_len=128, overwrite=1)
+        assert status == 0, err
+        [shown] = json.loads((tmp_path / "data/meta.json").read_text())["examples"]
+        assert re.findall("« ?(.*?)<EOS>»", shown) == learned
+    for bad, message in [(messages[:-1], "the last one assistant"), ("text", "expected a list of messages"),
+                         ([{"role": "bot", "content": ""}], "expected roles"),
+                         ([{"role": "user"}], "expected a field 'content'")]:
+        write_jsonl(tmp_path / "a.jsonl", [{"messages": bad}])
+        status, out, err = prepare(source="a.jsonl", kind="ift", template="tulu", overwrite=True)
+        assert status == 2 and "a.jsonl:1: " in err and message in err, err
+
+
+def test_train_on_prompt(prepare, tmp_path):
+    records, learned = [{"prompt": "short", "response": "yes"}, {"prompt": "a much longer " * 9, "response": "no"}], {}
+    write_jsonl(tmp_path / "a.jsonl", records)
+    for name, knobs in [("no", {}), ("all", {"train_on_prompt": 1}),
+                        ("long", {"train_on_prompt": 1, "train_on_prompt_from": 30})]:
+        assert prepare(source="a.jsonl", kind="ift", packing="none", seq_len=128, overwrite=True, **knobs)[0] == 0
+        learned[name] = [sum(mask) for _, mask in documents_of(tmp_path / "data") if any(mask)]
+        lengths = [len(ids) for ids, mask in documents_of(tmp_path / "data") if any(mask)]
+    assert learned["all"] == [length - 1 for length in lengths]  # nothing stands before BOS
+    assert learned["long"] == [learned["no"][0], learned["all"][1]]
+
+
+# ---- sources
+
+def write_parquet(path, records, **options):
+    import pyarrow
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path, **options)
+
+
+def records_in(path, **options):
+    """(place, record or message) of what a source yields."""
+    found = []
+    for number, raw, used in read_records(expand([str(path)], {}, (".py",))[0], **options):
+        try:
+            found.append((number, parse(raw)))
+        except ValueError as error:
+            found.append((number, str(error)))
+    return found
+
+
+def test_parquet_streams_row_groups_and_only_its_fields(tmp_path):
+    records = [{"text": f"document {i} é", "n": i, "turns": [{"role": "user", "content": "x"}]} for i in range(1700)]
+    write_parquet(tmp_path / "a.parquet", records, row_group_size=600)
+    assert records_in(tmp_path / "a.parquet") == list(enumerate(records, 1))
+    assert records_in(tmp_path / "a.parquet", fields=["text"])[-1] == (1700, {"text": "document 1699 é"})
+    assert records_in(tmp_path / "a.parquet", fields=["txt"])[0] == (1, records[0])  # for a message that says what is there
+
+
+def test_parquet_mistakes(prepare, tmp_path):
+    write_parquet(tmp_path / "a.parquet", [{"body": "x", "n": 3}])
+    status, out, err = prepare(source="a.parquet")
+    assert status == 2 and "a.parquet:1: expected a field 'text', found only 'body', 'n'" in err
+    write_parquet(tmp_path / "a.parquet", [{"text": 3}])
+    assert "a.parquet:1: expected text in field 'text', found int" in prepare(source="a.parquet")[2]
+    write_parquet(tmp_path / "a.parquet", [{"text": "words " * 50}] * 3000, row_group_size=1000)
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(content[:-100])
+    status, out, err = prepare(source="a.parquet")
+    assert status == 2 and re.search(r"a.parquet:1: cannot be read: .*[Pp]arquet", err) and err.count("\n") == 1, err
+    (tmp_path / "a.parquet").write_bytes(b"")
+    assert "a.parquet:1: " in prepare(source="a.parquet")[2]
+    write_parquet(tmp_path / "a.parquet", [{"text": b"\xff\xfe"}])
+    assert "a.parquet:1: 'utf-8' codec can't decode" in prepare(source="a.parquet")[2]
+
+
+ITEMS = [{"a": "é\n" * 40}, 5, "x]", [1, [2]], {"text": "[{,"}, None, 1.5e3, {}]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64, 1 << 20])
+def test_arrays_in_chunks_of_any_size(monkeypatch, chunk):
+    monkeypatch.setattr("records.CHUNK", chunk)
+    for text in (json.dumps(ITEMS), json.dumps(ITEMS, indent=3), "\ufeff \n" + json.dumps(ITEMS) + " \n", "[]", "[ 12]"):
+        assert list(array_items(io.BytesIO(text.encode()))) == json.loads(text.removeprefix("\ufeff"))
+    for text, message in [("[1 2]", "expected ',' or ']', found '2'"), ("[1, {]", "Expecting"), ("[1", "end of the file"),
+                          ("[1]]", "after the array's end"), ("[1,]", "Expecting value"), ('["a', "Unterminated")]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            list(array_items(io.BytesIO(text.encode())))
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.text("ab\n", max_size=40), st.sampled_from(["\n", "\n\n", "ab", "é"]), st.integers(1, 9))
+def test_split_text(text, separator, chunk):
+    with patch("records.CHUNK", chunk):
+        parts = list(split_text(io.BytesIO(text.encode()), separator.encode()))
+    assert [part.decode() for part in parts] == text.split(separator)
+
+
+def test_a_folder_of_source_files(prepare, tmp_path, tokenizer_file):
+    files = {"b/two.py": "two = 2\n" * 20, "a.py": "a = 1\n" * 20, "b/one.py": "one = 1\n" * 20, "c.txt": "no", ".git/x.py": "no"}
+    for name, text in files.items():
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / name).write_text(text)
+    status, out, err = prepare(source="src", seq_len=2)
+    assert status == 0 and "src: 3 records, " in out, err
+    tok = load_tokenizer(tokenizer_file)
+    texts = [tok.decode([i for i in ids if i not in (1, 2)]) for ids, _ in documents_of(tmp_path / "data")]
+    assert texts[:2] == [files["a.py"], files["b/one.py"]]
+    sha = json.loads((tmp_path / "data/meta.json").read_text())["source"][0]["sha256"]
+    names = ["a.py", "b/one.py", "b/two.py"]
+    assert sha == hashlib.sha256("".join(name + files[name] for name in names).encode()).hexdigest()
+    assert "src: 1 records" in prepare(source="src", suffixes=".txt", seq_len=2, overwrite=True)[1]
+    (tmp_path / "src/b/one.py").write_bytes(b"\xff")
+    assert "src/b/one.py: 'utf-8' codec can't decode" in prepare(source="src", overwrite=True)[2]
+
+
+# ---- the hub, imitated on this machine: its API and its files as huggingface_hub asks for them
+
+@pytest.fixture
+def hub(tmp_path):
+    """Runs prepare_data.py against a local hub that holds {path: bytes}; returns a function, and what was asked of it."""
+    asked, files, gated, sha = [], {}, set(), "0123456789abcdef" * 2 + "01234567"
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def answer(self, head=False):
+            asked.append((self.command, self.path, self.headers.get("authorization"), self.headers.get("range")))
+            repo = "/".join(re.match(r"/(?:api/)?datasets/([^/]+)/([^/]+)", self.path).groups())
+            if repo in gated and not self.headers.get("authorization"):
+                return self.reply(401, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
+            if not any(name.startswith(repo) for name in files):
+                return self.reply(404, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "no such"})
+            if self.path.startswith("/api/"):
+                names = [{"rfilename": name[len(repo) + 1:]} for name in files if name.startswith(repo)]
+                return self.reply(200, json.dumps({"id": repo, "sha": sha, "siblings": names}).encode())
+            content = files[repo + "/" + self.path.split(f"/resolve/{sha}/")[1]]
+            etag = hashlib.sha256(content).hexdigest()
+            self.reply(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}, head)
+
+        def reply(self, status, content, headers={}, head=False):
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(b"" if head else content)
+
+        do_GET, do_HEAD = answer, lambda self: self.answer(head=True)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def run(tokenizer_file, source, **env):
+        return run_stage(ROOT / "prepare_data.py", f"--source={source}", f"--tokenizer={tokenizer_file}", "--out_dir=d",
+                         "--val_fraction=0", "--seq_len=32", "--overwrite=True", cwd=tmp_path, **{
+                             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": tmp_path / "cache",
+                             "HF_TOKEN": "", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "no_proxy": "*", **env})
+    yield run, files, gated, asked, sha
+    server.shutdown()
+
+
+def test_hub_dataset(hub, tokenizer_file, tmp_path):
+    run, files, gated, asked, sha = hub
+    line = b'{"text": "some words that make a document of a few tokens or more, for a row"}\n'
+    files.update({"me/set/data/a.jsonl": line * 3, "me/set/data/b.jsonl.gz": gzip.compress(line * 2), "me/set/README.md": b"x"})
+    done = run(tokenizer_file, "hf://datasets/me/set@main/data/*.jsonl*")
+    assert done.returncode == 0, done.stderr
+    entries = json.loads((tmp_path / "d/meta.json").read_text())["source"]
+    names = [f"hf://datasets/me/set@{sha}/data/{name}" for name in ("a.jsonl", "b.jsonl.gz")]
+    assert [entry["path"] for entry in entries] == names
+    assert [(entry["records"], entry["revision"]) for entry in entries] == [(3, sha), (2, sha)]
+    assert entries[0]["sha256"] == hashlib.sha256(line * 3).hexdigest()
+    del asked[:]
+    assert run(tokenizer_file, f"hf://datasets/me/set@{sha}/data/*.jsonl").returncode == 0
+    assert not any(method == "GET" and "/resolve/" in path for method, path, *_ in asked)  # nothing is fetched twice
+    gated.add("me/set")
+    done = run(tokenizer_file, "hf://datasets/me/set/data/a.jsonl", HF_HOME=tmp_path / "other")
+    assert done.returncode == 2 and "accept its terms at https://huggingface.co/datasets/me/set and set HF_TOKEN" in done.stderr
+    assert "hf download me/set --repo-type dataset" in done.stderr and done.stderr.count("\n") == 1
+    done = run(tokenizer_file, "hf://datasets/me/set/data/a.jsonl", HF_HOME=tmp_path / "other", HF_TOKEN="hf_secret")
+    assert done.returncode == 0 and ("Bearer hf_secret" in {token for *_, token, _ in asked}), done.stderr
+    assert "hf_secret" not in (tmp_path / "d/meta.json").read_text()
+
+
+@pytest.mark.parametrize("source, env, message", [
+    ("hf://datasets/me/none", {}, "no such dataset or revision"),
+    ("hf://datasets/me/set/*.parquet", {}, "no file matches '*.parquet'; the dataset holds data/a.jsonl"),
+    ("hf://datasets/me/set", {"HF_HUB_OFFLINE": "1"}, "the hub cannot be reached (OfflineModeIsEnabled"),
+    ("hf://datasets/me/set", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached")])
+def test_hub_mistakes(hub, tokenizer_file, source, env, message):
+    run, files, *_ = hub
+    files["me/set/data/a.jsonl"] = b'{"text": "x"}\n'
+    done = run(tokenizer_file, source, **env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+    if "hub cannot" in message:
+        assert "--source='DIR/*'" in done.stderr

@@ -1,0 +1,381 @@
+"""prepare_data.py under stress: any number of workers, kills, damaged input, and data that repeats or leaks."""
+import gzip
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, need, run_here, run_stage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_prepare_data import documents_of, prepare, tokenizer_file, write_jsonl  # noqa: F401 (fixtures)
+
+from prepare_data import WordCache, make_encoder, sample_limit, word_by_word
+from records import ngrams, pystdlib, toy_math
+from tokenizer import load_tokenizer
+
+WORDS = "the a cat sat on mat def return x = 1 2024 é 😀 naïve </s> ▁ \t \n  \r\n".split(" ")
+
+
+def write_corpus(folder, count=400, seed=0):
+    """Documents of all lengths in three files; returns them in order."""
+    rng, records = random.Random(seed), []
+    for number in range(count):
+        words = rng.choices(WORDS, k=rng.choice([0, 3, 30, 300]))
+        records.append({"id": number, "text": " ".join(words), "prompt": f"p{number} " + " ".join(words[:9]),
+                        "response": " ".join(words[9:])})
+    write_jsonl(folder / "a.jsonl", records[:150])
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(r) + "\n" for r in records[150:300]).encode()))
+    (folder / "c.json").write_text(json.dumps(records[300:]))
+    return records
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture
+def corpus(tokenizer_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path)
+    return {"source": "a.jsonl,b.jsonl.gz,c.json", "tokenizer": tokenizer_file, "seq_len": 64, "block_mb": 0.01,
+            "val_fraction": 0.1, "out_dir": "data"}
+
+
+def flags(**knobs):
+    return [f"--{name}={value}" for name, value in knobs.items()]
+
+
+# ---- the same bytes, whoever does the work and however often it is interrupted
+
+@pytest.mark.parametrize("knobs", [{"keep_records": True}, {"kind": "ift", "max_tokens": 9000}])
+def test_workers_and_blocks_change_nothing(corpus, tmp_path, knobs):
+    outputs = []
+    for workers, block_mb in [(1, 100), (1, 0.01), (3, 0.01), (2, 0.03)]:
+        knobs = {**corpus, **knobs, "workers": workers, "block_mb": block_mb, "overwrite": True}
+        done = run_here("prepare_data.py", *flags(**knobs))
+        assert done.returncode == 0, done.stderr
+        outputs.append(contents(tmp_path / "data"))
+        assert not (tmp_path / "data.work").exists()
+    assert outputs[0] == outputs[1] == outputs[2] == outputs[3] and len(outputs[0]["train.bin"]) > 10000
+
+
+def test_kill_and_go_on(corpus, tmp_path):
+    """kill -9 at a random moment after the first trace on disk (DATA_KILLS=20 for more of them), then the same command."""
+    knobs, rng, done_blocks = flags(**{**corpus, "workers": 2, "block_mb": 0.004, "kind": "ift"}), random.Random(7), []
+    assert run_here("prepare_data.py", *knobs).returncode == 0
+    wanted = contents(tmp_path / "data")
+    for _ in range(int(os.environ.get("DATA_KILLS", 3))):
+        shutil.rmtree(tmp_path / "data")
+        run, delay = subprocess.Popen([sys.executable, ROOT / "prepare_data.py", *knobs], cwd=tmp_path), rng.uniform(0, 0.3)
+        while not (tmp_path / "data.work").exists() and run.poll() is None:
+            time.sleep(0.002)
+        time.sleep(delay)
+        run.kill()
+        run.wait()
+        done_blocks.append(len(list(tmp_path.glob("data.work/*.npz"))) if not (tmp_path / "data").exists() else "all")
+        if not (tmp_path / "data").exists():
+            again = run_here("prepare_data.py", *knobs)
+            taken = re.search(r"going on with (\d+) finished", again.stdout)  # a worker may have finished one more
+            assert again.returncode == 0 and int(taken[1] if taken else 0) >= done_blocks[-1]
+        assert contents(tmp_path / "data") == wanted and not (tmp_path / "data.tmp").exists()
+        shutil.rmtree(tmp_path / "data.work", ignore_errors=True)  # of a kill between the last rename and its removal
+    print("blocks that were done at each kill:", *done_blocks)
+
+
+def test_a_finished_block_is_not_done_again(corpus, tmp_path):
+    """A run that fails late keeps its blocks; with the bad record skipped the same blocks serve."""
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write("{\n")
+    corpus["source"] = "b.jsonl.gz,c.json,a.jsonl"
+    done = run_here("prepare_data.py", *flags(**{**corpus, "block_mb": 0.004}))
+    assert done.returncode == 2 and "a.jsonl:151: not JSON" in done.stderr
+    blocks = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "data.work").glob("*.npz")}
+    assert len(blocks) > 16
+    done = run_here("prepare_data.py", *flags(**{**corpus, "block_mb": 0.004, "on_bad_record": "skip", "workers": 2}))
+    assert done.returncode == 0 and f"going on with {len(blocks)} finished blocks" in done.stdout, done.stderr
+    resumed = contents(tmp_path / "data")
+    run_here("prepare_data.py", *flags(**{**corpus, "block_mb": 100, "on_bad_record": "skip", "overwrite": True}))
+    assert contents(tmp_path / "data") == resumed
+
+
+def test_other_input_is_not_mixed_in(corpus, tmp_path):
+    """Blocks of another file, knob or tokenizer are thrown away."""
+    with open(tmp_path / "a.jsonl", "a") as file:
+        file.write("{\n")
+    bad = {**corpus, "source": "b.jsonl.gz,c.json,a.jsonl", "block_mb": 0.004}
+    assert run_here("prepare_data.py", *flags(**bad)).returncode == 2 and (tmp_path / "data.work").exists()
+    write_corpus(tmp_path, seed=1)
+    done = run_here("prepare_data.py", *flags(**bad))
+    assert done.returncode == 0 and "going on" not in done.stdout
+    first = contents(tmp_path / "data")
+    assert run_here("prepare_data.py", *flags(**{**bad, "overwrite": True})).returncode == 0
+    assert contents(tmp_path / "data") == first
+
+
+def test_a_dead_worker_is_an_error(corpus, tmp_path, monkeypatch):
+    """As when the machine runs out of memory: one line, and what is finished stays."""
+    done = run_stage("-c", "import os, sys, runpy, records; parse = records.parse\n"
+                     "def dies(raw):\n    r = parse(raw)\n    return os._exit(9) if r['id'] == 390 else r\n"
+                     "records.parse = dies; sys.argv[0] = 'prepare_data.py'\n"
+                     "runpy.run_path(sys.argv.pop(1), run_name='__main__')", ROOT / "prepare_data.py",
+                     *flags(**{**corpus, "workers": 2, "block_mb": 0.004}), cwd=tmp_path)
+    assert done.returncode == 2 and "a worker process died" in done.stderr, done.stderr
+    done = run_here("prepare_data.py", *flags(**{**corpus, "block_mb": 0.004}))
+    assert done.returncode == 0 and "going on with" in done.stdout
+
+
+SLOW = ("import sys, runpy, time, records; parse = records.parse\n"
+        "records.parse = lambda raw: (time.sleep(0.1), parse(raw))[1]\n"
+        "sys.argv[0] = 'prepare_data.py'; runpy.run_path(sys.argv.pop(1), run_name='__main__')")
+
+
+def start_slowly(corpus, tmp_path):
+    """A run with two workers that takes minutes; returns it once both are there, and their process ids."""
+    run = subprocess.Popen([sys.executable, "-c", SLOW, ROOT / "prepare_data.py", *flags(**{**corpus, "workers": 2})],
+                           cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    children, until = [], time.time() + 60
+    while len(children) < 2 and time.time() < until:
+        time.sleep(0.05)
+        children = open(f"/proc/{run.pid}/task/{run.pid}/children").read().split()
+    assert len(children) == 2
+    return run, children
+
+
+def gone(children, seconds=20):
+    until = time.time() + seconds
+    while any(os.path.exists(f"/proc/{child}") for child in children) and time.time() < until:
+        time.sleep(0.05)
+    return not any(os.path.exists(f"/proc/{child}") for child in children)
+
+
+def test_workers_end_with_their_parent(corpus, tmp_path):
+    """Killed by -9 the parent can say nothing; its workers see that it is gone."""
+    run, children = start_slowly(corpus, tmp_path)
+    second = run_here("prepare_data.py", *flags(**{**corpus, "seq_len": 32}))
+    assert second.returncode == 2 and "another run is at work in data.work" in second.stderr, second.stderr
+    run.kill()
+    run.communicate()
+    assert gone(children)
+
+
+def test_ctrl_c(corpus, tmp_path):
+    run, children = start_slowly({**corpus, "block_mb": 0.001}, tmp_path)
+    time.sleep(0.5)
+    for pid in (run.pid, *map(int, children)):  # a terminal tells all of them
+        os.kill(pid, signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and out.endswith("stopped; the same command goes on\n") and "Traceback" not in err, err
+    assert gone(children) and not (tmp_path / "data").exists()
+
+
+# ---- inspect
+
+def test_inspect_shows_the_run_again_and_finds_damage(corpus, tmp_path):
+    done = run_here("prepare_data.py", *flags(**corpus))
+    report = done.stdout[done.stdout.index("a.jsonl: "):done.stdout.index("tokenized")]
+    again = run_here("prepare_data.py", "--inspect=data")
+    assert again.returncode == 0 and again.stdout == report + "4 files as meta.json has them\n", again.stderr
+    assert "64 to       127 tokens" in report and "«<BOS>" in report and "filled" in report
+    content = bytearray((tmp_path / "data/train.bin").read_bytes())
+    for damaged, message in [(content[:-2], "sha256 is"), (content[:99] + b"x" + content[100:], "sha256 is"), (None, "missing")]:
+        (tmp_path / "data/train.bin").unlink()
+        if damaged:
+            (tmp_path / "data/train.bin").write_bytes(damaged)
+        again = run_here("prepare_data.py", "--inspect=data")
+        assert again.returncode == 2 and f"data/train.bin: {message}" in again.stderr and again.stderr.count("\n") == 1
+    (tmp_path / "data/meta.json").write_text('{"kind": "cpt"}')
+    assert "not a whole meta.json" in run_here("prepare_data.py", "--inspect=data").stderr
+    assert "nowhere" in run_here("prepare_data.py", "--inspect=nowhere").stderr
+
+
+# ---- what goes in twice, or should not go in
+
+def test_ids_that_repeat(prepare, tmp_path):
+    records = [{"id": i, "text": f"text number {i} and some more words"} for i in range(30)]
+    write_jsonl(tmp_path / "a.jsonl", records)
+    write_jsonl(tmp_path / "b.jsonl", [records[3], *({"id": str(i), "text": "other"} for i in range(28, 33))])
+    status, out, err = prepare(source="a.jsonl,b.jsonl", id_field="id", block_mb=0.0005)
+    assert status == 2 and "b.jsonl:1: id is the same as that of a.jsonl:4" in err
+    status, out, err = prepare(source="a.jsonl,b.jsonl", id_field="id", block_mb=0.0005, on_bad_record="skip")
+    stats = json.loads((tmp_path / "data/meta.json").read_text())["splits"]["train"]
+    assert status == 0 and stats["dropped_why"] == {"repeated id": 3}, err
+    assert sum(stats["lengths"]) == 33 and "3 repeated id" in out
+    err = prepare(source="a.jsonl", id_field="uid", overwrite=1)[2]
+    assert "expected text or a number in field 'uid', found no such field" in err
+
+
+def test_decontamination(prepare, tmp_path):
+    question = "A farmer has 12 cows and buys 7 more cows every week, so how many cows does he have after 5 weeks?"
+    write_jsonl(tmp_path / "eval.jsonl", [{"question": question, "answer": ["x", {"y": "no"}]}, {"question": "What is 2 + 2?"}])
+    clean = "A farmer has 12 cows and buys 7 more sheep every week, so how many cows does he have after?"
+    leak = "Rephrased: a FARMER has 12 cows, and buys 7 more\ncows every week. So what?"
+    texts = {"leak": leak, "clean": clean, "short": "What is 2 + 2?"}
+    assert len(set(ngrams(texts["leak"])) & set(ngrams(question))) == 1  # 13 words in a row, no more
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "response": text} for text in texts.values()])
+    status, out, err = prepare(source="a.jsonl", kind="ift", decontaminate="eval.jsonl", seq_len=128)
+    meta = json.loads((tmp_path / "data/meta.json").read_text())
+    assert status == 0 and meta["splits"]["train"]["dropped_why"] == {"contaminated": 1}, err
+    assert meta["decontaminated"] == [{"path": "eval.jsonl", "records": 2, "short": 1}] and meta["eval_records_found"] == 1
+    assert "1 contaminated" in out and "1 eval records were found" in out and "1 of them too short" in out
+    assert "question" not in "".join(meta["examples"])
+
+
+def test_decontamination_of_real_sets(prepare, tmp_path):
+    """MetaMath's backward set is derived from GSM8K's test questions; GSM8K's train questions are not."""
+    test = need("data/gsm8k/test.jsonl")
+    knobs = {"kind": "ift", "tokenizer": need("data/llama2-tokenizer"), "decontaminate": test, "overwrite": 1, "max_records": 300,
+             "seq_len": 1024, "prompt_field": "question", "response_field": "answer"}
+    assert prepare(source=need("data/gsm8k/train.jsonl"), **knobs)[0] == 0
+    assert json.loads((tmp_path / "data/meta.json").read_text())["splits"]["train"]["dropped"] < 10
+    knobs["prompt_field"], knobs["response_field"] = "original_question", "original_answer"
+    status, out, err = prepare(source=need("data/metamath/GSM8K_Backward.jsonl"), on_bad_record="skip", **knobs)
+    assert status == 2 and "train: 0 documents" in err
+
+
+def test_max_tokens_takes_a_sample_whatever_the_order(prepare, tmp_path):
+    records, samples = [{"text": f"document number {i} " + "and words " * (i % 7)} for i in range(500)], []
+    for order in range(2):
+        random.Random(order).shuffle(records)
+        write_jsonl(tmp_path / "a.jsonl", records)
+        status, out, err = prepare(source="a.jsonl", max_tokens=3000, keep_records=1, overwrite=1, block_mb=0.003)
+        assert status == 0, err
+        samples.append(sorted(open("data/train.jsonl")))
+    stats = json.loads((tmp_path / "data/meta.json").read_text())["splits"]["train"]
+    assert samples[0] == samples[1] and 3000 <= stats["tokens"] + stats["lost"] < 3000 + 64
+    assert len(samples[0]) + stats["dropped_why"]["not sampled"] == 500
+    assert prepare(source="a.jsonl", max_tokens=10**9, overwrite=1)[0] == 0  # more than there is: all
+    assert json.loads((tmp_path / "data/meta.json").read_text())["splits"]["train"]["dropped"] == 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1) | st.integers(0, 9), st.integers(1, 50)), min_size=1, max_size=40),
+       st.integers(1, 600))
+def test_sample_limit(tmp_path_factory, documents, most):
+    from prepare_data import DOCUMENT
+    folder, rows = tmp_path_factory.mktemp("sample"), np.zeros(len(documents), DOCUMENT)
+    rows["key"], rows["length"] = [key for key, _ in documents], [length for _, length in documents]
+    np.savez(folder / "000001.npz", documents=rows[:3])
+    np.savez(folder / "000002.npz", documents=rows[3:])
+    limit = sample_limit(folder, 2, most)
+    sampled = [(key, length) for key, length in documents if key < limit]
+    if sum(length for _, length in documents) < most:
+        assert limit == 2**64
+    else:  # without the documents of the highest key it would be too few
+        top = max(key for key, _ in sampled)
+        assert sum(n for _, n in sampled) >= most > sum(n for key, n in sampled if key < top)
+
+
+# ---- bad input
+
+def test_a_line_of_fifty_megabytes(tokenizer_file, tmp_path):
+    """Sentencepiece alone takes several GB for it; cut at blanks it takes little more than the line itself."""
+    with open(tmp_path / "a.jsonl", "w") as file:
+        file.write(json.dumps({"text": "some words of a long, long line 2024\n" * 1_350_000}) + "\n" + '{"text": "short"}\n')
+    assert (tmp_path / "a.jsonl").stat().st_size > 50e6
+    limited = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_DATA, (2_500_000_000,) * 2); "
+               "sys.argv[0] = 'prepare_data.py'; runpy.run_path(sys.argv.pop(1), run_name='__main__')")
+    done = run_stage("-c", limited, ROOT / "prepare_data.py", *flags(source="a.jsonl", tokenizer=tokenizer_file, out_dir="d",
+                                                                     val_fraction=0, seq_len=4096), cwd=tmp_path)
+    assert done.returncode == 0 and "2 records" in done.stdout, done.stderr
+
+
+def test_bytes_of_zero(prepare, tmp_path, tokenizer_file):
+    """What a crash leaves at a file's end is a bad record; in a text they are characters."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "words and more words"}\n' * 9 + b"\0" * 500)
+    status, out, err = prepare(source="a.jsonl")
+    assert status == 2 and "a.jsonl:10: not JSON" in err
+    (tmp_path / "a.txt").write_bytes(b"a\0\0b " * 30)
+    assert prepare(source="a.txt", seq_len=2)[0] == 0
+    [(ids, _)] = documents_of(tmp_path / "data")
+    assert load_tokenizer(tokenizer_file).decode(ids[1:-1] if ids[-1] == 2 else ids[1:]) == "a\0\0b " * 30
+
+
+def test_bad_records_are_named_in_order_by_any_worker(corpus, tmp_path):
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    lines[40], lines[100] = '{"text": 5}', "nonsense"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    for workers in (1, 3):
+        knobs = {**corpus, "workers": workers, "block_mb": 0.002, "overwrite": True}
+        done = run_here("prepare_data.py", *flags(**knobs))
+        assert done.returncode == 2 and "a.jsonl:41: expected text in field 'text', found int" in done.stderr, done.stderr
+        done = run_here("prepare_data.py", *flags(**{**knobs, "on_bad_record": "skip"}))
+        meta = json.loads((tmp_path / "data/meta.json").read_text())
+        assert meta["skipped"] == 2 and [line[:12] for line in meta["skipped_first"]] == ["a.jsonl:41: ", "a.jsonl:101:"]
+        assert sum(entry["records"] for entry in meta["source"]) == 400
+
+
+# ---- words
+
+TEXTS = st.lists(st.sampled_from([*WORDS, "", " ", "  ", "\n", "\n\n", " \n ", "▁", "a b", "\u3000", "\x00", "\u2028"]),
+                 max_size=25).map("".join)
+
+
+@settings(max_examples=150, deadline=None)
+@given(TEXTS | st.text(max_size=30))
+def test_words_are_encoded_as_in_their_text(tokenizer_file, text):
+    tok = load_tokenizer(tokenizer_file)
+    assert word_by_word(tok)
+    try:
+        want = tok.encode(text)
+    except ValueError:
+        return  # half a surrogate pair
+    assert np.frombuffer(make_encoder(tok, np.dtype("<u2"), True)(text), "<u2").tolist() == want
+
+
+def test_words_of_llama2_on_real_text():
+    tok = load_tokenizer(need("data/llama2-tokenizer"))
+    assert word_by_word(tok)
+    cache = WordCache(tok, "<u2", most=500)  # so small that it is emptied again and again
+    texts = [json.loads(line)["text"] for line in need("data/arxiv-sample/arxiv.jsonl").read_text().splitlines()][:4]
+    texts += [(ROOT / name).read_text() for name in ("train.py", "model.py")]
+    for text in texts:
+        assert np.frombuffer(cache.encode(text), "<u2").tolist() == tok.encode(text)
+
+
+def test_words_are_left_alone_where_tokens_reach_over_them(tmp_path):
+    """A sentencepiece model whose pieces cross blanks, and a byte-level tokenizer: no cache, the same ids."""
+    import io
+
+    import sentencepiece
+    model, text = io.BytesIO(), [record["question"] for record in toy_math(300, 0)]
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=model, vocab_size=420, model_type="bpe",
+                                             split_by_whitespace=False, byte_fallback=True, minloglevel=2,
+                                             normalization_rule_name="identity", remove_extra_whitespaces=False)
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    tok = load_tokenizer(tmp_path)
+    assert not word_by_word(tok)
+    assert np.frombuffer(make_encoder(tok, "<u2", True)(text[0]), "<u2").tolist() == tok.encode(text[0])
+    assert not word_by_word(load_tokenizer(need("data/smollm2-135m-instruct")))
+
+
+def test_as_fast_as_huggingface_tokenizers(tmp_path, monkeypatch):
+    """The same text, ids and vocabulary, one thread each, in turn; pytest -s shows the MB/s."""
+    from test_tokenizer import llama2_json
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    path = need("data/llama2-tokenizer/tokenizer.model")
+    theirs, _ = llama2_json(tmp_path, path)
+    ours = make_encoder(load_tokenizer(path), np.dtype("<u2"), True)
+    texts = {"gsm8k": [json.loads(line)["answer"] for line in open(need("data/gsm8k/train.jsonl"))][:3000],
+             "arxiv": [json.loads(line)["text"] for line in open(need("data/arxiv-sample/arxiv.jsonl"))][:10],
+             "python": [record["text"] for record in pystdlib()][:40]}
+    for name, documents in texts.items():
+        size, seconds = sum(len(text.encode()) for text in documents) / 1e6, [0.0, 0.0]
+        for at in range(0, len(documents), -(-len(documents) // 8)):  # in turn, so that the machine's moods hit both
+            part = documents[at:at + -(-len(documents) // 8)]
+            start = time.perf_counter()
+            ids = [ours(text) for text in part]
+            middle = time.perf_counter()
+            wanted = theirs.encode_batch(part, add_special_tokens=False)
+            seconds[0], seconds[1] = seconds[0] + middle - start, seconds[1] + time.perf_counter() - middle
+            assert all(np.frombuffer(i, "<u2").tolist() == w.ids for i, w in zip(ids, wanted))
+        print(f"{name}: {size:.1f} MB, ours {size / seconds[0]:.1f} MB/s, tokenizers {size / seconds[1]:.1f} MB/s")
+        assert seconds[0] < seconds[1]
