@@ -186,7 +186,7 @@ def cut_left(ids, most, bos_id=None):
 def evaluate(subject, name, ids, settings, work, running=None):
     """{id: record} of all `ids` (ints) in order, on every rank, as FOLDER/eval_NAME.jsonl ends up holding them.
 
-    work(ids) is given those that this rank has to do and yields (id, record) as each is finished; a record is a dict.
+    work(ids, finish) is given those that this rank has to do, and calls finish(id, record), a dict, as each is done.
     Finished ones are in FOLDER/eval_NAME.jsonl.part* at once and are not done again, on whatever number of ranks.
     running(record) is the number whose mean the progress bar shows.
     Raises ValueError when the folder holds items of the same name made with other settings."""
@@ -207,7 +207,7 @@ def evaluate(subject, name, ids, settings, work, running=None):
     new = {}
     with open(f"{final}.part{RANK}", "a") as part, \
             tqdm(total=len(mine), desc=name, disable=None if RANK == 0 else True, smoothing=0.05) as bar:
-        for i, record in work(mine) if mine else ():
+        def finish(i, record):
             new[i] = record
             part.write(json.dumps({"id": i, **record}) + "\n")
             part.flush()
@@ -215,6 +215,9 @@ def evaluate(subject, name, ids, settings, work, running=None):
                 score.append(running(record))
                 bar.set_postfix_str(f"score {sum(score) / len(score):.4f}", refresh=False)
             bar.update()
+
+        if mine:
+            work(mine, finish)
     for records in gather(new):
         done.update(records)
     if missing := [i for i in ids if i not in done]:

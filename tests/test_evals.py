@@ -5,12 +5,13 @@ import math
 import random
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from conftest import ROOT, need
 
-from evals import (append_result, cut_left, evaluate, load_for_eval, read_items, read_records, score,
+from evals import (cut_left, evaluate, load_for_eval, read_items, read_records, score,
                    write_result)
 from lora import apply_lora, save_adapter
 from model import Llama
@@ -20,9 +21,11 @@ def subject_in(folder):
     return load_for_eval(str(need("data/stories260k")), out_dir=str(folder))
 
 
-def squares(ids):
+def squares(ids, finish, seen=None):
     for i in ids:
-        yield i, {"square": i * i}
+        finish(i, {"square": i * i})
+        if seen is not None:
+            seen.append(i)
 
 
 # ----------------------------------------------------------------------------- subjects
@@ -139,9 +142,8 @@ def test_cut_left():
 def test_a_killed_evaluation_goes_on_with_the_items_it_lacks(tmp_path):
     subject, seen = subject_in(tmp_path), []
 
-    def dies(ids):
-        for i in ids[:4]:
-            yield i, {"square": i * i}
+    def dies(ids, finish):
+        squares(ids[:4], finish)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -149,7 +151,7 @@ def test_a_killed_evaluation_goes_on_with_the_items_it_lacks(tmp_path):
     assert not (tmp_path / "eval_toy.jsonl").exists()
     with open(tmp_path / "eval_toy.jsonl.part0", "a") as part:
         part.write('{"id": 4, "squ')  # the kill came in the middle of a line
-    records = evaluate(subject, "toy", range(10), {"a": 1}, lambda ids: (seen.append(i) or (i, {"square": i * i}) for i in ids))
+    records = evaluate(subject, "toy", range(10), {"a": 1}, partial(squares, seen=seen))
     assert seen == [4, 5, 6, 7, 8, 9]
     assert records == {i: {"square": i * i} for i in range(10)} == read_records(tmp_path / "eval_toy.jsonl")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["eval_toy.jsonl", "eval_toy.settings.json"]
@@ -158,7 +160,7 @@ def test_a_killed_evaluation_goes_on_with_the_items_it_lacks(tmp_path):
 def test_more_items_build_on_the_finished_ones_and_fewer_leave_them(tmp_path):
     subject, seen = subject_in(tmp_path), []
     evaluate(subject, "toy", range(3), {}, squares)
-    assert list(evaluate(subject, "toy", range(5), {}, lambda ids: (seen.append(i) or (i, {}) for i in ids))) == [0, 1, 2, 3, 4]
+    assert list(evaluate(subject, "toy", range(5), {}, partial(squares, seen=seen))) == [0, 1, 2, 3, 4]
     assert seen == [3, 4]
     assert list(evaluate(subject, "toy", range(2), {}, None)) == [0, 1]
     assert len(read_records(tmp_path / "eval_toy.jsonl")) == 5
@@ -173,7 +175,7 @@ def test_other_settings_are_refused_in_one_line(tmp_path):
 
 def test_work_that_leaves_items_out_is_noticed(tmp_path):
     with pytest.raises(RuntimeError, match=r"\[2\]"):
-        evaluate(subject_in(tmp_path), "toy", range(3), {}, lambda ids: squares(ids[:2]))
+        evaluate(subject_in(tmp_path), "toy", range(3), {}, lambda ids, finish: squares(ids[:2], finish))
 
 
 def test_two_ranks_finish_what_one_began_and_write_the_same_file(tmp_path):
@@ -184,12 +186,12 @@ sys.path.insert(0, {str(ROOT)!r})
 from evals import *
 start_ranks("cpu")
 subject = load_for_eval({str(need("data/stories260k"))!r}, out_dir=sys.argv[1])
-def work(ids):
+def work(ids, finish):
     for i in ids:
         if i == int(sys.argv[2]):
             raise SystemExit("killed")
         print("did", i, "of", RANK, flush=True)
-        yield i, {{"square": i * i}}
+        finish(i, {{"square": i * i}})
 records = evaluate(subject, "toy", range(9), {{}}, work, lambda r: r["square"])
 assert records == {{i: {{"square": i * i}} for i in range(9)}}
 write_result(subject, "toy_square", [r["square"] for r in records.values()], {{}}, 1.0)
