@@ -183,6 +183,25 @@ def cut_left(ids, most, bos_id=None):
     return keep + ids[cut + len(keep):], cut
 
 
+def digest(records):
+    """A hash of what the records say, whatever file they came in."""
+    return hashlib.sha256(json.dumps(records, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def generate_each(model, prompts, max_new_tokens, stop, finish, n=1, **how):
+    """model.generate, which calls finish(prompt's index, its n lists of new ids) as soon as these are complete."""
+    new, left = [[[] for _ in range(n)] for _ in prompts], [n] * len(prompts)
+
+    def on_token(p, s, token):
+        new[p][s].append(token)
+        left[p] -= len(new[p][s]) == max_new_tokens or stop(new[p][s])
+        if not left[p]:
+            finish(p, new[p])
+            new[p] = None
+
+    model.generate(prompts, max_new_tokens, n=n, stop=stop, on_token=on_token, **how)
+
+
 def evaluate(subject, name, ids, settings, work, running=None):
     """{id: record} of all `ids` (ints) in order, on every rank, as FOLDER/eval_NAME.jsonl ends up holding them.
 
