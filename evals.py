@@ -98,13 +98,19 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
         raise ValueError(f"tokenizer has {tok.vocab_size:,} ids, the model {llama.config.vocab_size:,}: not its own")
     identity = {"model": str(base), "adapter": str(adapter), "weights": weights, "dtype": str(dtype)[6:],
                 "tokenizer": tok.sha256}
+    return place(judged, out_dir or (Path("out") / judged.resolve().name), bool(out_dir))._replace(
+        model=llama.eval().requires_grad_(False), tokenizer=tok, identity=identity)
+
+
+def place(judged, elsewhere, always=False):
+    """A Subject without a model: run, step and folder of a checkpoint, whose results.jsonl is its run's; or items and
+    results in the folder `elsewhere`, if `judged` is no checkpoint or if that is asked for."""
     state = judged / "state" / "state.json"
     trained = json.loads(state.read_text()) if state.is_file() else {}
-    name = judged.resolve().parent.name if trained else judged.resolve().name
-    folder = Path(out_dir) if out_dir else judged if trained else Path("out") / name
-    results = (folder.parent if trained and not out_dir else folder) / "results.jsonl"
-    return Subject(llama.eval().requires_grad_(False), tok, name, trained.get("step", 0), trained.get("tokens"),
-                   epoch_of(judged.parent / "log.jsonl", trained.get("step")), folder, results, identity)
+    name, step = (judged.resolve().parent if trained else judged.resolve()).name, trained.get("step", 0)
+    folder, results = (judged, judged.parent) if trained and not always else (Path(elsewhere), Path(elsewhere))
+    return Subject(None, None, name, step, trained.get("tokens"), epoch_of(judged.parent / "log.jsonl", step), folder,
+                   results / "results.jsonl", {})
 
 
 def is_adapter(folder):
