@@ -19,6 +19,7 @@ and sees its own builtins; tracing and gc's lists of objects are refused. The se
 or environment. Not covered: objects that equal everything, changed modules that the test imports, and a program
 written against this file that searches or edits its own interpreter (ctypes, frames); bugs of the kernel.
 """
+import contextlib
 import ctypes
 import json
 import marshal
@@ -44,7 +45,7 @@ def boot(write, getpid):
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.close(null)
-    secret, (program, test, entry), pid, execute = [data[:16]], marshal.loads(data[16:]), getpid(), exec
+    secret, (program, test, entry), pid = [data[:16]], marshal.loads(data[16:]), getpid()
     space, kept, data = {}, dict(vars(builtins)), None
     refused = frozenset("sys.settrace sys.setprofile sys._current_frames sys._current_exceptions gc.get_objects "
                         "gc.get_referrers gc.get_referents sys.monitoring.register_callback".split())
@@ -60,7 +61,7 @@ def boot(write, getpid):
     try:
         program = compile(program, "program", "exec", 0, True)
         test = compile(test + "\n\ncheck(" + entry + ")\n", "test", "exec", 0, True)
-        write(3, secret.pop() * (pid == (getpid, execute(test, settle(space, kept, entry, execute(program, space))))[0]()))
+        write(3, secret.pop() * (pid == (getpid, exec(test, settle(space, kept, entry, exec(program, space))))[0]()))
     except BaseException as e:
         write(3, f"failed: {type(e).__name__}: {e}"[:200].encode(errors="replace"))
         os._exit(1)
@@ -114,7 +115,8 @@ class Sandbox:
 
     def close(self):
         if self.warden:
-            self.warden.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self.warden.stdin.close()
             try:
                 self.warden.wait(self.timeout + 5)
             except subprocess.TimeoutExpired:

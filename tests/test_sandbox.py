@@ -18,10 +18,11 @@ def check(candidate):
     assert candidate(1) == 2 and len([candidate(1)]) == 1
     assert abs(candidate(5) - 6) < 1e-6 and all(x == y for x, y in zip([candidate(2)], [3], strict=True))
     assert sorted([candidate(3), 4]) == [4, 4] and isinstance(candidate(9), int) and max(candidate(1), 0) == min(2, 9) == 2
+    done = True
 """
 WRONG, RIGHT = "def f(x):\n    return None\n", "def f(x):\n    return x + 1\n"
 IN = "def f(x):\n    "  # the trick is inside the function
-TIMEOUT = 1.5
+TIMEOUT = 1.2
 
 
 def hunt(find):
@@ -67,16 +68,15 @@ HOSTILE = {
         "__builtins__ = {{}}", "os.getpid = lambda: 0", "os.write = lambda *a: 16", "sys.exit = os._exit",
         "def check(candidate): return True", "__debug__1 = False", "import types; f = types.SimpleNamespace()",
         "import __main__; __main__.boot = None; vars(__main__).clear()")},
-    "patched abs, all, len, sorted, isinstance, max, min, zip":
-        "import builtins\nclass Two(int):\n    __eq__ = lambda s, o: o == 2\n    __hash__ = None\n"
-        "for n in 'abs len max min'.split(): setattr(builtins, n, lambda *a: 0)\nbuiltins.all = lambda a: True\n"
-        "builtins.sorted = lambda a: [4, 4]\nbuiltins.isinstance = lambda *a: True\nf = lambda x: 2\n",
+    "patched abs, all, sorted": "import builtins\nbuiltins.abs = lambda x: 0\nbuiltins.all = lambda x: True\n"
+                                "builtins.sorted = lambda x: [4, 4]\nf = lambda x: 2\n",
+    "patched in the call": "def f(x):\n    import builtins\n    builtins.abs = lambda x: 0\n    builtins.all = lambda x: True\n"
+                           "    builtins.sorted = lambda x: [4, 4]\n    return 2\n",
     "own abs, all, len, sorted, isinstance":
         "def abs(x): return 0\ndef all(x): return True\ndef sorted(x): return [4, 4]\nf = lambda x: 2\n",
-    "swallows the asserts by tracing": "import sys\ndef trace(frame, event, arg):\n    return trace\nsys.settrace(trace)\n" + WRONG,
     "jumps over the asserts": "import sys\ndef jump(frame, event, arg):\n    if frame.f_code.co_name == 'check' and event == 'line':\n"
-                              "        frame.f_lineno = frame.f_code.co_firstlineno + 3\n    return jump\n"
-                              "try: sys.settrace(jump)\nexcept PermissionError: pass\n" + WRONG,
+                              "        frame.f_lineno = frame.f_code.co_firstlineno + 4\n    return jump\n"
+                              "sys.settrace(jump)\n" + WRONG,
     "swallows the test in a string": WRONG + 'x = """',
     "opens a block around the test": WRONG + "import contextlib\nwith contextlib.suppress(BaseException):",
     "ends in try": WRONG + "try:",
@@ -144,7 +144,12 @@ HARMLESS = {
     "writes files": IN + "open('a', 'w').write('b')\n    assert open('a').read() == 'b'\n    return x + 1",
     "closes its streams": RIGHT + "import sys\nsys.stdout.close(); sys.stderr.close(); sys.stdin.close()\n",
     "reads input": IN + "try: input()\n    except EOFError: return x + 1",
-    "recovers": IN + "try: [0] * 10 ** 14\n    except MemoryError: return x + 1",
+    "memory is limited": IN + "try: bytearray(10 ** 9)\n    except MemoryError: return x + 1",
+    "processes are limited": "import os, time\ntry:\n    for _ in range(50):\n        if os.fork() == 0: time.sleep(9)\n"
+                             "except BlockingIOError:\n" + RIGHT.replace("def", "    def").replace("    return", "        return"),
+    "file size is limited": "try:\n    open('big', 'wb').write(bytes(10 ** 8))\nexcept OSError:\n    f = lambda x: x + 1\n",
+    "environment is empty, network is not there": "import os, socket\nassert not set(os.environ) - {'LC_CTYPE'}\ntry:\n"
+        "    socket.create_connection(('1.1.1.1', 53), 1)\nexcept OSError:\n    f = lambda x: x + 1\n",
     "recurses": IN + "g = lambda n: g(n + 1)\n    try: g(0)\n    except RecursionError: return x + 1",
     "uses the library": "import collections, dataclasses, typing, enum, re, random, itertools, functools, math, logging\n"
                         "P = collections.namedtuple('P', 'a')\n@dataclasses.dataclass\nclass Q:\n    a: typing.List[int]\n"
@@ -274,9 +279,10 @@ def test_limits_only():
                  and "SIGSTOP" not in n]
         passed = [n for n in names if box.run(HOSTILE[n].replace("{{", "{").replace("}}", "}"), TEST, "f")[0]]
         assert passed == [] and leftovers() == []
-        assert all(box.run(HARMLESS[n], TEST, "f")[0] for n in HARMLESS)
+        results = {n: box.run(HARMLESS[n], TEST, "f") for n in HARMLESS if "network" not in n}
+        assert {n: r for n, (passed, r) in results.items() if not passed} == {}
     assert leftovers() == []
 
 
 def test_the_program_that_runs_programs_keeps_the_secret_off_every_name():
-    assert "secret.pop() * (pid == (getpid, execute(" in BOOT  # one expression: see the remark above BOOT
+    assert "secret.pop() * (pid == (getpid, exec(" in BOOT  # one expression: see the remark above BOOT
