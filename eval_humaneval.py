@@ -34,7 +34,7 @@ adapter = ''             # PEFT folder whose base is `model`
 tokenizer = ''           # tokenizer file or folder; '' = the base's
 data = 'hf://datasets/openai/openai_humaneval/openai_humaneval/test-00000-of-00001.parquet'
 mode = 'pass1'           # the paper's protocols: pass1 = n 50, T 0.2, k 1 and 10 | passk = n 256, T 0.8, k 1 to 256
-n = 0                    # samples a problem; 0 = the mode's
+n_samples = 0            # a problem; 0 = the mode's (torchrun would take --n for its own)
 temperature = -1.0       # 0 = greedy; -1 = the mode's
 top_p = 0.95
 k = (0,)                 # which pass@k; 0 = the mode's
@@ -58,8 +58,8 @@ device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
 _choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64'), 'mode': ('pass1', 'passk'), 'sandbox': ('full', 'process')}
 
-MODES = {"pass1": {"n": 50, "temperature": 0.2, "k": (1, 10)},
-         "passk": {"n": 256, "temperature": 0.8, "k": (1, 2, 4, 8, 16, 32, 64, 128, 256)}}
+MODES = {"pass1": {"n_samples": 50, "temperature": 0.2, "k": (1, 10)},
+         "passk": {"n_samples": 256, "temperature": 0.8, "k": (1, 2, 4, 8, 16, 32, 64, 128, 256)}}
 STOPS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_sep>")
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 
@@ -75,7 +75,7 @@ def truncate_at_stop(text, stops=STOPS + ("</s>",)):
 
 
 def sample_problems(problems, subject, ids, finish):
-    """n completions of each of problems[i], i in ids; random numbers belong to (seed, problem, sample)."""
+    """n_samples completions of each of problems[i], i in ids; random numbers belong to (seed, problem, sample)."""
     tok, context = subject.tokenizer, subject.model.config.max_position_embeddings
     eos = [text for text, i in tok.special_ids.items() if i == tok.eos_id]
     stops, most = STOPS + tuple(eos), min(max_length, context)
@@ -102,8 +102,9 @@ def sample_problems(problems, subject, ids, finish):
     together = temperature == 0 and longest + most - room <= context
     for group in [ids] if together else [[i] for i in ids]:
         tokens = [prompts[i][0] for i in group]
-        generate_each(subject.model, tokens, most - min(map(len, tokens)), ended, partial(done, group), n=n, top_p=top_p,
-                      temperature=temperature, seed=seed * 1000 + group[0] if temperature else 0, batch_size=batch_size)
+        generate_each(subject.model, tokens, most - min(map(len, tokens)), ended, partial(done, group), n=n_samples,
+                      temperature=temperature, top_p=top_p, batch_size=batch_size,
+                      seed=seed * 1000 + group[0] if temperature else 0)
 
 
 # ----------------------------------------------------------------------------- samples and verdicts
@@ -203,16 +204,15 @@ def scores(found, records, ks):
 if __name__ == "__main__":
     with one_line_errors():
         config = configure(globals())
-        config["n"] = n = n or MODES[mode]["n"]
+        config["n_samples"] = n_samples = n_samples or MODES[mode]["n_samples"]
         config["temperature"] = temperature = MODES[mode]["temperature"] if temperature < 0 else temperature
-        config["k"] = k = MODES[mode]["k"] if 0 in k else k
-        if k and not samples and n < max(k) and config["k"] == MODES[mode]["k"]:
-            config["k"] = k = tuple(value for value in k if value <= n)
+        asked = 0 not in k
+        config["k"] = k = k if asked else tuple(value for value in MODES[mode]["k"] if samples or value <= n_samples)
         print0(knob_table(globals()))
-        if not k or min(k) < 1 or not samples and max(k) > n:
-            raise ValueError(f"k={','.join(map(str, k))}: expected numbers from 1 to n={n}")
-        if n > 1 and temperature == 0 and not samples:
-            raise ValueError(f"temperature=0 gives {n} times the same sample; say --n=1")
+        if not k or min(k) < 1 or not samples and max(k) > n_samples:
+            raise ValueError(f"k={','.join(map(str, k))}: expected numbers from 1 to n_samples={n_samples}")
+        if n_samples > 1 and temperature == 0 and not samples:
+            raise ValueError(f"temperature=0 gives {n_samples} times the same sample; say --n_samples=1")
         if samples and not allow_code_execution:
             raise ValueError("samples: running them needs --allow_code_execution=True; read sandbox.py on what that means")
         problems = read_items(data, FIELDS)
@@ -229,19 +229,21 @@ if __name__ == "__main__":
             subject = place(path.parent, out_dir or path.parent, bool(out_dir))._replace(identity={
                 **(json.loads(made.read_text()) if made.is_file() else {}), "samples": str(path)})
             name = path.stem.removeprefix("eval_")
-            found = {i: texts for i, texts in read_samples(path, problems, strip_prompt).items()}
+            found = read_samples(path, problems, strip_prompt)
+            if not asked:
+                config["k"] = k = tuple(value for value in k if value <= min(map(len, found.values()), default=1))
         else:
             subject = load_for_eval(model, adapter, device, pick_dtype(dtype, device), tokenizer, out_dir)
-            print0(f"{len(problems)} problems, {n} samples each, T={temperature}, top_p={top_p}, " +
+            print0(f"{len(problems)} problems, {n_samples} samples each, T={temperature}, top_p={top_p}, " +
                    (f"BOS (id {subject.tokenizer.bos_id}) in front" if bos else "no BOS in front"))
-            made = {"n": n, "temperature": temperature, "top_p": top_p, "seed": seed, "bos": bos, "max_length": max_length,
-                    "strip_prompt": strip_prompt}
-            records = evaluate(subject, name, range(len(problems)), made, partial(sample_problems, problems, subject))
+            drawn = {"n_samples": n_samples, "temperature": temperature, "top_p": top_p, "seed": seed, "bos": bos,
+                     "max_length": max_length, "strip_prompt": strip_prompt}
+            records = evaluate(subject, name, range(len(problems)), drawn, partial(sample_problems, problems, subject))
             found = {i: record["completions"] for i, record in records.items()}
-            cut_short = [sum(record["truncated"]) / n for record in records.values()]
+            cut_short = [sum(record["truncated"]) / n_samples for record in records.values()]
             write_result(subject, f"{name}_truncated", cut_short, {**config, **settings}, time.perf_counter() - started)
 
-        check_samples(samples or f"eval_{name}.jsonl", found, problems, k, strip_prompt)
+        check_samples(samples or f"eval_{name}.jsonl", found, problems, k, strip_prompt and bool(samples))
         programs = [(i, text) for i, texts in found.items() for text in texts]
         if allow_code_execution:
             print0(f"running {len(programs)} programs")

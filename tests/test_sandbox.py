@@ -74,7 +74,8 @@ HOSTILE = {
                            "    builtins.sorted = lambda x: [4, 4]\n    return 2\n",
     "own abs, all, len, sorted, isinstance":
         "def abs(x): return 0\ndef all(x): return True\ndef sorted(x): return [4, 4]\nf = lambda x: 2\n",
-    "jumps over the asserts": "import sys\ndef jump(frame, event, arg):\n    if frame.f_code.co_name == 'check' and event == 'line':\n"
+    "jumps over the asserts": "import sys\ndef jump(frame, event, arg):\n"
+                              "    if frame.f_code.co_name == 'check' and event == 'line':\n"
                               "        frame.f_lineno = frame.f_code.co_firstlineno + 4\n    return jump\n"
                               "sys.settrace(jump)\n" + WRONG,
     "swallows the test in a string": WRONG + 'x = """',
@@ -107,7 +108,8 @@ HOSTILE = {
         "while True:\n    try:\n        while True: pass\n    except BaseException: pass", "9 ** 9 ** 9",
         "for s in range(1, 32):\n    try: signal.signal(s, signal.SIG_IGN)\n    except OSError: pass\nwhile True: pass",
         "signal.pthread_sigmask(0, range(1, 65))\nwhile True: pass", "import threading; threading.Lock().acquire() and "
-        "threading.Event().wait()", "os.mkfifo('p'); open('p')", "open('/dev/zero').read()", "import re; re.match('(a+)+b', 'a' * 99)",
+        "threading.Event().wait()", "os.mkfifo('p'); open('p')", "open('/dev/zero').read()",
+        "import re; re.match('(a+)+b', 'a' * 99)",
         "input()\nwhile True: pass")},
     # eats
     **{f"eats: {code}": WRONG + "import os, threading\n" + code for code in (
@@ -127,11 +129,13 @@ HOSTILE = {
         "os.symlink('/', 'root'); os.mkdir('closed', 0)")},
     # does harm
     **{f"harms: {code}": WRONG + "import os, sys, shutil, socket, ctypes, subprocess\n" + code for code in (
-        "os.remove('{victim}/precious')", "shutil.rmtree('{victim}')", "open('{victim}/precious', 'w')", "os.chmod('{victim}', 0)",
+        "os.remove('{victim}/precious')", "shutil.rmtree('{victim}')", "open('{victim}/precious', 'w')",
+        "os.chmod('{victim}', 0)",
         "os.system('rm -rf {victim}/* /tmp/* ~ 2>/dev/null')", "os.kill({pid}, 15)", "os.kill(os.getppid(), 9)", "os.kill(1, 9)",
         "os.kill(-1, 9)", "os.killpg(os.getpgid(os.getppid()), 9)", "os.setuid(0); os.system('id')",
         "socket.create_connection(('127.0.0.1', {port}), 1)", "socket.create_connection(('8.8.8.8', 53), 1)",
-        "ctypes.CDLL(None).unshare(0x10020000)\nctypes.CDLL(None).mount(None, b'/', None, 0x1020, None)\nopen('{victim}/made', 'w')",
+        "ctypes.CDLL(None).unshare(0x10020000)\n"
+        "ctypes.CDLL(None).mount(None, b'/', None, 0x1020, None)\nopen('{victim}/made', 'w')",
         "open('/proc/sysrq-trigger', 'w').write('b')", "open('/proc/1/oom_score_adj', 'w').write('1000')",
         "open(os.__file__, 'a').write('#')", "subprocess.run(['kill', '-9', '--', '-1'])",
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1)); x = bytearray(10 ** 10)")},
@@ -146,7 +150,7 @@ HARMLESS = {
     "reads input": IN + "try: input()\n    except EOFError: return x + 1",
     "memory is limited": IN + "try: bytearray(10 ** 9)\n    except MemoryError: return x + 1",
     "processes are limited": "import os, time\ntry:\n    for _ in range(50):\n        if os.fork() == 0: time.sleep(9)\n"
-                             "except BlockingIOError:\n" + RIGHT.replace("def", "    def").replace("    return", "        return"),
+                             "except BlockingIOError:\n" + "    def f(x):\n        return x + 1\n",
     "file size is limited": "try:\n    open('big', 'wb').write(bytes(10 ** 8))\nexcept OSError:\n    f = lambda x: x + 1\n",
     "environment is empty, network is not there": "import os, socket\nassert not set(os.environ) - {'LC_CTYPE'}\ntry:\n"
         "    socket.create_connection(('1.1.1.1', 53), 1)\nexcept OSError:\n    f = lambda x: x + 1\n",
