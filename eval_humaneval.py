@@ -215,9 +215,8 @@ if __name__ == "__main__":
             raise ValueError(f"temperature=0 gives {n_samples} times the same sample; say --n_samples=1")
         if samples and not allow_code_execution:
             raise ValueError("samples: running them needs --allow_code_execution=True; read sandbox.py on what that means")
-        problems = read_items(data, FIELDS)
-        if limit:
-            problems = problems[:limit]
+        every = read_items(data, FIELDS)
+        problems = every[:limit or None]
         device, started = start_ranks(device), time.perf_counter()
         settings = {"strip_prompt": strip_prompt, "data": digest([[p[field] for field in FIELDS] for p in problems])}
 
@@ -229,7 +228,7 @@ if __name__ == "__main__":
             subject = place(path.parent, out_dir or path.parent, bool(out_dir))._replace(identity={
                 **(json.loads(made.read_text()) if made.is_file() else {}), "samples": str(path)})
             name = path.stem.removeprefix("eval_")
-            found = read_samples(path, problems, strip_prompt)
+            found = {i: texts for i, texts in read_samples(path, every, strip_prompt).items() if i < len(problems)}
             if not asked:
                 config["k"] = k = tuple(value for value in k if value <= min(map(len, found.values()), default=1))
         else:

@@ -58,6 +58,7 @@ def start_ranks(device):
         atexit.register(dist.destroy_process_group)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
     return device
 
 

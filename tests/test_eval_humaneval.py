@@ -172,10 +172,10 @@ def test_greedy_answers_are_the_same_together_and_alone(tmp_path):
 
 
 def test_samples_made_elsewhere_are_run_and_a_kill_loses_nothing(tmp_path):
-    some = problems()[:4]
+    some = problems()[:5]  # the last is beyond --limit
     right = [{"task_id": p["task_id"], "completion": "\n" + p["canonical_solution"]} for p in some]
     wrong = [{"task_id": p["task_id"], "completion": "\n    return 0"} for p in some[:2]]
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in right * 2 + wrong + right[2:]))
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in right * 2 + wrong + right[2:4]))
     argv = [f"--samples={tmp_path / 'mine.jsonl'}", "--limit=4", "--k=1,3", "--allow_code_execution=True", "--workers=1"]
     done = run(tmp_path, *argv)
     if "cannot be had here" in done.stderr:
