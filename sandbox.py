@@ -10,6 +10,7 @@ a time. Mode 'full' puts the warden in namespaces of its own, so that all of thi
   - whatever it starts is killed with it, whether it left its session or not;
   - its environment is empty, its input is at the end, its output is thrown away;
   - CPU and wall time, memory (of each process), file size, open files and processes are limited.
+What a program can read of the user's files it may read, but it can send it nowhere.
 Mode 'process', for kernels that allow no namespaces, keeps the limits, the environment and the killing, but a program
 may read and write what the user may, signal the user's processes and use the network.
 
@@ -123,7 +124,8 @@ class Sandbox:
                 self.warden.kill()
                 self.warden.wait()
             self.warden.stdout.close()
-            subprocess.run(["rm", "-rf", self.folder], check=False, stderr=subprocess.DEVNULL)
+            if os.path.exists(self.folder):  # the warden was killed
+                subprocess.run(["rm", "-rf", self.folder], check=False, stderr=subprocess.DEVNULL)
             self.warden = None
 
     def __enter__(self):
@@ -153,20 +155,20 @@ def closed_ancestor(path):
     return next((way for way in ways if not os.stat(way).st_mode & 1), None)
 
 
-def enter_namespaces(root):
+def enter_namespaces(root, folder):
     """Own users, processes, network, IPC and mounts; returns in a new process, which is the first of its namespace.
     Everything is read-only there."""
     (ready, tell_ready), (mapped, tell_mapped) = os.pipe(), os.pipe()
     if child := os.fork():  # maps of ids can be written only from outside
         os.close(tell_ready)
         if not os.read(ready, 1):
-            wait_for(child)  # which has told why
+            wait_for(child, folder)  # which has told why
         for file in ("uid_map", "gid_map") if root else ("setgroups", "uid_map", "gid_map"):
             one = f"{NOBODY} {os.getegid() if file == 'gid_map' else os.geteuid()} 1"
             with open(f"/proc/{child}/{file}", "w") as f:
                 f.write("deny" if file == "setgroups" else f"0 0 1\n{NOBODY} {NOBODY} 1" if root else one)
         os.write(tell_mapped, b"1")
-        wait_for(child)
+        wait_for(child, folder)
     call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     call("unshare", NEW_MOUNTS | NEW_IPC | NEW_USER | NEW_PIDS | NEW_NET)
     os.write(tell_ready, b"1")
@@ -185,9 +187,12 @@ def enter_namespaces(root):
         pass  # containers that hide parts of /proc: programs see the outer one, whose processes they cannot touch
 
 
-def wait_for(child):
+def wait_for(child, folder=None):
     os.close(0), os.close(1)  # the pipes belong to the child now, and break when it dies
-    os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255)
+    os.waitpid(child, 0)
+    if folder:
+        os.rmdir(folder)
+    os._exit(0)
 
 
 def open_the_way():
@@ -313,7 +318,7 @@ def warden():
     root = os.geteuid() == 0
     order.update(processes=10, nobody=root)
     if order["mode"] == "full":
-        enter_namespaces(root)
+        enter_namespaces(root, order["folder"])
     else:
         if root and (closed := list(filter(None, map(closed_ancestor, homes_of_python())))):
             raise OSError(f"root's programs run as user nobody, to whom {closed[0]}, on the way to Python, is closed")
@@ -324,11 +329,13 @@ def warden():
         order["processes"] += sum(threads for _, _, threads, uid in processes() if uid == user)
     call("prctl", 4, 0, 0, 0, 0)  # not dumpable: closed to programs of the same user
     answer = run(order, "def f(): pass", "def check(f): f()", "f")
-    while True:
-        os.write(1, json.dumps(answer).encode() + b"\n")
-        if not (line := sys.stdin.buffer.readline()):
-            return
-        answer = run(order, **json.loads(line))
+    try:
+        while os.write(1, json.dumps(answer).encode() + b"\n") and (line := sys.stdin.buffer.readline()):
+            answer = run(order, **json.loads(line))
+    except BrokenPipeError:
+        pass  # the caller is gone
+    if order["mode"] != "full":
+        os.rmdir(order["folder"])
 
 
 if __name__ == "__main__":
