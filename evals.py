@@ -1,0 +1,333 @@
+"""What the evaluations share: the model that is judged, its items in order and their resume, ranks, scores.
+
+    device = start_ranks(device)                                  # under torchrun, this rank's GPU
+    subject = load_for_eval(model, adapter, device, dtype)        # base, adapter or checkpoint folder
+    items = read_items("data/gsm8k/test.jsonl", ("question", "answer"))
+    records = evaluate(subject, "gsm8k", range(len(items)), settings, work, running)
+    write_result(subject, "gsm8k_strict", [records[i]["strict"] for i in records], settings, seconds)
+
+Items go to FOLDER/eval_NAME.jsonl, scores to results.jsonl; FOLDER is the checkpoint out/RUN/step_N and results.jsonl
+stands in out/RUN, or both are in out/NAME of a model that is no checkpoint, or where out_dir says.
+"""
+import atexit
+import csv
+import datetime
+import gzip
+import hashlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from lora import fingerprint, load_adapter, merge_lora
+from model import Llama
+from runtime import RANK, pick_device, print0, versions
+from tokenizer import Tokenizer, load_tokenizer
+
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+HUB = "hf://datasets/"  # hf://datasets/OWNER/NAME/FILE is a file of a data set on the Hugging Face hub
+
+
+class Subject(NamedTuple):
+    """What is evaluated, and where its results belong."""
+    model: Llama
+    tokenizer: Tokenizer
+    run: str
+    step: int        # 0: not trained here
+    tokens: int      # seen in training, None if unknown
+    epoch: float     # None if unknown
+    folder: Path     # of eval_NAME.jsonl
+    results: Path    # results.jsonl
+    identity: dict   # what tells it from another: folders, hash of weights, dtype, tokenizer
+
+
+# ----------------------------------------------------------------------------- ranks
+def start_ranks(device):
+    """The torch.device of this rank; under torchrun it also joins the others.
+
+    The group is gloo's on GPUs as well: only finished records travel. No rank times out waiting for a slower one."""
+    device = pick_device(device)
+    if WORLD > 1:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
+        atexit.register(dist.destroy_process_group)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+    return device
+
+
+def gather(value):
+    """[the value of each rank], on every rank."""
+    if WORLD == 1:
+        return [value]
+    values = [None] * WORLD
+    dist.all_gather_object(values, value)
+    return values
+
+
+# ----------------------------------------------------------------------------- model
+def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.float32, tokenizer="", out_dir=""):
+    """The Subject of a model folder, a checkpoint folder out/RUN/step_N, or an adapter, merged in fp32 and rounded once.
+
+    An adapter stands in `adapter`, its base in `model`; or in `model` alone, and its config names the base.
+    Raises ValueError or FileNotFoundError for a folder that is none of these, and as model, lora, tokenizer do."""
+    if not (model or adapter):
+        raise ValueError("model is not set; see --help")
+    if not adapter and is_adapter(model):
+        model, adapter = "", model
+    judged, base = Path(adapter or model), model or base_of(adapter)
+    if judged.name.endswith(".tmp"):
+        raise ValueError(f"{judged} is a checkpoint that was never finished")
+    if steps := sorted(p.name for p in judged.glob("step_*") if p.name[5:].isdigit()):
+        raise ValueError(f"{judged} is a run; give one of its checkpoints: {', '.join(steps)}")
+    if is_adapter(base):
+        raise ValueError(f"model: {base} is an adapter, expected the base of {adapter}")
+    tok = load_tokenizer(tokenizer or base)
+    llama = Llama.from_pretrained(base, torch.promote_types(dtype, torch.float32) if adapter else dtype, device)
+    weights = fingerprint(llama)
+    if adapter:
+        llama = merge_lora(load_adapter(llama, adapter)).to(dtype)
+        llama.compute_dtype = dtype
+        weights += hashlib.sha256((judged / "adapter_model.safetensors").read_bytes()).hexdigest()
+    if tok.vocab_size > llama.config.vocab_size:
+        raise ValueError(f"tokenizer has {tok.vocab_size:,} ids, the model {llama.config.vocab_size:,}: not its own")
+    identity = {"model": str(base), "adapter": str(adapter), "weights": weights, "dtype": str(dtype)[6:],
+                "tokenizer": tok.sha256}
+    return place(judged, out_dir or (Path("out") / judged.resolve().name), bool(out_dir))._replace(
+        model=llama.eval().requires_grad_(False), tokenizer=tok, identity=identity)
+
+
+def place(judged, elsewhere, always=False):
+    """A Subject without a model: run, step and folder of a checkpoint, whose results.jsonl is its run's; or items and
+    results in the folder `elsewhere`, if `judged` is no checkpoint or if that is asked for."""
+    state = judged / "state" / "state.json"
+    trained = json.loads(state.read_text()) if state.is_file() else {}
+    name, step = (judged.resolve().parent if trained else judged.resolve()).name, trained.get("step", 0)
+    folder, results = (judged, judged.parent) if trained and not always else (Path(elsewhere), Path(elsewhere))
+    return Subject(None, None, name, step, trained.get("tokens"), epoch_of(judged.parent / "log.jsonl", step), folder,
+                   results / "results.jsonl", {})
+
+
+def is_adapter(folder):
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
+def base_of(adapter):
+    """The base that an adapter folder names; raises ValueError when that is no folder here."""
+    if not is_adapter(adapter):
+        raise ValueError(f"adapter: {adapter} holds no adapter_config.json")
+    base = json.loads((Path(adapter) / "adapter_config.json").read_text()).get("base_model_name_or_path") or ""
+    if not (base and Path(base).is_dir()):
+        raise ValueError(f"{adapter} names the base {base!r}, no folder here; say --model=BASE --adapter={adapter}")
+    return base
+
+
+def epoch_of(log, step):
+    """Epochs done at a step by train.py's log.jsonl: epochs are proportional to steps. None if it does not tell."""
+    for line in log.read_text().splitlines() if step and log.is_file() else []:
+        if (record := json.loads(line)).get("epoch"):
+            return record["epoch"] / record["step"] * step
+    return None
+
+
+# ----------------------------------------------------------------------------- items
+def read_items(source, fields):
+    """The records of a .jsonl, .json, .csv (these also .gz) or .parquet file, here or on the hub, a list of dicts.
+
+    Raises FileNotFoundError, or ValueError naming the first record that lacks one of `fields`."""
+    path = download(source) if source.startswith(HUB) else Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"{source}: no such file; expected .jsonl, .json, .csv, .parquet or {HUB}OWNER/NAME/FILE")
+    name = path.name.removesuffix(".gz")
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        if name.endswith(".parquet"):
+            import pyarrow.parquet  # only here: a large package that most users of local files never need
+            records = pyarrow.parquet.read_table(path).to_pylist()
+        elif name.endswith(".csv"):
+            records = list(csv.DictReader(data.decode("utf-8-sig").splitlines(True)))
+        elif name.endswith(".json") and data.lstrip()[:1] == b"[":
+            records = json.loads(data)
+        else:
+            records = [json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
+    except ImportError:
+        raise ValueError(f"{source}: reading .parquet needs `pip install pyarrow`") from None
+    except (ValueError, OSError) as e:
+        raise ValueError(f"{source}: not readable as {path.suffix} ({e})") from None
+    for number, record in enumerate(records, 1):
+        found = list(record) if isinstance(record, dict) else [type(record).__name__]
+        if missing := [field for field in fields if field not in found]:
+            raise ValueError(f"{source}, record {number}: expected {', '.join(fields)}; found {', '.join(found)}, "
+                             f"without {', '.join(missing)}")
+    if not records:
+        raise ValueError(f"{source}: holds no records")
+    return records
+
+
+def download(source):
+    """The local copy of hf://datasets/OWNER/NAME/FILE; raises ValueError with the manual route."""
+    owner, name, file = source.removeprefix(HUB).split("/", 2)
+    route = f"download https://huggingface.co/datasets/{owner}/{name}/resolve/main/{file} and give its path"
+    try:
+        from huggingface_hub import hf_hub_download
+        return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
+    except ImportError:
+        raise ValueError(f"{source}: needs `pip install huggingface_hub`; or {route}") from None
+    except Exception as e:  # the hub's own, requests' or httpx' errors, by version
+        raise ValueError(f"{source}: cannot be downloaded ({type(e).__name__}); {route}") from None
+
+
+def cut_left(ids, most, bos_id=None):
+    """(the last `most` ids, how many were cut); a BOS in front stays in front."""
+    cut = max(0, len(ids) - most)
+    keep = [bos_id] if cut and ids[0] == bos_id else []
+    return keep + ids[cut + len(keep):], cut
+
+
+def digest(records):
+    """A hash of what the records say, whatever file they came in."""
+    return hashlib.sha256(json.dumps(records, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def generate_each(model, prompts, max_new_tokens, stop, finish, n=1, **how):
+    """model.generate, which calls finish(prompt's index, its n lists of new ids) as soon as these are complete."""
+    new, left = [[[] for _ in range(n)] for _ in prompts], [n] * len(prompts)
+
+    def on_token(p, s, token):
+        new[p][s].append(token)
+        left[p] -= len(new[p][s]) == max_new_tokens or stop(new[p][s])
+        if not left[p]:
+            finish(p, new[p])
+            new[p] = None
+
+    model.generate(prompts, max_new_tokens, n=n, stop=stop, on_token=on_token, **how)
+
+
+def evaluate(subject, name, ids, settings, work, running=None):
+    """{id: record} of all `ids` (ints) in order, on every rank, as FOLDER/eval_NAME.jsonl ends up holding them.
+
+    work(ids, finish) is given those that this rank has to do, and calls finish(id, record), a dict, as each is done.
+    Finished ones are in FOLDER/eval_NAME.jsonl.part* at once and are not done again, on whatever number of ranks.
+    running(record) is the number whose mean the progress bar shows.
+    Raises ValueError when the folder holds items of the same name made with other settings."""
+    final = subject.folder / f"eval_{name}.jsonl"
+    done = {}
+    if RANK == 0:
+        keep_settings(final, {**subject.identity, **settings})
+        for part in (final, *sorted(final.parent.glob(f"{final.name}.part*"))):
+            done.update(read_records(part))
+        write_records(final.with_name(f"{final.name}.part0"), done)  # in one file again, without torn ends
+        for part in final.parent.glob(f"{final.name}.part[1-9]*"):
+            part.unlink()
+    done = gather(done)[0]
+    todo = [i for i in ids if i not in done]
+    if len(todo) < len(ids):
+        print0(f"{final}: {len(ids) - len(todo)} of {len(ids)} items are there already")
+    mine, score = todo[RANK::WORLD], [running(done[i]) for i in ids if i in done] if running else []
+    new = {}
+    with open(f"{final}.part{RANK}", "a") as part, \
+            tqdm(total=len(mine), desc=name, disable=None if RANK == 0 else True, smoothing=0.05) as bar:
+        def finish(i, record):
+            new[i] = record
+            part.write(json.dumps({"id": i, **record}) + "\n")
+            part.flush()
+            if running:
+                score.append(running(record))
+                bar.set_postfix_str(f"score {sum(score) / len(score):.4f}", refresh=False)
+            bar.update()
+
+        if mine:
+            work(mine, finish)
+    for records in gather(new):
+        done.update(records)
+    if missing := [i for i in ids if i not in done]:
+        raise RuntimeError(f"{name}: items {missing[:5]} were not evaluated")
+    if RANK == 0:
+        write_records(final, done)
+        for part in final.parent.glob(f"{final.name}.part*"):
+            part.unlink()
+    return {i: done[i] for i in ids}
+
+
+def keep_settings(final, settings):
+    """Write eval_NAME.settings.json; raises ValueError when it is there and differs."""
+    path = final.with_suffix(".settings.json")
+    settings = json.loads(json.dumps(settings))
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if other := [k for k in {**before, **settings} if before.get(k) != settings.get(k)]:
+            raise ValueError(f"{final} was made with " +
+                             ", ".join(f"{k}={before.get(k)!r}, not {settings.get(k)!r}" for k in other) +
+                             "; choose another --name or --out_dir, or delete it and its parts and settings")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(settings, indent=1))
+
+
+def write_whole(path, text):
+    """A file that is there in full or not at all."""
+    partial = Path(f"{path}.tmp")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
+
+
+def write_records(path, records):
+    write_whole(path, "".join(json.dumps({"id": i, **records[i]}) + "\n" for i in sorted(records)))
+
+
+def read_records(path):
+    """{id: record} of a file of items, without a last line that a kill tore."""
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    records = [json.loads(line) for line in lines]
+    return {record.pop("id"): record for record in records}
+
+
+# ----------------------------------------------------------------------------- scores
+def score(values):
+    """(mean, standard error, low, high) of per-item values; low and high are the 95% interval.
+
+    The error is lm-eval's (sample deviation / sqrt n). Of values that are all 0 or 1 the interval is Wilson's,
+    which holds for shares near 0 and 1 as well, else mean +- 1.96 errors. Raises ValueError without values."""
+    if not (n := len(values)):
+        raise ValueError("no items were evaluated")
+    mean = math.fsum(values) / n
+    stderr = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
+    if not all(v in (0, 1) for v in values):
+        return mean, stderr, mean - 1.96 * stderr, mean + 1.96 * stderr
+    z2 = 1.96 ** 2
+    centre, half = (mean + z2 / 2 / n) / (1 + z2 / n), math.sqrt(z2) / (1 + z2 / n) * math.sqrt(
+        mean * (1 - mean) / n + z2 / 4 / n ** 2)
+    return mean, stderr, max(0.0, centre - half), min(1.0, centre + half)
+
+
+def write_result(subject, metric, values, settings, seconds):
+    """Print a metric with its interval, and append it to results.jsonl unless it stands there; returns the mean.
+
+    values: one number an item. settings: every knob; the subject's identity is added."""
+    mean, stderr, low, high = score(values)
+    print0(f"{metric}: {mean:.4f} +- {stderr:.4f} ({low:.4f} to {high:.4f} with 95%), {len(values)} items")
+    record = {"run": subject.run, "step": subject.step, "tokens": subject.tokens, "epoch": subject.epoch,
+              "metric": metric, "value": mean, "stderr": stderr, "n": len(values),
+              "settings": json.loads(json.dumps({**subject.identity, **settings}))}
+    if RANK == 0:
+        append_result(subject.results, record, seconds)
+    return mean
+
+
+def append_result(path, record, seconds):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text().splitlines() if path.is_file() else []
+    if any(record.items() <= json.loads(line).items() for line in lines):
+        return  # evaluated again from finished items
+    with open(path, "a") as file:
+        file.write(json.dumps({**record, "seconds": round(seconds, 3), "version": versions(),
+                               "time": time.strftime("%Y-%m-%dT%H:%M:%S")}) + "\n")

@@ -1,0 +1,242 @@
+"""evals.py: subjects, items and their resume on any number of ranks, scores, results.jsonl."""
+import gzip
+import json
+import math
+import random
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from conftest import ROOT, need
+
+from evals import (cut_left, evaluate, load_for_eval, read_items, read_records, score,
+                   write_result)
+from lora import apply_lora, save_adapter
+from model import Llama
+
+
+def subject_in(folder):
+    return load_for_eval(str(need("data/stories260k")), out_dir=str(folder))
+
+
+def squares(ids, finish, seen=None):
+    for i in ids:
+        finish(i, {"square": i * i})
+        if seen is not None:
+            seen.append(i)
+
+
+# ----------------------------------------------------------------------------- subjects
+def test_base_folder_has_its_place_under_out():
+    subject = load_for_eval(str(need("data/stories260k")))
+    assert (subject.run, subject.step, subject.tokens, subject.epoch) == ("stories260k", 0, None, None)
+    assert str(subject.folder) == "out/stories260k" and str(subject.results) == "out/stories260k/results.jsonl"
+    assert not subject.model.training
+
+
+def make_lora_checkpoint(folder, base):
+    torch.manual_seed(0)
+    model = apply_lora(Llama.from_pretrained(base), 4, 8)
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(p, std=0.05)
+    save_adapter(model, folder, str(base))
+    (folder / "state").mkdir()
+    (folder / "state" / "state.json").write_text(json.dumps({"step": 30, "tokens": 960, "config": {"base": str(base)}}))
+    (folder.parent / "log.jsonl").write_text('{"step": 0, "val": {}}\n{"step": 10, "epoch": 0.5}\n')
+    return model.eval()
+
+
+def test_checkpoint_of_a_lora_run_finds_its_base_step_epoch_and_place(tmp_path):
+    base = need("data/stories260k")
+    want = make_lora_checkpoint(tmp_path / "run" / "step_30", base)
+    tokens = torch.arange(3, 40)[None]
+    for subject in (load_for_eval(str(tmp_path / "run/step_30")), load_for_eval(str(base), str(tmp_path / "run/step_30"))):
+        assert (subject.run, subject.step, subject.tokens) == ("run", 30, 960) and subject.epoch == pytest.approx(1.5)
+        assert subject.folder == tmp_path / "run/step_30" and subject.results == tmp_path / "run/results.jsonl"
+        assert torch.allclose(subject.model(tokens)[0], want(tokens)[0], atol=1e-4)
+        assert not torch.allclose(subject.model(tokens)[0], Llama.from_pretrained(base)(tokens)[0], atol=1e-2)
+        assert subject.identity["weights"] != load_for_eval(str(base)).identity["weights"]
+
+
+def test_folders_that_cannot_be_judged_are_refused(tmp_path):
+    base = need("data/stories260k")
+    make_lora_checkpoint(tmp_path / "run" / "step_30", base)
+    with pytest.raises(ValueError, match="give one of its checkpoints: step_30"):
+        load_for_eval(str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="is an adapter"):
+        load_for_eval(str(tmp_path / "run/step_30"), str(tmp_path / "run/step_30"))
+    with pytest.raises(ValueError, match="model is not set"):
+        load_for_eval("")
+    (tmp_path / "run" / "step_30").rename(tmp_path / "step_30.tmp")
+    with pytest.raises(ValueError, match="never finished"):
+        load_for_eval(str(tmp_path / "step_30.tmp"))
+    config = json.loads((tmp_path / "step_30.tmp" / "adapter_config.json").read_text())
+    (tmp_path / "step_30.tmp" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "x/y"}))
+    (tmp_path / "step_30.tmp").rename(tmp_path / "lost")
+    with pytest.raises(ValueError, match="names the base 'x/y', no folder here; say --model=BASE"):
+        load_for_eval(str(tmp_path / "lost"))
+    with pytest.raises(ValueError, match="another base"):
+        load_for_eval(str(need("golden/models/mha-untied")), str(tmp_path / "lost"), tokenizer=str(base))
+
+
+# ----------------------------------------------------------------------------- items
+def test_items_of_every_format_are_the_same(tmp_path):
+    records = [{"q": "a,\n\"b\"", "a": "1"}, {"q": "ü", "a": "2"}]
+    (tmp_path / "i.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    (tmp_path / "i.json").write_text(json.dumps(records, indent=2))
+    (tmp_path / "i.jsonl.gz").write_bytes(gzip.compress((tmp_path / "i.jsonl").read_bytes()))
+    (tmp_path / "i.csv").write_text('q,a\n"a,\n""b""",1\nü,2\n')
+    for name in ("i.jsonl", "i.json", "i.jsonl.gz", "i.csv"):
+        assert read_items(str(tmp_path / name), ("q", "a")) == records
+    with pytest.raises(ValueError, match=r"record 1: expected q, z; found q, a, without z"):
+        read_items(str(tmp_path / "i.csv"), ("q", "z"))
+
+
+def test_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    pa.parquet = pytest.importorskip("pyarrow.parquet")
+    pa.parquet.write_table(pa.table({"q": ["x"], "c": [["1", "2"]]}), tmp_path / "i.parquet")
+    assert read_items(str(tmp_path / "i.parquet"), ("q",)) == [{"q": "x", "c": ["1", "2"]}]
+
+
+@pytest.mark.parametrize("text, message", [("", "holds no records"), ("{}", "without q"), ("[1]", "found int"),
+                                           ("{", "not readable"), ("\x00", "not readable")])
+def test_files_of_the_wrong_shape_are_refused(tmp_path, text, message):
+    (tmp_path / "i.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_items(str(tmp_path / "i.json"), ("q",))
+    with pytest.raises(FileNotFoundError, match="no such file; expected .jsonl"):
+        read_items(str(tmp_path / "absent.json"), ("q",))
+
+
+def test_hub_without_network_names_the_way_by_hand(monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route")
+    monkeypatch.setattr(hub, "hf_hub_download", offline)
+    with pytest.raises(ValueError, match="ConnectionError.; download https://huggingface.co/datasets/a/b/resolve/main/c/d.json"):
+        read_items("hf://datasets/a/b/c/d.json", ())
+
+
+def test_hub_file_is_read(monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    (tmp_path / "d.jsonl").write_text('{"q": 1}')
+    asked = []
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path / "d.jsonl"))
+    assert read_items("hf://datasets/a/b/c/d.jsonl", ("q",)) == [{"q": 1}]
+    assert asked == [(("a/b", "c/d.jsonl"), {"repo_type": "dataset"})]
+
+
+def test_cut_left():
+    assert cut_left([1, 2, 3], 3) == ([1, 2, 3], 0)
+    assert cut_left([1, 2, 3, 4], 3) == ([2, 3, 4], 1)
+    assert cut_left([1, 2, 3, 4], 3, bos_id=1) == ([1, 3, 4], 1)
+    assert cut_left([1, 2, 3, 4], 3, bos_id=9) == ([2, 3, 4], 1)
+
+
+# ----------------------------------------------------------------------------- resume and ranks
+def test_a_killed_evaluation_goes_on_with_the_items_it_lacks(tmp_path):
+    subject, seen = subject_in(tmp_path), []
+
+    def dies(ids, finish):
+        squares(ids[:4], finish)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(subject, "toy", range(10), {"a": 1}, dies)
+    assert not (tmp_path / "eval_toy.jsonl").exists()
+    with open(tmp_path / "eval_toy.jsonl.part0", "a") as part:
+        part.write('{"id": 4, "squ')  # the kill came in the middle of a line
+    records = evaluate(subject, "toy", range(10), {"a": 1}, partial(squares, seen=seen))
+    assert seen == [4, 5, 6, 7, 8, 9]
+    assert records == {i: {"square": i * i} for i in range(10)} == read_records(tmp_path / "eval_toy.jsonl")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["eval_toy.jsonl", "eval_toy.settings.json"]
+
+
+def test_more_items_build_on_the_finished_ones_and_fewer_leave_them(tmp_path):
+    subject, seen = subject_in(tmp_path), []
+    evaluate(subject, "toy", range(3), {}, squares)
+    assert list(evaluate(subject, "toy", range(5), {}, partial(squares, seen=seen))) == [0, 1, 2, 3, 4]
+    assert seen == [3, 4]
+    assert list(evaluate(subject, "toy", range(2), {}, None)) == [0, 1]
+    assert len(read_records(tmp_path / "eval_toy.jsonl")) == 5
+
+
+def test_other_settings_are_refused_in_one_line(tmp_path):
+    evaluate(subject_in(tmp_path), "toy", range(3), {"shots": 5, "stop": ("a",)}, squares)
+    evaluate(subject_in(tmp_path), "toy", range(3), {"shots": 5, "stop": ("a",)}, squares)
+    with pytest.raises(ValueError, match="eval_toy.jsonl was made with shots=5, not 0; choose another --name"):
+        evaluate(subject_in(tmp_path), "toy", range(3), {"shots": 0, "stop": ("a",)}, squares)
+
+
+def test_work_that_leaves_items_out_is_noticed(tmp_path):
+    with pytest.raises(RuntimeError, match=r"\[2\]"):
+        evaluate(subject_in(tmp_path), "toy", range(3), {}, lambda ids, finish: squares(ids[:2], finish))
+
+
+def test_two_ranks_finish_what_one_began_and_write_the_same_file(tmp_path):
+    script = tmp_path / "toy.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from evals import *
+start_ranks("cpu")
+subject = load_for_eval({str(need("data/stories260k"))!r}, out_dir=sys.argv[1])
+def work(ids, finish):
+    for i in ids:
+        if i == int(sys.argv[2]):
+            raise SystemExit("killed")
+        print("did", i, "of", RANK, flush=True)
+        finish(i, {{"square": i * i}})
+records = evaluate(subject, "toy", range(9), {{}}, work, lambda r: r["square"])
+assert records == {{i: {{"square": i * i}} for i in range(9)}}
+write_result(subject, "toy_square", [r["square"] for r in records.values()], {{}}, 1.0)
+""")
+    out = tmp_path / "out"
+    run = lambda *argv: subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=200)
+    assert run(script, out, "3").returncode == 1
+    two = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, out, "-1")
+    assert two.returncode == 0, two.stderr
+    did = sorted(line for line in two.stdout.splitlines() if line.startswith("did"))
+    assert did == ["did 3 of 0", "did 4 of 1", "did 5 of 0", "did 6 of 1", "did 7 of 0", "did 8 of 1"]
+    evaluate(subject_in(tmp_path / "alone"), "toy", range(9), {}, squares)
+    assert (out / "eval_toy.jsonl").read_bytes() == (tmp_path / "alone" / "eval_toy.jsonl").read_bytes()
+    assert sorted(p.name for p in out.iterdir()) == ["eval_toy.jsonl", "eval_toy.settings.json", "results.jsonl"]
+    assert len((out / "results.jsonl").read_text().splitlines()) == 1
+
+
+# ----------------------------------------------------------------------------- scores
+def test_score_of_shares_is_wilsons_interval():
+    mean, stderr, low, high = score([1] * 30 + [0] * 70)
+    assert mean == 0.3 and stderr == pytest.approx(math.sqrt(0.3 * 0.7 / 99))  # lm-eval's: sample deviation / sqrt n
+    for p in (low, high):  # Wilson (1927): the p whose own normal interval just reaches the mean
+        assert abs(0.3 - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / 100))
+    assert low < 0.3 < high
+    assert score([0, 0, 0])[2] == 0 and 0.5 < score([0, 0, 0])[3] < 0.6
+    assert score([True])[:2] == (1, 0.0)
+
+
+def test_score_of_other_means_is_the_normal_interval():
+    rng = random.Random(0)
+    values = [rng.random() for _ in range(50)]
+    mean, stderr, low, high = score(values)
+    assert stderr == pytest.approx(torch.tensor(values).std().item() / math.sqrt(50))
+    assert (low, high) == (mean - 1.96 * stderr, mean + 1.96 * stderr)
+    with pytest.raises(ValueError, match="no items"):
+        score([])
+
+
+def test_results_hold_every_field_and_no_line_twice(tmp_path):
+    subject = subject_in(tmp_path)
+    for seconds in (1.5, 2.5):
+        assert write_result(subject, "acc", [1, 0], {"shots": 5, "t": (1,)}, seconds) == 0.5
+    write_result(subject, "acc", [1, 0], {"shots": 0}, 1)
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    assert set("run step tokens epoch metric value stderr n settings seconds version".split()) <= lines[0].keys()
+    assert lines[0]["value"] == 0.5 and lines[0]["seconds"] == 1.5 and lines[0]["n"] == 2
+    assert lines[0]["settings"]["shots"] == 5 and lines[0]["settings"]["dtype"] == "float32"
