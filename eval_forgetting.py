@@ -103,12 +103,10 @@ def clean_hellaswag(text):
 
 
 def to_item(task, record):
-    """The Item of an original record, or of a row of LLM Foundry's files. Raises KeyError, ValueError, TypeError...
-
-    ...or IndexError or AttributeError for a record that is not the task's."""
-    if 'context_options' in record:
+    """The Item of an original record, or of a row of LLM Foundry's files; an exception where it is not the task's."""
+    if task == 'winogrande' and 'context_options' in record:
         item = Item(tuple(record['context_options']), (record['continuation'].strip(),), record['gold'])
-    elif 'query' in record:
+    elif task != 'winogrande' and 'query' in record:
         item = Item((record['query'].strip(),), tuple(record['choices']), record['gold'], record.get('category', ''))
     elif task == 'hellaswag':
         query = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
@@ -229,9 +227,9 @@ class Tree(NamedTuple):
     paths: list          # of each sequence, its nodes in order
 
 
-def make_tree(sequences):
-    """The Tree of some lists of ids."""
-    nodes, paths = {}, []
+def make_tree(sequences, nodes=None):
+    """The Tree of some lists of ids; `nodes` {(parent, token): node} is filled with it, after what it holds."""
+    nodes, paths = {} if nodes is None else nodes, []
     for ids in sequences:
         path, node = [], -1
         for token in ids:
@@ -242,27 +240,28 @@ def make_tree(sequences):
 
 
 def bundle(items, batch_tokens):
-    """Lists of neighbouring (id, sequences) that go into one tree, and the tree's size: those that share a long start."""
-    bundles = []
+    """[[neighbouring (id, sequences)], size of their tree]: an item joins the last tree if that spares a third of its own."""
+    bundles, nodes = [], {}
     for item in items:
-        first = item[1][0][0]
-        size = len(make_tree([ids[:-1] for ids, _ in item[1]]).tokens)
-        if bundles:
-            group, start, total = bundles[-1]
-            common = 0
-            while common < min(len(start), len(first)) and start[common] == first[common]:
-                common += 1
-            if 2 * common >= size and total + size - common <= batch_tokens:
-                bundles[-1] = (group + [item], start, total + size - common)
-                continue
-        bundles.append(([item], first, size))
-    return [(group, total) for group, _, total in bundles]
+        inputs = [ids[:-1] for ids, _ in item[1]]
+        own, known = make_tree(inputs), {-1: -1}  # node of its own tree -> the same beginning in the last one
+        for node, edge in enumerate(zip(own.parents, own.tokens)):
+            if edge[0] in known and (there := nodes.get((known[edge[0]], edge[1]))) is not None:
+                known[node] = there
+        spared = len(known) - 1
+        if not bundles or 3 * spared < len(own.tokens) or len(nodes) + len(own.tokens) - spared > batch_tokens:
+            bundles.append([[], 0])
+            nodes = {}
+        bundles[-1][0].append(item)
+        make_tree(inputs, nodes)
+        bundles[-1][1] = len(nodes)
+    return bundles
 
 
 class TreeAttention:
-    """Stands where the model expects a cache: each node of some trees is a sequence of one token, and sees its ancestors.
+    """What the model takes for a cache of keys: each node of some trees is a sequence of one token, and sees its ancestors.
 
-    Trees are rows of one masked attention, padded there and nowhere else."""
+    Each tree is a row of one masked attention: padding is made there and nowhere else."""
     decoding = True
 
     def __init__(self, trees, device):
@@ -282,9 +281,11 @@ class TreeAttention:
     def attend(self, layer, q, k, v):
         """q [nodes, 1, H, hd], k and v [nodes, 1, KV, hd] -> as q."""
         rows, _, width, _ = self.seen.shape
+        if q.is_cuda:  # the kernels that take a mask there want a key for each query
+            k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
         padded = [x.new_zeros(rows * width, *x.shape[2:]).index_copy_(0, self.place, x[:, 0])
                   .view(rows, width, *x.shape[2:]).transpose(1, 2) for x in (q, k, v)]
-        out = F.scaled_dot_product_attention(*padded, attn_mask=self.seen, enable_gqa=True)
+        out = F.scaled_dot_product_attention(*padded, attn_mask=self.seen, enable_gqa=k.shape[2] < q.shape[2])
         return out.transpose(1, 2).flatten(0, 1)[self.place][:, None]
 
 
@@ -354,15 +355,10 @@ def judging(llama, items, prompts, styles, batch_tokens):
     return work
 
 
-def mean_of_means(groups):
-    """(unweighted mean of the groups' means, its standard error); groups are lists of per-item values."""
-    scores = [score(values) for values in groups]
-    return sum(s[0] for s in scores) / len(scores), math.sqrt(sum(s[1] ** 2 for s in scores)) / len(scores)
-
-
 def write_mean(subject, metric, groups, settings, seconds):
-    """As evals.write_result for the unweighted mean over groups; its interval is +- 1.96 standard errors."""
-    mean, stderr = mean_of_means(groups)
+    """As evals.write_result, for the unweighted mean of the means of some lists; its interval is +- 1.96 errors."""
+    scores = [score(values) for values in groups]
+    mean, stderr = sum(s[0] for s in scores) / len(scores), math.sqrt(sum(s[1] ** 2 for s in scores)) / len(scores)
     n = sum(map(len, groups))
     print0(f'{metric}: {mean:.4f} +- {stderr:.4f} ({mean - 1.96 * stderr:.4f} to {mean + 1.96 * stderr:.4f} with 95%), '
            f'mean of {len(groups)} means, {n} items')
@@ -432,14 +428,15 @@ if __name__ == '__main__':
             raise ValueError(f'bos: this tokenizer has none ({tok.name}); say --bos=False --lm_eval_bos=False')
         print0(f"{subject.run} step {subject.step}, {subject.identity['dtype']}, {device_name(device)}, {tok.name}; "
                f"gauntlet's prompts {'begin with' if bos else 'have no'} BOS, lm_eval's {'do too' * lm_eval_bos or 'none'}")
-        knobs = {key: value for key, value in config.items() if key not in subject.identity} | {'max_seq_len': max_len}
+        knobs = {key: value for key, value in config.items() if key not in subject.identity}
         right, began = {}, time.perf_counter()
         for task in tasks:
             started, shots = time.perf_counter(), config[f'{task}_shots']
             drawn = {'gauntlet': gauntlet_shots(items[task], shots, shot_seed),
                      'lm_eval': lm_eval_shots_from(pool, items[task], lm_eval_shots)}
-            settings = {**knobs, 'task': task, 'data': config[task], 'items': digest(items[task]), 'shots': shots,
-                        'lm_eval_shots_from': digest(pool)}
+            of_task = {'task': task, 'items': digest(items[task]), 'styles': styles, 'shots': shots, 'shot_seed': shot_seed,
+                       'bos': bos, 'lm_eval_shots': lm_eval_shots, 'lm_eval_shots_from': digest(pool),
+                       'lm_eval_bos': lm_eval_bos, 'max_seq_len': max_len}
 
             def prompts(i, style, task=task, drawn=drawn):
                 make = gauntlet_sequences if style == 'gauntlet' else lm_eval_sequences
@@ -449,12 +446,10 @@ if __name__ == '__main__':
             for style in styles:
                 ids, scored = prompts(0, style)[0][items[task][0].gold]
                 print0(f'{task}, {style}: ...{tok.decode(ids[:-scored])[-100:]!r} -> {tok.decode(ids[-scored:])!r}')
-            same = ('task', 'styles', 'data', 'items', 'shots', 'shot_seed', 'bos', 'lm_eval_shots', 'lm_eval_shots_from',
-                    'lm_eval_bos', 'max_seq_len')
             count = min(limit or len(items[task]), len(items[task]))
-            records = evaluate(subject, f'{name}_{task}', range(count), {key: settings[key] for key in same},
+            records = evaluate(subject, f'{name}_{task}', range(count), of_task,
                                judging(llama, items[task], prompts, styles, batch_tokens), is_right)
-            right[task] = write_task(subject, task, [records[i] for i in range(count)], settings,
+            right[task] = write_task(subject, task, list(records.values()), {**knobs, **of_task},
                                      time.perf_counter() - started)
         if all(right.get(task) for task in FORGETTING):
             write_mean(subject, 'forgetting', [right[task] for task in FORGETTING], knobs, time.perf_counter() - began)
