@@ -35,10 +35,10 @@ from runtime import RANK, device_name, one_line_errors, pick_dtype, print0
 
 # -----------------------------------------------------------------------------
 model = ''               # model folder, or the checkpoint folder (out/RUN/step_N) of any run
-adapter = ''             # PEFT folder, or the checkpoint folder of a LoRA run; its base in `model`
+adapter = ''             # PEFT folder, or the checkpoint folder of a LoRA run
 tokenizer = ''           # tokenizer file or folder; '' = the base's folder
 out_dir = ''             # where eval_NAME_TASK.jsonl and results.jsonl go; '' = with the checkpoint, or out/MODEL
-name = 'forgetting'      # of the result files; another one for other settings
+name = 'forgetting'      # of the files with items; another one for other settings
 tasks = ('hellaswag', 'arc_challenge', 'winogrande')  # and mmlu
 limit = 0                # only the first so many items of each task; 0 = all
 styles = ('gauntlet', 'lm_eval')
@@ -58,17 +58,18 @@ bos = True               # BOS in front, as Llama's tokenizers put it; False for
 lm_eval_shots = 0
 lm_eval_shot_data = ''   # the file they come from (train split; MMLU: dev), of the one task in `tasks`
 lm_eval_bos = False      # lm-eval 0.4.2 sends none unless told to
+# both
+max_seq_len = 0          # longer prompts lose their beginning, and are counted; 0 = the model's max_position_embeddings
 # machine; changes rounding at most
-max_seq_len = 0          # longer prompts lose their beginning, counted; 0 = the model's max_position_embeddings
 batch_tokens = 4096      # distinct tokens in one pass
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
 _choices = {'tasks': ('hellaswag', 'arc_challenge', 'winogrande', 'mmlu'), 'styles': ('gauntlet', 'lm_eval'),
             'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
-FORGETTING = ('hellaswag', 'arc_challenge', 'winogrande')
-DELIMITER = {'hellaswag': ' ', 'arc_challenge': '\nAnswer: ', 'winogrande': ' ', 'mmlu': '\nAnswer: '}
-LETTERS = 'ABCD'
+FORGETTING = ("hellaswag", "arc_challenge", "winogrande")
+DELIMITER = {"hellaswag": " ", "arc_challenge": "\nAnswer: ", "winogrande": " ", "mmlu": "\nAnswer: "}
+LETTERS = "ABCD"
 LOGITS = 2 ** 24         # numbers that one softmax over the vocabulary makes
 WINDOW = 2048            # items whose prompts are held in memory at once
 
@@ -79,7 +80,7 @@ class Item(NamedTuple):
     contexts: tuple
     continuations: tuple
     gold: int
-    subject: str = ''    # of MMLU
+    subject: str = ""    # of MMLU
 
     @property
     def pairs(self):
@@ -93,39 +94,39 @@ class Item(NamedTuple):
 
     def chars(self, style):
         """Characters of each choice: lm-eval counts those of what tells them apart, else they are those scored."""
-        return [len(text) for text in (self.choices if style == 'lm_eval' else [e for _, e in self.pairs])]
+        return [len(text) for text in (self.choices if style == "lm_eval" else [e for _, e in self.pairs])]
 
 
 def clean_hellaswag(text):
     """lm-eval's preprocessing: marks of WikiHow articles leave the text."""
-    text = re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. '))
-    return text.replace('  ', ' ')
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
 
 
 def to_item(task, record):
     """The Item of an original record, or of a row of LLM Foundry's files; an exception where it is not the task's."""
-    if task == 'winogrande' and 'context_options' in record:
-        item = Item(tuple(record['context_options']), (record['continuation'].strip(),), record['gold'])
-    elif task != 'winogrande' and 'query' in record:
-        item = Item((record['query'].strip(),), tuple(record['choices']), record['gold'], record.get('category', ''))
-    elif task == 'hellaswag':
+    if task == "winogrande" and "context_options" in record:
+        item = Item(tuple(record["context_options"]), (record["continuation"].strip(),), record["gold"])
+    elif task != "winogrande" and "query" in record:
+        item = Item((record["query"].strip(),), tuple(record["choices"]), record["gold"], record.get("category", ""))
+    elif task == "hellaswag":
         query = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
-        item = Item((clean_hellaswag(query),), tuple(map(clean_hellaswag, record['endings'])), int(record['label']))
-    elif task == 'arc_challenge':
-        choices = record['choices']
-        item = Item((f"Question: {record['question']}",), tuple(choices['text']),
-                    list(choices['label']).index(record['answerKey']))
-    elif task == 'winogrande':
-        before, after = record['sentence'].split('_', 1)
-        item = Item((before + record['option1'], before + record['option2']), (after.strip(),),
-                    ('1', '2').index(str(record['answer'])))
+        item = Item((clean_hellaswag(query),), tuple(map(clean_hellaswag, record["endings"])), int(record["label"]))
+    elif task == "arc_challenge":
+        choices = record["choices"]
+        item = Item((f"Question: {record['question']}",), tuple(choices["text"]),
+                    list(choices["label"]).index(record["answerKey"]))
+    elif task == "winogrande":
+        before, after = record["sentence"].split("_", 1)
+        item = Item((before + record["option1"], before + record["option2"]), (after.strip(),),
+                    ("1", "2").index(str(record["answer"])))
     else:
-        lines = [f'{letter}. {choice}' for letter, choice in zip(LETTERS, record['choices'], strict=True)]
-        item = Item(('\n'.join([record['question'].strip(), *lines]),), tuple(LETTERS), int(record['answer']),
-                    record['subject'])
+        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, record["choices"], strict=True)]
+        item = Item(("\n".join([record["question"].strip(), *lines]),), tuple(LETTERS), int(record["answer"]),
+                    record["subject"])
     if not (all(isinstance(text, str) and text for text in item.contexts + item.continuations)
             and len(item.choices) > 1 and item.gold in range(len(item.choices))):
-        raise ValueError(f'{len(item.choices)} choices, gold {item.gold!r}')
+        raise ValueError(f"{len(item.choices)} choices, gold {item.gold!r}")
     return item
 
 
@@ -136,8 +137,8 @@ def load_items(task, source):
         try:
             items.append(to_item(task, record))
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as e:
-            what = f'no {e}' if isinstance(e, KeyError) else e
-            raise ValueError(f'{task}: {source}, record {number}: not an item of {task} ({what}); fields found: '
+            what = f"no {e}" if isinstance(e, KeyError) else e
+            raise ValueError(f"{task}: {source}, record {number}: not an item of {task} ({what}); fields found: "
                              f'{", ".join(record) if isinstance(record, dict) else type(record).__name__}') from None
     return items
 
@@ -169,12 +170,13 @@ def draw(count, shots, seed):
     return drawn
 
 
-def lm_eval_shots_from(pool, items, shots):
-    """For each item its shots out of `pool`, as lm-eval draws them; MMLU takes the first ones of the same subject."""
-    rng = random.Random(1234)
-    if pool and pool[0].subject:
+def lm_eval_shots_from(pool, items, shots, task):
+    """For each item its shots out of `pool`, as lm-eval draws them: one stream; MMLU takes the first of the subject."""
+    if task == "mmlu":
         return [[shot for shot in pool if shot.subject == item.subject][:shots] for item in items]
-    return [rng.sample(pool, shots) if shots else [] for _ in items]
+    rng = random.Random(1234)
+    spare = task in ("hellaswag", "winogrande")  # without a split for shots or tests lm-eval draws one more than it uses
+    return [rng.sample(pool, shots + spare)[:shots] if shots else [] for _ in items]
 
 
 # ----------------------------------------------------------------------------- prompts
@@ -183,16 +185,16 @@ def gauntlet_sequences(item, shots, delimiter, tok, bos=True, max_len=1024):
 
     Raises ValueError for a choice longer than max_len."""
     gold = lambda shot: shot.pairs[shot.gold]
-    preamble = '\n'.join(delimiter.join(gold(shot)) for shot in shots)
+    preamble = "\n".join(delimiter.join(gold(shot)) for shot in shots)
     front = [tok.bos_id] * bos + tok.encode(preamble)
-    spaced = len(tok.encode(' a')) == 1  # a vocabulary of words that begin with their blank wants one before a choice
+    spaced = len(tok.encode(" a")) == 1  # a vocabulary of words that begin with their blank wants one before a choice
     schema = len(item.contexts) > 1
     sequences = []
     for context, choice in item.pairs:
-        end = '' if schema and not shots else delimiter.rstrip() if schema else delimiter
-        text = '\n' * bool(preamble) + context + end
+        end = "" if schema and not shots else delimiter.rstrip() if schema else delimiter
+        text = "\n" * bool(preamble) + context + end
         ids = front + tok.encode(text if schema else text.rstrip())
-        choice = tok.encode(' ' * (spaced and not choice.startswith(' ')) + choice)
+        choice = tok.encode(" " * (spaced and not choice.startswith(" ")) + choice)
         sequences.append((ids + choice, len(choice)))
     return cut(sequences, max_len)
 
@@ -200,14 +202,14 @@ def gauntlet_sequences(item, shots, delimiter, tok, bos=True, max_len=1024):
 def lm_eval_sequences(item, shots, delimiter, tok, bos=False, max_len=2048):
     """As gauntlet_sequences, for lm-eval's prompts; its limit is on what goes in, and the last id does not."""
     between = delimiter[:-1]  # lm-eval itself puts the blank before a choice
-    front = ''.join(f'{context}{between} {choice}\n\n' for context, choice in (shot.pairs[shot.gold] for shot in shots))
+    front = "".join(f"{context}{between} {choice}\n\n" for context, choice in (shot.pairs[shot.gold] for shot in shots))
     if item.subject:
-        front = ('The following are multiple choice questions (with answers) about '
+        front = ("The following are multiple choice questions (with answers) about "
                  f"{item.subject.replace('_', ' ')}.\n\n{front}")
     sequences = []
     for context, choice in item.pairs:
         text = front + context + between
-        ids = tok.encode(f'{text} {choice}')
+        ids = tok.encode(f"{text} {choice}")
         sequences.append(([tok.bos_id] * bos + ids, len(ids) - len(tok.encode(text.rstrip()))))
     return cut(sequences, max_len + 1)
 
@@ -215,7 +217,7 @@ def lm_eval_sequences(item, shots, delimiter, tok, bos=False, max_len=2048):
 def cut(sequences, most):
     """The sequences with at most `most` ids each, their ends, and how many were longer."""
     if any(scored >= most for _, scored in sequences):
-        raise ValueError(f'max_seq_len: a choice of {max(n for _, n in sequences)} tokens leaves no room for a question')
+        raise ValueError(f"max_seq_len: a choice of {max(n for _, n in sequences)} tokens leaves no room for a question")
     return [(ids[-most:], scored) for ids, scored in sequences], sum(len(ids) > most for ids, _ in sequences)
 
 
@@ -322,14 +324,14 @@ def judge(logprobs, chars):
     """One style's part of an item's record, from the log-probabilities of each choice's tokens and its characters."""
     sums, tokens = [math.fsum(values) for values in logprobs], [len(values) for values in logprobs]
     best = lambda values: max(range(len(values)), key=values.__getitem__)  # the first of equals, as both tools
-    return {'per_token': best([s / n for s, n in zip(sums, tokens)]), 'sum': best(sums),
-            'per_char': best([s / n for s, n in zip(sums, chars)]), 'logprobs': sums, 'tokens': tokens}
+    return {"per_token": best([s / n for s, n in zip(sums, tokens)]), "sum": best(sums),
+            "per_char": best([s / n for s, n in zip(sums, chars)]), "logprobs": sums, "tokens": tokens}
 
 
 def is_right(record):
     """Whether the gauntlet's choice is right, or lm-eval's `acc` where only that was asked for."""
-    style, kind = ('gauntlet', 'per_token') if 'gauntlet' in record else ('lm_eval', 'sum')
-    return int(record[style][kind] == record['gold'])
+    style, kind = ("gauntlet", "per_token") if "gauntlet" in record else ("lm_eval", "sum")
+    return int(record[style][kind] == record["gold"])
 
 
 def judging(llama, items, prompts, styles, batch_tokens):
@@ -349,8 +351,8 @@ def judging(llama, items, prompts, styles, batch_tokens):
                 for group, logprobs in zip(batch, scored):
                     values = iter(logprobs)
                     for i, _ in group:
-                        finish(i, {'subject': items[i].subject, 'gold': items[i].gold} | {
-                            style: judge([next(values) for _ in sequences], items[i].chars(style)) | {'cut': longer}
+                        finish(i, {"subject": items[i].subject, "gold": items[i].gold} | {
+                            style: judge([next(values) for _ in sequences], items[i].chars(style)) | {"cut": longer}
                             for style, (sequences, longer) in made[i].items()})
     return work
 
@@ -360,28 +362,28 @@ def write_mean(subject, metric, groups, settings, seconds):
     scores = [score(values) for values in groups]
     mean, stderr = sum(s[0] for s in scores) / len(scores), math.sqrt(sum(s[1] ** 2 for s in scores)) / len(scores)
     n = sum(map(len, groups))
-    print0(f'{metric}: {mean:.4f} +- {stderr:.4f} ({mean - 1.96 * stderr:.4f} to {mean + 1.96 * stderr:.4f} with 95%), '
-           f'mean of {len(groups)} means, {n} items')
+    print0(f"{metric}: {mean:.4f} +- {stderr:.4f} ({mean - 1.96 * stderr:.4f} to {mean + 1.96 * stderr:.4f} with 95%), "
+           f"mean of {len(groups)} means, {n} items")
     if RANK == 0:
         append_result(subject.results, {
-            'run': subject.run, 'step': subject.step, 'tokens': subject.tokens, 'epoch': subject.epoch, 'metric': metric,
-            'value': mean, 'stderr': stderr, 'n': n, 'settings': json.loads(json.dumps({**subject.identity, **settings}))},
+            "run": subject.run, "step": subject.step, "tokens": subject.tokens, "epoch": subject.epoch, "metric": metric,
+            "value": mean, "stderr": stderr, "n": n, "settings": json.loads(json.dumps({**subject.identity, **settings}))},
             seconds)
 
 
 # ----------------------------------------------------------------------------- the run
 def check_knobs(knobs):
     """Raises ValueError for knobs that do not go together."""
-    for knob in ('tasks', 'styles'):
+    for knob in ("tasks", "styles"):
         if not knobs[knob]:
             raise ValueError(f"{knob} is empty; expected some of {', '.join(_choices[knob])}")
-    least = {'limit': 0, 'max_seq_len': 0, 'batch_tokens': 1} | {knob: 0 for knob in knobs if knob.endswith('_shots')}
+    least = {"limit": 0, "max_seq_len": 0, "batch_tokens": 1} | {knob: 0 for knob in knobs if knob.endswith("_shots")}
     for knob, value in least.items():
         if knobs[knob] < value:
-            raise ValueError(f'{knob}={knobs[knob]}: expected {value} or more')
-    if knobs['lm_eval_shots'] and (not knobs['lm_eval_shot_data'] or len(knobs['tasks']) > 1):
-        raise ValueError('lm_eval_shots needs lm_eval_shot_data, the file they come from, and one task in tasks')
-    if knobs['lm_eval_shot_data'] == knobs[knobs['tasks'][0]]:
+            raise ValueError(f"{knob}={knobs[knob]}: expected {value} or more")
+    if knobs["lm_eval_shots"] and (not knobs["lm_eval_shot_data"] or len(knobs["tasks"]) > 1):
+        raise ValueError("lm_eval_shots needs lm_eval_shot_data, the file they come from, and one task in tasks")
+    if knobs["lm_eval_shots"] and knobs["lm_eval_shot_data"] == knobs[knobs["tasks"][0]]:
         raise ValueError(f"lm_eval_shot_data={knobs['lm_eval_shot_data']} is the data of {knobs['tasks'][0]} itself")
 
 
@@ -391,28 +393,28 @@ def digest(items):
 
 def write_task(subject, task, records, settings, seconds):
     """Print and store the accuracies of a task's records; returns the gauntlet's right and wrong, or None."""
-    hits = {(style, kind): [int(record[style][kind] == record['gold']) for record in records]
-            for style in settings['styles'] for kind in ('per_token', 'sum', 'per_char')}
-    for style in settings['styles']:
-        if count := sum(record[style]['cut'] > 0 for record in records):
+    hits = {(style, kind): [int(record[style][kind] == record["gold"]) for record in records]
+            for style in settings["styles"] for kind in ("per_token", "sum", "per_char")}
+    for style in settings["styles"]:
+        if count := sum(record[style]["cut"] > 0 for record in records):
             print0(f"{task}, {style}: {count} of {len(records)} items lost their beginning to "
                    f"max_seq_len={settings['max_seq_len']}")
-    right = hits.get(('gauntlet', 'per_token'))
-    if right and task == 'mmlu':  # a task for each subject
+    right = hits.get(("gauntlet", "per_token"))
+    if right and task == "mmlu":  # a task for each subject
         by_subject = {}
         for record, hit in zip(records, right):
-            by_subject.setdefault(record['subject'], []).append(hit)
+            by_subject.setdefault(record["subject"], []).append(hit)
         write_mean(subject, task, list(by_subject.values()), settings, seconds)
     elif right:
         write_result(subject, task, right, settings, seconds)
-    if 'lm_eval' in settings['styles']:
-        write_result(subject, f'{task}_acc', hits['lm_eval', 'sum'], settings, seconds)
-        if task in ('hellaswag', 'arc_challenge'):  # lm-eval has no acc_norm of the others
-            write_result(subject, f'{task}_acc_norm', hits['lm_eval', 'per_char'], settings, seconds)
+    if "lm_eval" in settings["styles"]:
+        write_result(subject, f"{task}_acc", hits["lm_eval", "sum"], settings, seconds)
+        if task in ("hellaswag", "arc_challenge"):  # lm-eval has no acc_norm of the others
+            write_result(subject, f"{task}_acc_norm", hits["lm_eval", "per_char"], settings, seconds)
     return right
 
 
-if __name__ == '__main__':
+if __name__ == "__main__":
     with one_line_errors():
         config = configure(globals())
         check_knobs(config)
@@ -423,35 +425,35 @@ if __name__ == '__main__':
         subject = load_for_eval(model, adapter, device, pick_dtype(dtype, device), tokenizer, out_dir)
         llama, tok, max_len = subject.model, subject.tokenizer, max_seq_len or subject.model.config.max_position_embeddings
         if max_len > llama.config.max_position_embeddings:
-            raise ValueError(f'max_seq_len={max_len}: the model reads {llama.config.max_position_embeddings} tokens at most')
+            raise ValueError(f"max_seq_len={max_len}: the model reads {llama.config.max_position_embeddings} tokens at most")
         if tok.bos_id is None and (bos or lm_eval_bos):
-            raise ValueError(f'bos: this tokenizer has none ({tok.name}); say --bos=False --lm_eval_bos=False')
+            raise ValueError(f"bos: this tokenizer has none ({tok.name}); say --bos=False --lm_eval_bos=False")
         print0(f"{subject.run} step {subject.step}, {subject.identity['dtype']}, {device_name(device)}, {tok.name}; "
                f"gauntlet's prompts {'begin with' if bos else 'have no'} BOS, lm_eval's {'do too' * lm_eval_bos or 'none'}")
         knobs = {key: value for key, value in config.items() if key not in subject.identity}
         right, began = {}, time.perf_counter()
         for task in tasks:
-            started, shots = time.perf_counter(), config[f'{task}_shots']
-            drawn = {'gauntlet': gauntlet_shots(items[task], shots, shot_seed),
-                     'lm_eval': lm_eval_shots_from(pool, items[task], lm_eval_shots)}
-            of_task = {'task': task, 'items': digest(items[task]), 'styles': styles, 'shots': shots, 'shot_seed': shot_seed,
-                       'bos': bos, 'lm_eval_shots': lm_eval_shots, 'lm_eval_shots_from': digest(pool),
-                       'lm_eval_bos': lm_eval_bos, 'max_seq_len': max_len}
+            started, shots = time.perf_counter(), config[f"{task}_shots"]
+            drawn = {"gauntlet": gauntlet_shots(items[task], shots, shot_seed),
+                     "lm_eval": lm_eval_shots_from(pool, items[task], lm_eval_shots, task)}
+            of_task = {"task": task, "items": digest(items[task]), "styles": styles, "shots": shots, "shot_seed": shot_seed,
+                       "bos": bos, "lm_eval_shots": lm_eval_shots, "lm_eval_shots_from": digest(pool),
+                       "lm_eval_bos": lm_eval_bos, "max_seq_len": max_len}
 
             def prompts(i, style, task=task, drawn=drawn):
-                make = gauntlet_sequences if style == 'gauntlet' else lm_eval_sequences
+                make = gauntlet_sequences if style == "gauntlet" else lm_eval_sequences
                 return make(items[task][i], drawn[style][i], DELIMITER[task], tok,
-                            bos if style == 'gauntlet' else lm_eval_bos, max_len)
+                            bos if style == "gauntlet" else lm_eval_bos, max_len)
 
             for style in styles:
                 ids, scored = prompts(0, style)[0][items[task][0].gold]
-                print0(f'{task}, {style}: ...{tok.decode(ids[:-scored])[-100:]!r} -> {tok.decode(ids[-scored:])!r}')
+                print0(f"{task}, {style}: ...{tok.decode(ids[:-scored])[-100:]!r} -> {tok.decode(ids[-scored:])!r}")
             count = min(limit or len(items[task]), len(items[task]))
-            records = evaluate(subject, f'{name}_{task}', range(count), of_task,
+            records = evaluate(subject, f"{name}_{task}", range(count), of_task,
                                judging(llama, items[task], prompts, styles, batch_tokens), is_right)
             right[task] = write_task(subject, task, list(records.values()), {**knobs, **of_task},
                                      time.perf_counter() - started)
         if all(right.get(task) for task in FORGETTING):
-            write_mean(subject, 'forgetting', [right[task] for task in FORGETTING], knobs, time.perf_counter() - began)
+            write_mean(subject, "forgetting", [right[task] for task in FORGETTING], knobs, time.perf_counter() - began)
         else:
             print0(f"no forgetting number: that is the mean of {', '.join(FORGETTING)} in the gauntlet's style")

@@ -59,7 +59,7 @@ def test_golden(number, stories, items, mosaic):
     if run["flavour"] == "lm-eval":
         rows, style, key = items[task], "lm_eval", "doc_id"
         pool = ef.load_items(task, str(need("data/arc-challenge/ARC-Challenge-validation.jsonl"))) if few else []
-        shots = ef.lm_eval_shots_from(pool, rows, few)
+        shots = ef.lm_eval_shots_from(pool, rows, few, task)
         bos, limit, most = run["add_bos_token"], run["max_length"], run["max_length"] + 1
         prompts = lambda i: ef.lm_eval_sequences(rows[i], shots[i], delimiter, tok, bos, limit)
     else:
@@ -109,7 +109,7 @@ def test_mmlu_prompt(stories):
     """lm-eval's text for MMLU, by its task file: description, shots of the subject, first come first, letters."""
     _, tok = stories
     test, dev, other = (ef.to_item("mmlu", record) for record in MMLU)
-    [shots] = ef.lm_eval_shots_from([other, dev], [test], 5)
+    [shots] = ef.lm_eval_shots_from([other, dev], [test], 5, "mmlu")
     sequences, _ = ef.lm_eval_sequences(test, shots, ef.DELIMITER["mmlu"], tok)
     front = ("The following are multiple choice questions (with answers) about abstract algebra.\n\n"
              "Which is prime?\nA. 7\nB. 8\nC. 9\nD. 10\nAnswer: A\n\nWhat is 1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:")
@@ -118,6 +118,13 @@ def test_mmlu_prompt(stories):
     assert (test.gold, other.gold) == (1, 3)
     drawn = ef.gauntlet_shots([test, other, dev], 5, 1234)  # within the subject, without itself
     assert drawn == [[dev], [], [test]]
+
+
+def test_lm_eval_draws_one_more_where_it_has_no_test_split():
+    """Its sampler asks for one more than it uses if the splits for shots and tests are the same; both unset are, too."""
+    pool, tests = list(range(20)), [None] * 3
+    assert ef.lm_eval_shots_from(pool, tests, 2, "winogrande") == [[14, 3], [2, 18], [2, 3]]
+    assert ef.lm_eval_shots_from(pool, tests, 2, "arc_challenge") == [[14, 3], [0, 2], [18, 1]]
 
 
 # ----------------------------------------------------------------------------- trees
