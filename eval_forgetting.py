@@ -171,12 +171,20 @@ def draw(count, shots, seed):
 
 
 def lm_eval_shots_from(pool, items, shots, task):
-    """For each item its shots out of `pool`, as lm-eval draws them: one stream; MMLU takes the first of the subject."""
-    if task == "mmlu":
-        return [[shot for shot in pool if shot.subject == item.subject][:shots] for item in items]
-    rng = random.Random(1234)
+    """For each item its shots out of `pool`, as lm-eval draws them: one stream; MMLU takes the first of the subject.
+
+    Raises ValueError for a pool with too few."""
     spare = task in ("hellaswag", "winogrande")  # without a split for shots or tests lm-eval draws one more than it uses
-    return [rng.sample(pool, shots + spare)[:shots] if shots else [] for _ in items]
+    if task != "mmlu" and shots and shots + spare > len(pool):
+        raise ValueError(f"lm_eval_shots={shots}: lm_eval_shot_data holds {len(pool)} items, expected {shots + spare}")
+    rng, drawn = random.Random(1234), []
+    for item in items:
+        some = [shot for shot in pool if shot.subject == item.subject] if task == "mmlu" else \
+            rng.sample(pool, shots + spare) if shots else []
+        if len(some) < shots:
+            raise ValueError(f"lm_eval_shots={shots}: lm_eval_shot_data holds {len(some)} of {item.subject}")
+        drawn.append(some[:shots])
+    return drawn
 
 
 # ----------------------------------------------------------------------------- prompts

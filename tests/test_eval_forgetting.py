@@ -109,7 +109,9 @@ def test_mmlu_prompt(stories):
     """lm-eval's text for MMLU, by its task file: description, shots of the subject, first come first, letters."""
     _, tok = stories
     test, dev, other = (ef.to_item("mmlu", record) for record in MMLU)
-    [shots] = ef.lm_eval_shots_from([other, dev], [test], 5, "mmlu")
+    [shots] = ef.lm_eval_shots_from([other, dev, dev], [test], 1, "mmlu")
+    with pytest.raises(ValueError, match="holds 2 of abstract_algebra"):
+        ef.lm_eval_shots_from([other, dev, dev], [test], 3, "mmlu")
     sequences, _ = ef.lm_eval_sequences(test, shots, ef.DELIMITER["mmlu"], tok)
     front = ("The following are multiple choice questions (with answers) about abstract algebra.\n\n"
              "Which is prime?\nA. 7\nB. 8\nC. 9\nD. 10\nAnswer: A\n\nWhat is 1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:")
@@ -125,6 +127,8 @@ def test_lm_eval_draws_one_more_where_it_has_no_test_split():
     pool, tests = list(range(20)), [None] * 3
     assert ef.lm_eval_shots_from(pool, tests, 2, "winogrande") == [[14, 3], [2, 18], [2, 3]]
     assert ef.lm_eval_shots_from(pool, tests, 2, "arc_challenge") == [[14, 3], [0, 2], [18, 1]]
+    with pytest.raises(ValueError, match="holds 20 items, expected 21"):
+        ef.lm_eval_shots_from(pool, tests, 20, "hellaswag")
 
 
 # ----------------------------------------------------------------------------- trees
