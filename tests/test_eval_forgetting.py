@@ -240,7 +240,7 @@ def test_script(whole):
     assert f"arc_challenge, gauntlet: {cut} of 12 items" in stdout
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 300, 100_000])
+@pytest.mark.parametrize("batch_tokens", [1, 700])
 def test_batch_size_does_not_matter(whole, tmp_path, batch_tokens):
     assert run_here(*argv(tmp_path, f"--batch_tokens={batch_tokens}")).returncode == 0
     assert_same_items(item_lines(whole[0]), item_lines(tmp_path))
@@ -257,7 +257,7 @@ def test_world_size_does_not_matter(whole, tmp_path):
 
 def test_resumes_after_a_kill(whole, tmp_path):
     """SIGKILL in the middle; the rest is done, what was finished is not done again."""
-    command = argv(tmp_path, "--batch_tokens=1", "--limit=400", "--tasks=hellaswag")
+    command = argv(tmp_path, "--batch_tokens=1", "--limit=150", "--tasks=hellaswag")
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     part = tmp_path / "eval_forgetting_hellaswag.jsonl.part0"
     deadline = time.time() + 120
@@ -266,14 +266,14 @@ def test_resumes_after_a_kill(whole, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = part.read_text().splitlines()[:-1]
-    assert 5 < len(before) < 400
+    assert 5 < len(before) < 150
     marked = [json.dumps({**json.loads(line), "mark": True}) for line in before]
     part.write_text("\n".join(marked) + '\n{"id": 3')
-    ran = run_here(*argv(tmp_path, "--limit=400", "--tasks=hellaswag"))
+    ran = run_here(*argv(tmp_path, "--limit=150", "--tasks=hellaswag"))
     assert ran.returncode == 0, ran.stderr
     records = item_lines(tmp_path)["eval_forgetting_hellaswag.jsonl"]
-    assert sorted(r["id"] for r in records) == list(range(400)) and sum("mark" in r for r in records) == len(before)
-    assert f"{len(before)} of 400 items are there already" in ran.stdout
+    assert sorted(r["id"] for r in records) == list(range(150)) and sum("mark" in r for r in records) == len(before)
+    assert f"{len(before)} of 150 items are there already" in ran.stdout
     assert "no forgetting number" in ran.stdout
 
 
