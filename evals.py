@@ -58,6 +58,7 @@ def start_ranks(device):
         atexit.register(dist.destroy_process_group)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
     return device
 
 
@@ -98,13 +99,19 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
         raise ValueError(f"tokenizer has {tok.vocab_size:,} ids, the model {llama.config.vocab_size:,}: not its own")
     identity = {"model": str(base), "adapter": str(adapter), "weights": weights, "dtype": str(dtype)[6:],
                 "tokenizer": tok.sha256}
+    return place(judged, out_dir or (Path("out") / judged.resolve().name), bool(out_dir))._replace(
+        model=llama.eval().requires_grad_(False), tokenizer=tok, identity=identity)
+
+
+def place(judged, elsewhere, always=False):
+    """A Subject without a model: run, step and folder of a checkpoint, whose results.jsonl is its run's; or items and
+    results in the folder `elsewhere`, if `judged` is no checkpoint or if that is asked for."""
     state = judged / "state" / "state.json"
     trained = json.loads(state.read_text()) if state.is_file() else {}
-    name = judged.resolve().parent.name if trained else judged.resolve().name
-    folder = Path(out_dir) if out_dir else judged if trained else Path("out") / name
-    results = (folder.parent if trained and not out_dir else folder) / "results.jsonl"
-    return Subject(llama.eval().requires_grad_(False), tok, name, trained.get("step", 0), trained.get("tokens"),
-                   epoch_of(judged.parent / "log.jsonl", trained.get("step")), folder, results, identity)
+    name, step = (judged.resolve().parent if trained else judged.resolve()).name, trained.get("step", 0)
+    folder, results = (judged, judged.parent) if trained and not always else (Path(elsewhere), Path(elsewhere))
+    return Subject(None, None, name, step, trained.get("tokens"), epoch_of(judged.parent / "log.jsonl", step), folder,
+                   results / "results.jsonl", {})
 
 
 def is_adapter(folder):
@@ -181,6 +188,25 @@ def cut_left(ids, most, bos_id=None):
     cut = max(0, len(ids) - most)
     keep = [bos_id] if cut and ids[0] == bos_id else []
     return keep + ids[cut + len(keep):], cut
+
+
+def digest(records):
+    """A hash of what the records say, whatever file they came in."""
+    return hashlib.sha256(json.dumps(records, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def generate_each(model, prompts, max_new_tokens, stop, finish, n=1, **how):
+    """model.generate, which calls finish(prompt's index, its n lists of new ids) as soon as these are complete."""
+    new, left = [[[] for _ in range(n)] for _ in prompts], [n] * len(prompts)
+
+    def on_token(p, s, token):
+        new[p][s].append(token)
+        left[p] -= len(new[p][s]) == max_new_tokens or stop(new[p][s])
+        if not left[p]:
+            finish(p, new[p])
+            new[p] = None
+
+    model.generate(prompts, max_new_tokens, n=n, stop=stop, on_token=on_token, **how)
 
 
 def evaluate(subject, name, ids, settings, work, running=None):

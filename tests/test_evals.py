@@ -237,6 +237,6 @@ def test_results_hold_every_field_and_no_line_twice(tmp_path):
     write_result(subject, "acc", [1, 0], {"shots": 0}, 1)
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(lines) == 2
-    assert {"run", "step", "tokens", "epoch", "metric", "value", "stderr", "n", "settings", "seconds", "version"} <= lines[0].keys()
+    assert set("run step tokens epoch metric value stderr n settings seconds version".split()) <= lines[0].keys()
     assert lines[0]["value"] == 0.5 and lines[0]["seconds"] == 1.5 and lines[0]["n"] == 2
     assert lines[0]["settings"]["shots"] == 5 and lines[0]["settings"]["dtype"] == "float32"

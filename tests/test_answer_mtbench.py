@@ -1,0 +1,80 @@
+"""answer_mtbench.py: FastChat's answer file from real questions, by a tiny model."""
+import json
+
+import pytest
+from conftest import need, run_here
+
+import answer_mtbench
+from answer_mtbench import TEMPERATURES, next_prompt
+from tokenizer import load_tokenizer
+
+
+def run(tmp_path, name="a", **knobs):
+    knobs = {"model": need("data/stories260k"), "out_dir": tmp_path / name, "max_new_tokens": 20,
+             "questions": need("data/mt-bench/question.jsonl"), **knobs}
+    return run_here("answer_mtbench.py", *(f"--{knob}={value}" for knob, value in knobs.items()))
+
+
+def questions(tmp_path):
+    """One question of each category, as a file."""
+    found = {}
+    for line in need("data/mt-bench/question.jsonl").read_text().splitlines():
+        found.setdefault(json.loads(line)["category"], line)
+    (tmp_path / "q.jsonl").write_text("\n".join(found.values()) + "\n")
+    return tmp_path / "q.jsonl", list(found)
+
+
+def test_the_file_is_fastchats_and_the_same_whatever_the_batch(tmp_path):
+    file, categories = questions(tmp_path)
+    assert set(categories) == set(TEMPERATURES)
+    answers = {}
+    for name, batch in (("a", 8), ("b", 1)):
+        done = run(tmp_path, name, questions=file, batch_size=batch, model_id="tiny")
+        assert done.returncode == 0, done.stderr
+        lines = (tmp_path / name / "mt_bench/model_answer/tiny.jsonl").read_text().splitlines()
+        answers[name] = [json.loads(line) for line in lines]
+    reference = json.loads(need("data/mt-bench/reference_answer_gpt-4.jsonl").read_text().splitlines()[0])
+    asked = [json.loads(line) for line in file.read_text().splitlines()]
+    for line, question in zip(answers["a"], asked, strict=True):
+        assert list(line) == list(reference) and list(line["choices"][0]) == list(reference["choices"][0])
+        assert line["question_id"] == question["question_id"] and line["model_id"] == "tiny"
+        assert len(line["choices"][0]["turns"]) == 2 and all(isinstance(t, str) for t in line["choices"][0]["turns"])
+    drop = lambda lines: [{k: v for k, v in line.items() if k != "tstamp"} for line in lines]
+    assert drop(answers["a"]) == drop(answers["b"])
+    assert len({line["answer_id"] for line in answers["a"]}) == len(asked)
+
+
+def test_started_again_it_answers_what_is_left(tmp_path):
+    assert run(tmp_path, limit=2, bos=False).returncode == 0
+    more = run(tmp_path, limit=3, bos=False)
+    assert more.returncode == 0 and "2 of 3 items are there already" in more.stdout and "3 answers" in more.stdout
+    other = run(tmp_path, limit=3)
+    assert other.returncode == 2 and "made with bos=False, not True" in other.stderr
+
+
+def test_second_prompt_holds_the_first_turn_and_one_eos(monkeypatch):
+    tok = load_tokenizer(need("data/stories260k"))
+    monkeypatch.setattr(answer_mtbench, "template", "U: {message} A:")
+    monkeypatch.setattr(answer_mtbench, "separator", "\n")
+    first = next_prompt(tok, [], "hi {message}")
+    assert first == tok.encode("U: hi {message} A:", bos=True)
+    second = next_prompt(tok, first + [50, 51], "more")
+    assert second == first + [50, 51, tok.eos_id] + tok.encode("\nU: more A:")
+    assert second.count(tok.bos_id) == second.count(tok.eos_id) == 1
+
+
+@pytest.mark.parametrize("knob, value, message", [
+    ("template", "hello", "template: expected {message} in it"), ("max_new_tokens", 512, "leaves no room"),
+    ("questions", "", "questions is not set"), ("questions", "gsm8k/test.jsonl", "expected question_id, category, turns"),
+])
+def test_mistakes_are_one_line(tmp_path, knob, value, message):
+    done = run(tmp_path, **{knob: need(f"data/{value}") if knob == "questions" and value else value})
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_an_answer_ends_before_the_text_that_ends_it(tmp_path):
+    """The next turn's prompt does not hold that text either: 'the' ends every answer here."""
+    done = run(tmp_path, limit=1, stop="the")
+    assert done.returncode == 0, done.stderr
+    line = json.loads((tmp_path / "a/mt_bench/model_answer/stories260k-0.jsonl").read_text())
+    assert all("the" not in turn for turn in line["choices"][0]["turns"])
