@@ -17,7 +17,6 @@ A token that several sequences begin with is computed once: the choices of an it
 after the same shots make one tree, whose tokens see their ancestors. A batch is a flat list of such tokens, without
 padding, and the vocabulary's logits are made only where a choice is scored.
 """
-import hashlib
 import json
 import math
 import random
@@ -30,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import configure, knob_table
-from evals import append_result, evaluate, load_for_eval, read_items, score, start_ranks, write_result
+from evals import append_result, digest, evaluate, load_for_eval, read_items, score, start_ranks, write_result
 from runtime import RANK, device_name, one_line_errors, pick_dtype, print0
 
 # -----------------------------------------------------------------------------
@@ -393,10 +392,6 @@ def check_knobs(knobs):
         raise ValueError("lm_eval_shots needs lm_eval_shot_data, the file they come from, and one task in tasks")
     if knobs["lm_eval_shots"] and knobs["lm_eval_shot_data"] == knobs[knobs["tasks"][0]]:
         raise ValueError(f"lm_eval_shot_data={knobs['lm_eval_shot_data']} is the data of {knobs['tasks'][0]} itself")
-
-
-def digest(items):
-    return hashlib.sha256(json.dumps(items).encode()).hexdigest()[:16]
 
 
 def write_task(subject, task, records, settings, seconds):
