@@ -210,9 +210,9 @@ def lm_eval_sequences(item, shots, delimiter, tok, bos=False, max_len=2048):
     """As gauntlet_sequences, for lm-eval's prompts; its limit is on what goes in, and the last id does not."""
     between = delimiter[:-1]  # lm-eval itself puts the blank before a choice
     front = "".join(f"{context}{between} {choice}\n\n" for context, choice in (shot.pairs[shot.gold] for shot in shots))
-    if item.subject:
+    if item.subject:  # one line end: of the two in its task file, lm-eval 0.4.2 loses one to jinja
         front = ("The following are multiple choice questions (with answers) about "
-                 f"{item.subject.replace('_', ' ')}.\n\n{front}")
+                 f"{item.subject.replace('_', ' ')}.\n{front}")
     sequences = []
     for context, choice in item.pairs:
         text = front + context + between

@@ -106,14 +106,14 @@ MMLU = [{"question": " What is 1 + 1?\n", "choices": ["1", "2", "3", "4"], "answ
 
 
 def test_mmlu_prompt(stories):
-    """lm-eval's text for MMLU, by its task file: description, shots of the subject, first come first, letters."""
+    """lm-eval 0.4.2's text for MMLU, as its code made it: description, shots of the subject, first come first, letters."""
     _, tok = stories
     test, dev, other = (ef.to_item("mmlu", record) for record in MMLU)
     [shots] = ef.lm_eval_shots_from([other, dev, dev], [test], 1, "mmlu")
     with pytest.raises(ValueError, match="holds 2 of abstract_algebra"):
         ef.lm_eval_shots_from([other, dev, dev], [test], 3, "mmlu")
     sequences, _ = ef.lm_eval_sequences(test, shots, ef.DELIMITER["mmlu"], tok)
-    front = ("The following are multiple choice questions (with answers) about abstract algebra.\n\n"
+    front = ("The following are multiple choice questions (with answers) about abstract algebra.\n"
              "Which is prime?\nA. 7\nB. 8\nC. 9\nD. 10\nAnswer: A\n\nWhat is 1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:")
     assert [tok.decode(ids) for ids, _ in sequences] == [f"{front} {letter}" for letter in "ABCD"]
     assert all(tok.decode(ids[-scored:]).strip() == letter for (ids, scored), letter in zip(sequences, "ABCD"))
