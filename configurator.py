@@ -95,7 +95,8 @@ def find_knobs(namespace):
         if not name.startswith("_") and not name.isupper() and (value is None or type(value) in WORDS):
             kind = types.get(name, str) if value is None else type(value)
             items = {type(item) for item in value or ()} if kind is tuple else set()
-            element = items.pop() if len(items) == 1 else float if items == {int, float} else types.get(name, str)
+            element = (items.pop() if len(items) == 1 else float if items == {int, float} else
+                       types.get(name, str) if value == () else str)
             knobs[name] = Knob(value, kind, element, choices.get(name, ()))
     for name in {**types, **choices}:
         if name not in knobs:

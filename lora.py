@@ -221,11 +221,14 @@ def merge_lora(model):
 
 
 def fingerprint(model):
-    """Tells bases apart, loaded in bf16 or better: sha256 of some weights rounded to bf16."""
-    weights = [whole(p)[:64] if p.dim() > 1 else whole(p) for p in
-               (model.norm.weight, model.embed_tokens.weight, model.layers[0].self_attn.qkv_proj.weight)]
+    """Tells bases apart, loaded in bf16 or better; under FSDP all ranks must ask for it."""
+    return fingerprint_of(*map(whole, (model.norm.weight, model.embed_tokens.weight, model.layers[0].self_attn.qkv_proj.weight)))
+
+
+def fingerprint_of(norm, embedding, qkv):
+    """sha256 of the last norm, and of the first 64 rows of the embedding and of the first block's qkv_proj, in bf16."""
     digest = hashlib.sha256()
-    for w in weights:
+    for w in (norm, embedding[:64], qkv[:64]):
         digest.update(w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 

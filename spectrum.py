@@ -18,7 +18,6 @@ import os
 import time
 from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import configure
-from lora import fingerprint, read_adapter_config, resolve_targets
+from lora import fingerprint_of, read_adapter_config, resolve_targets
 from model import PROJECTIONS, LlamaConfig, compare_names, open_weights
 from runtime import device_name, one_line_errors, peak_memory, pick_device, versions
 
@@ -259,12 +258,9 @@ def open_model(folder, config):
         raise ValueError(f"{folder}: its projections do not fit the base's config.json: {problems}")
     get = lambda name: where[name].get_tensor(name)
     embedding = "model.embed_tokens.weight" if "model.embed_tokens.weight" in where else "lm_head.weight"
-    # as much of a model as lora.fingerprint reads
     qkv = torch.cat([get(f"{path_of(0, module)}.weight") for module in PROJECTIONS[:3]])
-    parts = SimpleNamespace(norm=SimpleNamespace(weight=get("model.norm.weight")),
-                            embed_tokens=SimpleNamespace(weight=where[embedding].get_slice(embedding)),
-                            layers=[SimpleNamespace(self_attn=SimpleNamespace(qkv_proj=SimpleNamespace(weight=qkv)))])
-    return Checkpoint(Path(folder), where, None, 1.0, lambda layer, module: True, fingerprint(parts))
+    known_by = fingerprint_of(get("model.norm.weight"), where[embedding].get_slice(embedding), qkv)
+    return Checkpoint(Path(folder), where, None, 1.0, lambda layer, module: True, known_by)
 
 
 def open_adapter(folder, config, base_identity):

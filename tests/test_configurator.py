@@ -208,6 +208,11 @@ def test_types_of_knobs_that_are_none(refused):
     assert refused("--seed=x", space=space()) == "--seed=x: expected an int or None"
 
 
+def test_items_of_an_empty_tuple_have_the_type_that_is_named():
+    space = lambda: {"at": (), "names": (), "_types": {"at": float}}
+    assert configure(space(), ["--at=500,0.25e9", "--names=500"]) == {"at": (500.0, 0.25e9), "names": ("500",)}
+
+
 def test_choices_of_other_types(refused):
     def space():
         return {"bits": 8, "targets": ("q",), "mode": None, "_choices":
