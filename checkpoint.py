@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lora import save_adapter
 from model import fill
-from parallel import RANK, barrier, is_sharded
-from runtime import fsync_folder
+from parallel import barrier, is_sharded
+from runtime import RANK, fsync_folder, write_whole
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
@@ -87,37 +87,27 @@ def save_checkpoint(model, optim, out_dir, state, base, keep_last, keep=()):
 @torch.no_grad()
 def load_optimizer(model, optim, folder):
     """Put the saved momenta back, for any number of ranks; raises ValueError when they are not of this model."""
-    parameters = dict(model.named_parameters())
-    saved = load_momenta(model, folder / "state")
+    state, parameters, momenta = folder / "state", dict(model.named_parameters()), {}
+    if one_file := (state / "optimizer.safetensors").is_file():
+        saved = load_file(state / "optimizer.safetensors")
+    elif (state / ".metadata").is_file():
+        reader = dcp.FileSystemReader(state)
+        saved = reader.read_metadata().state_dict_metadata  # shapes and dtypes; the tensors follow below
+    else:
+        raise ValueError(f"{state}: holds neither optimizer.safetensors nor .metadata")
     for key, value in saved.items():
         name, kind = key.rsplit(":", 1)
-        if name not in parameters or kind != "step" and parameters[name].shape != value.shape:
-            raise ValueError(f"{folder}/state: momentum of {name} {list(value.shape)} fits no parameter of this model")
-        p = parameters[name]
-        if kind == "step" or type(value) is type(p.data):
-            optim.state[p][kind] = value if kind == "step" else value.to(p.device)
-        else:
-            optim.state[p][kind] = torch.zeros_like(p, dtype=value.dtype)
-            fill(optim.state[p][kind], value)
-
-
-def load_momenta(model, state):
-    """Saved tensors by name, in the sharding of this run if they are in torch.distributed.checkpoint's files."""
-    if (state / "optimizer.safetensors").is_file():
-        return load_file(state / "optimizer.safetensors")
-    if not (state / ".metadata").is_file():
-        raise ValueError(f"{state}: holds neither optimizer.safetensors nor .metadata")
-    parameters, reader = dict(model.named_parameters()), dcp.FileSystemReader(state)
-    momenta = {}
-    for key, saved in reader.read_metadata().state_dict_metadata.items():
-        name, kind = key.rsplit(":", 1)
-        if kind != "step" and (name not in parameters or parameters[name].shape != saved.size):
-            raise ValueError(f"{state}: momentum of {name} fits no parameter of this model")
-        momenta[key] = torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[name], dtype=saved.properties.dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is")  # one rank without a process group is fine
-        dcp.load(momenta, storage_reader=reader)
-    return momenta
+        shape, dtype = (value.shape, value.dtype) if one_file else (value.size, value.properties.dtype)
+        if name not in parameters or kind != "step" and parameters[name].shape != shape:
+            raise ValueError(f"{state}: momentum of {name} {list(shape)} fits no parameter of this model")
+        momenta[key] = torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[name], dtype=dtype)
+        if one_file:
+            momenta[key].copy_(value) if kind == "step" else fill(momenta[key], value)
+        optim.state[parameters[name]][kind] = momenta[key]
+    if not one_file:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is")  # one rank without a process group is fine
+            dcp.load(momenta, storage_reader=reader)
 
 
 def checkpoint_state(folder, config, fingerprint, free):
@@ -149,5 +139,4 @@ def start_log(path, last_step):
     """Keep the lines of log.jsonl up to last_step: what a killed run logged beyond its checkpoint is done again."""
     lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
     kept = "".join(line for line in lines if json.loads(line)["step"] <= last_step)
-    path.with_suffix(".tmp").write_text(kept)
-    path.with_suffix(".tmp").rename(path)
+    write_whole(path, kept)

@@ -16,7 +16,6 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -25,12 +24,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from lora import fingerprint, load_adapter, merge_lora
+from lora import fingerprint, is_adapter, load_adapter, merge_lora
 from model import Llama
-from runtime import RANK, pick_device, print0, versions
+from runtime import RANK, WORLD, join_ranks, pick_device, print0, versions, write_whole
 from tokenizer import Tokenizer, load_tokenizer
 
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
 HUB = "hf://datasets/"  # hf://datasets/OWNER/NAME/FILE is a file of a data set on the Hugging Face hub
 
 
@@ -52,13 +50,9 @@ def start_ranks(device):
     """The torch.device of this rank; under torchrun it also joins the others.
 
     The group is gloo's on GPUs as well: only finished records travel. No rank times out waiting for a slower one."""
-    device = pick_device(device)
+    device = join_ranks(pick_device(device), "gloo", timeout=datetime.timedelta(days=7))
     if WORLD > 1:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         atexit.register(dist.destroy_process_group)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
     return device
 
 
@@ -112,10 +106,6 @@ def place(judged, elsewhere, always=False):
     folder, results = (judged, judged.parent) if trained and not always else (Path(elsewhere), Path(elsewhere))
     return Subject(None, None, name, step, trained.get("tokens"), epoch_of(judged.parent / "log.jsonl", step), folder,
                    results / "results.jsonl", {})
-
-
-def is_adapter(folder):
-    return (Path(folder) / "adapter_config.json").is_file()
 
 
 def base_of(adapter):
@@ -268,16 +258,6 @@ def keep_settings(final, settings):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(settings, indent=1))
-
-
-def write_whole(path, text):
-    """A file that is there in full or not at all."""
-    partial = Path(f"{path}.tmp")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 def write_records(path, records):

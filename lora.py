@@ -266,6 +266,11 @@ def save_adapter(model, folder, base_name=""):
     save_file(tensors, folder / "adapter_model.safetensors", metadata)
 
 
+def is_adapter(folder):
+    """Whether a folder is a PEFT adapter's."""
+    return (Path(folder) / "adapter_config.json").is_file()
+
+
 def read_adapter_config(folder):
     """(rank, alpha, dropout, rslora, chosen) of a PEFT folder; chosen(layer, projection) -> adapted?
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from attention import KVCache, causal_attention, document_attention, document_positions
 
@@ -32,7 +32,7 @@ IGNORE = -100  # a target with this value is not predicted
 # our matrix -> the published projections it holds, in row order
 GROUPS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",),
           "gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-KEPT_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)  # by selective activation checkpointing
+KEPT_PRODUCTS = {"aten.mm.default", "aten.addmm.default", "lora.matmul_add.default"}  # by selective activation checkpointing
 PROJECTIONS = tuple(name for group in GROUPS.values() for name in group)
 
 
@@ -351,6 +351,11 @@ def whole(p):
     return p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
+def keep_products(ctx, operator, *args, **kwargs):
+    """Policy of selective activation checkpointing: big products are kept for backward, all else is done again."""
+    return CheckpointPolicy.MUST_SAVE if str(operator) in KEPT_PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 class Llama(nn.Module):
     """The network; see the head of this file for use. `compute_dtype` is the dtype of activations."""
 
@@ -403,7 +408,7 @@ class Llama(nn.Module):
         x = F.embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
         redo = dict(use_reentrant=False)
         if self.activation_checkpointing == "selective":
-            redo["context_fn"] = partial(create_selective_checkpoint_contexts, list(KEPT_PRODUCTS))
+            redo["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products)
         for block in self.layers:
             if self.activation_checkpointing != "none" and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, docs, **redo)

@@ -1,27 +1,14 @@
-"""Many ranks: joining torchrun's process group, sharding with FSDP2, sums over ranks.
+"""Many ranks: sharding with FSDP2, sums over ranks.
 
 Every rank works on its share of a batch's rows; losses and gradients are sums over ranks, never means, because each
 loss is divided by a count of the whole batch beforehand. Without torchrun there is one rank and all of this is idle.
 """
-import os
-
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-LOCAL_RANK, LOCAL_WORLD = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-
-
-def join(device):
-    """Join the process group, NCCL on GPUs and gloo on CPUs; returns the device of this rank."""
-    if device.type == "cuda":
-        device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
-        torch.cuda.set_device(device)
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
+from runtime import LOCAL_WORLD, WORLD
 
 
 def leave():

@@ -319,7 +319,7 @@ def place_names(fig):
         if not ends:
             continue
         box = ax.get_window_extent()
-        (left, right), to_axes = ax.get_xlim(), ax.transAxes.inverted()
+        right, to_axes = ax.get_xlim()[1], ax.transAxes.inverted()
         heights = [to_axes.transform(ax.transData.transform((right if at is None else at, y)))[1] for at, y, _, _ in ends]
         order = sorted(range(len(ends)), key=lambda i: heights[i])
         gap = 7 * 1.15 * fig.dpi / 72 / box.height

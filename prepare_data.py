@@ -414,10 +414,8 @@ class Split:
     def summary(self, **more):
         """The counts for meta.json."""
         last = int(np.flatnonzero(self.histogram)[-1]) + 1
-        with open(f"{self.folder}/{self.name}.bin", "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return {**self.counts, **more, "dropped": self.dropped.total(), "dropped_why": dict(+self.dropped),
-                "lengths": self.histogram[:last].tolist(), "sha256": sha256}
+                "lengths": self.histogram[:last].tolist(), "sha256": file_sha256(f"{self.folder}/{self.name}.bin")}
 
 
 def fill_splits(splits, work, count, limit=2**64, repeated=None):
@@ -821,7 +819,8 @@ if __name__ == "__main__":
                     "decontaminated": [{"path": path, "records": n, "short": short} for path, n, short in eval_counts],
                     "eval_records_found": len(total["hits"]), "settings": settings, "versions": versions,
                     "splits": {name: finish(split, job, pad) for name, split in splits.items()}}
-            meta["files"] = {name: file_sha256(f"{folder}/{name}") for name in sorted(os.listdir(folder))}
+            hashed = {f"{name}.bin": counts["sha256"] for name, counts in meta["splits"].items()}  # tokens: read once
+            meta["files"] = {name: hashed.get(name) or file_sha256(f"{folder}/{name}") for name in sorted(os.listdir(folder))}
             meta["examples"] = examples_of(folder, "train", meta, tok)
             Path(folder, "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 

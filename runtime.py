@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-RANK = int(os.environ.get("RANK", 0))
+# torchrun's; one rank without it
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 # Dense bf16 TFLOP/s of one GPU by a part of its name, first match counts (vendors' data sheets).
 PEAK_TFLOPS = (("GB200", 2500), ("B200", 2250), ("GH200", 989), ("H200", 989), ("H100 PCIe", 756), ("H100 NVL", 835),
@@ -47,6 +49,16 @@ def pick_device(device):
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device}: no GPU is visible to PyTorch {torch.__version__}; try --device=cpu")
     return torch.device(device)
+
+
+def join_ranks(device, backend="", **how):
+    """Join torchrun's process group, by default NCCL on GPUs and gloo on CPUs; returns the device of this rank."""
+    if device.type == "cuda":
+        device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    if WORLD > 1:
+        torch.distributed.init_process_group(backend or ("nccl" if device.type == "cuda" else "gloo"), **how)
+    return device
 
 
 def pick_dtype(dtype, device):
@@ -103,6 +115,16 @@ def fsync_folder(folder):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_whole(path, text):
+    """A file that is there in full or not at all."""
+    partial = Path(f"{path}.tmp")
+    with open(partial, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(path)
 
 
 def append_jsonl(path, record):

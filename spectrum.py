@@ -14,7 +14,6 @@ plot.py draws OUT.
 import hashlib
 import json
 import math
-import os
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -24,10 +23,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from checkpoint import checkpoints as checkpoints_of
 from configurator import configure
-from lora import fingerprint_of, read_adapter_config, resolve_targets
+from lora import fingerprint_of, is_adapter, read_adapter_config, resolve_targets
 from model import PROJECTIONS, LlamaConfig, compare_names, open_weights
-from runtime import device_name, one_line_errors, peak_memory, pick_device, versions
+from runtime import device_name, one_line_errors, peak_memory, pick_device, versions, write_whole
 
 # -----------------------------------------------------------------------------
 base = ''                # model folder of W0; '' = the one the checkpoints name
@@ -282,10 +282,6 @@ def open_adapter(folder, config, base_identity):
     return Checkpoint(Path(folder), where, rank, alpha / (rank ** 0.5 if rslora else rank), chosen, digest)
 
 
-def is_adapter(folder):
-    return (Path(folder) / "adapter_config.json").is_file()
-
-
 def find_checkpoints(folders):
     """The checkpoint folders among `folders`, run folders replaced by all their complete checkpoints in order of steps.
 
@@ -294,8 +290,7 @@ def find_checkpoints(folders):
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise FileNotFoundError(f"tuned: {folder}: no such folder")
-        steps = [p for p in folder.glob("step_*") if p.name[5:].isdigit() and (p / "state" / "state.json").is_file()]
-        found += sorted(steps, key=lambda p: int(p.name[5:])) or [folder]
+        found += [path for _, path in checkpoints_of(folder)] or [folder]
     if not found:
         raise ValueError("tuned is not set; see --help")
     if twice := [str(p) for p in found if found.count(p) > 1]:
@@ -379,16 +374,6 @@ def cost_of(shape, checkpoints, with_vectors):
 
 
 # ----------------------------------------------------------------------------- files
-def write_whole(path, text):
-    """A file that is there in full or not at all."""
-    partial = Path(f"{path}.tmp")
-    with open(partial, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-
-
 def check_made_with(path, header):
     """Raises ValueError when the file at `path` (OUT or OUT.part) was made from something else, or is not whole."""
     try:

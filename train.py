@@ -21,15 +21,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import (checkpoint_state, checkpoints, load_optimizer, lock, newest_checkpoint, save_checkpoint, start_log)
+from checkpoint import checkpoint_state, load_optimizer, lock, newest_checkpoint, save_checkpoint, start_log
 from configurator import configure, knob_table
 from lion import DecoupledAdamW, DecoupledLionW
-from lora import LoRAProjection, apply_lora, apply_saved_lora, init_adapters, load_adapter_weights
+from lora import apply_lora, apply_saved_lora, init_adapters, load_adapter_weights
 from model import IGNORE, Llama, LlamaConfig, whole
-from parallel import LOCAL_WORLD, RANK, WORLD, add_up, add_up_gradients, barrier, is_sharded, join, leave, shard_model
+from parallel import add_up, add_up_gradients, is_sharded, leave, shard_model
 from rows import TokenRows, rows_of_step, stack
-from runtime import (append_jsonl, device_name, matmul_flops, one_line_errors, peak_flops, peak_memory, pick_device,
-                     pick_dtype, print0, versions)
+from runtime import (LOCAL_WORLD, RANK, WORLD, append_jsonl, device_name, join_ranks, matmul_flops, one_line_errors,
+                     peak_flops, peak_memory, pick_device, pick_dtype, print0, versions)
 
 # -----------------------------------------------------------------------------
 # what
@@ -210,8 +210,9 @@ def predict_memory(model, microbatch, seq_len, compute_bytes, shards=1, checkpoi
     # kept for backward of a block: two residuals, two normed inputs, qkv, rotated q and k, attention output,
     # gate and up, their product
     inside = 4 * c.hidden_size + 2 * qkv + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size
-    kept = {"none": 0, "block": c.hidden_size, "selective": c.hidden_size + 2 * qkv + 2 * c.intermediate_size}[checkpointing]
-    per_token = c.num_hidden_layers * inside if checkpointing == "none" else c.num_hidden_layers * kept + inside
+    products = qkv + 2 * c.hidden_size + 2 * c.intermediate_size
+    kept = {"none": inside, "block": c.hidden_size, "selective": c.hidden_size + products}[checkpointing]
+    per_token = c.num_hidden_layers * kept + (inside if checkpointing != "none" else 0)  # the block that is done again
     if shards > 1:  # two blocks at a time, and the rest of the model
         blocks = sum(p.numel() for p in model.layers.parameters())
         copies = (sum(p.numel() for p in parameters) - blocks + 2 * blocks // c.num_hidden_layers) * compute_bytes
@@ -300,7 +301,7 @@ if __name__ == "__main__":
         config = configure(globals())
         print0(knob_table(globals()))
         check_knobs()
-        device = join(pick_device(device))
+        device = join_ranks(pick_device(device))
         compute_dtype = pick_dtype(dtype, device)
         train_rows = TokenRows(data, "train", seq_len, doc_mask)
         held_out = {"val": data} if "val" in train_rows.meta["splits"] else {}
@@ -393,7 +394,7 @@ if __name__ == "__main__":
             validate(0)
         elif state["step"] >= steps:
             print0(f"{started_from}: the run is complete")
-        window, started, skipped_in_a_row = [], time.perf_counter(), []
+        window, started, skipped_in_a_row = [], time.perf_counter(), 0
         for step in range(first := state["step"], steps):
             clock = time.perf_counter()
             batch = rows_of_step(step, global_batch, len(train_rows), seed, shuffle)
@@ -405,15 +406,15 @@ if __name__ == "__main__":
             loss, stops = add_up(loss.item(), len(stop), device=device)  # all ranks stop, or none
             done = step + 1
             if not (math.isfinite(loss) and math.isfinite(norm)):  # sums over ranks: all of them see it
-                skipped_in_a_row.append((done, batch.tolist()))
+                skipped_in_a_row += 1
                 state["skipped"] += 1
                 print0(f"WARNING: step {done} skipped: loss {loss}, gradient norm {norm}")
                 append_jsonl(log, {"step": done, "skipped": batch.tolist(), "loss": str(loss), "grad_norm": str(norm)})
-                if len(skipped_in_a_row) >= max_skipped:
+                if skipped_in_a_row >= max_skipped:
                     raise ValueError(f"{max_skipped} steps in a row without a finite loss and gradient norm, the last {done}; "
                                      f"their rows are in {log} under 'skipped'")
             else:
-                skipped_in_a_row = []
+                skipped_in_a_row = 0
                 if step == first:
                     check_first_step(model, loss, fresh=scratch and not started_from)
                 optim.step()

@@ -157,6 +157,6 @@ def test_activation_checkpointing_changes_no_gradient(setting, kind, what):
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused_with_the_nearest_that_do(setting, monkeypatch):
-    monkeypatch.setattr("parallel.WORLD", 3)
+    monkeypatch.setattr("runtime.WORLD", 3)
     result = run_here("train.py", *last_of([*setting[1], *KNOBS, "--out_dir=out"]))
     assert result.returncode == 2 and "microbatch=1 on 3 ranks does not divide global_batch=8; the nearest that does is 9" in result.stderr

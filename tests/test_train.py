@@ -5,7 +5,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import train
+from checkpoint import checkpoints
 from lora import apply_lora
 from model import IGNORE, Llama, LlamaConfig
 
@@ -268,10 +268,10 @@ def test_sigterm_saves_and_exits_0_and_resume_goes_on(setting):
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 0 and "stopped by SIGTERM" in output
-    (step, path), = train.checkpoints(folder / "out")
+    (step, path), = checkpoints(folder / "out")
     again = start(setting, "out", f"--max_steps={step + 2}", "--lora_rank=2", "--resume=True")
     assert again.wait(timeout=60) == 0
-    assert [s for s, _ in train.checkpoints(folder / "out")] == [step, step + 2]
+    assert [s for s, _ in checkpoints(folder / "out")] == [step, step + 2]
 
 
 def test_half_written_checkpoint_is_ignored_and_full_disk_keeps_the_last(tmp_path):
@@ -288,10 +288,10 @@ def test_half_written_checkpoint_is_ignored_and_full_disk_keeps_the_last(tmp_pat
             save(2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [s for s, _ in train.checkpoints(tmp_path)] == [1] and not (tmp_path / "step_2").exists()
+    assert [s for s, _ in checkpoints(tmp_path)] == [1] and not (tmp_path / "step_2").exists()
     for step in (3, 4):
         save(step)
-    assert [s for s, _ in train.checkpoints(tmp_path)] == [3, 4]
+    assert [s for s, _ in checkpoints(tmp_path)] == [3, 4]
 
 
 # ----------------------------------------------------------------------------- bad input
