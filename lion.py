@@ -7,8 +7,14 @@ made at a parameter's first step, in its dtype.
 """
 import math
 import warnings
+from importlib.util import find_spec
 
 import torch
+
+
+def local(tensors):
+    """What this rank holds of FSDP's tensors: an update is elementwise, so each rank's part is updated alone."""
+    return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
 
 
 def buckets(columns):
@@ -16,8 +22,7 @@ def buckets(columns):
 
     All operations of an update run on one list before the next: on a CPU a list fits the cache, so
     memory is read and written once an update; on a GPU it bounds the temporaries."""
-    # FSDP's tensors: the update is elementwise, so each rank's part is updated alone
-    columns = [[t.to_local() if hasattr(t, "to_local") else t for t in tensors] for tensors in columns]
+    columns = list(map(local, columns))
     limit = 2 ** 18 if columns and columns[0][0].device.type == "cpu" else 2 ** 26
     rows, size = [], 0
     for tensors in columns:
@@ -61,7 +66,7 @@ class Decoupled(torch.optim.Optimizer):
 class DecoupledLionW(Decoupled):
     """Lion (Chen et al. 2023): p -= lr * sign(b1 m + (1 - b1) g), then m = b2 m + (1 - b2) g.
 
-    sign(0) = 0: an entry whose gradient and momentum are zero does not move."""
+    sign(0) = 0: an entry whose gradient and momentum are zero does not move. One Triton kernel on a GPU."""
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
         super().__init__(params, lr, betas, weight_decay)
@@ -71,7 +76,13 @@ class DecoupledLionW(Decoupled):
         for p in params:
             if not self.state[p]:
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
-        for p, g, m in buckets((p, p.grad, self.state[p]["exp_avg"]) for p in params):
+        columns = [(p, p.grad, self.state[p]["exp_avg"]) for p in params]
+        if columns and params[0].is_cuda and params[0].dtype != torch.float64 and find_spec("triton"):
+            from lion_kernel import lion_step
+            for tensors in map(local, columns):
+                lion_step(*tensors, decay, lr, betas)
+            return
+        for p, g, m in buckets(columns):
             if decay != 1:
                 torch._foreach_mul_(p, decay)
             direction = torch._foreach_lerp(m, g, 1 - betas[0])

@@ -113,6 +113,16 @@ class LoRAMatmul(torch.autograd.Function):
         return dx, None, dA, dB, None, None, None, None
 
 
+def lora_matmul(kernel, x, W, A, B, spans, scale, p, seeds):
+    """LoRAMatmul's value by kernel 'torch', or by those of lora_kernels.py, with the low-rank term 'fused' into the product
+    with W or 'added' to it."""
+    if kernel == "torch":
+        return LoRAMatmul.apply(x, W, A, B, spans, scale, p, seeds)
+    drop = round(p * 2 ** 32)
+    return torch.ops.lora.forward(x, W, A, B, seeds if drop else None, [s for s, _ in spans], [e for _, e in spans],
+                                  scale / (1 - drop / 2 ** 32), drop, kernel == "fused")[0]
+
+
 def adapter_parts(A, B, spans, dtype):
     """The A_i [r, K] and B_i [rows_i, r] of each span, in the dtype of the matmul."""
     return A.to(dtype).split(B.shape[1]), B.to(dtype).split([end - start for start, end in spans])
@@ -123,7 +133,7 @@ class LoRAProjection(nn.Module):
 
     def __init__(self, projection, adapted, rank, scale, dropout):
         super().__init__()
-        self.parts, self.adapted, self.rank = projection.parts, adapted, rank
+        self.parts, self.adapted, self.rank, self.kernel = projection.parts, adapted, rank, "torch"
         self.scale, self.dropout, self.weight = scale, dropout, projection.weight
         ends = torch.tensor(list(self.parts.values())).cumsum(0).tolist()
         self.spans = tuple((end - self.parts[name], end) for name, end in zip(self.parts, ends) if name in adapted)
@@ -135,8 +145,8 @@ class LoRAProjection(nn.Module):
     def forward(self, x):
         p = self.dropout if self.training else 0.0
         seeds = torch.randint(-2 ** 31, 2 ** 31, (len(self.adapted), 2), dtype=torch.int32) if p else None
-        y = LoRAMatmul.apply(x.flatten(0, -2), self.weight.to(x.dtype), self.lora_A, self.lora_B,
-                             self.spans, self.scale, p, seeds)
+        y = lora_matmul(self.kernel, x.flatten(0, -2), self.weight.to(x.dtype), self.lora_A, self.lora_B,
+                        self.spans, self.scale, p, seeds)
         return y.view(*x.shape[:-1], -1)
 
     def init_weights(self):
@@ -231,6 +241,64 @@ def fingerprint_of(norm, embedding, qkv):
     for w in (norm, embedding[:64], qkv[:64]):
         digest.update(w.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+# ----------------------------------------------------------------------------- which kernel
+def milliseconds(run, repeats=10):
+    """Median time of run() on the GPU, after three rounds to warm up."""
+    times = []
+    for _ in range(3 + repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times[3:])[repeats // 2]
+
+
+def time_kernel(kernel, shape, spans, rank, p, rows, dtype, device, compiled):
+    """Milliseconds of forward and backward of one projection group, with random operands."""
+    N, K = shape
+    x, W, dy = (torch.randn(size, device=device, dtype=dtype) for size in ((rows, K), (N, K), (rows, N)))
+    x.requires_grad_()
+    sizes = (len(spans) * rank, K), (sum(end - start for start, end in spans), rank)
+    A, B = (torch.randn(size, device=device, requires_grad=True) for size in sizes)
+    seeds = torch.zeros(len(spans), 2, dtype=torch.int32)
+    matmul = torch.compile(lora_matmul) if compiled else lora_matmul
+    return milliseconds(lambda: torch.autograd.grad(matmul(kernel, x, W, A, B, spans, 2.0, p, seeds), (x, A, B), dy))
+
+
+def choose_kernel(model, kernel, rows, dtype, device, compiled=False):
+    """Set what every adapter computes with, for `rows` tokens at once; returns lines that say so.
+
+    'torch'; 'triton': the kernels of lora_kernels.py, 'fused' or 'added' as measured; 'auto': the fastest of the three.
+    Raises ValueError when the kernels are asked for and cannot run."""
+    if kernel == "torch" or kernel == "auto" and device.type == "cpu":
+        return []
+    try:
+        import lora_kernels
+        lora_kernels.check(dtype, device)
+    except (ImportError, ValueError) as e:
+        if kernel == "auto":
+            return [f"lora_kernel: torch ({e})"]
+        raise ValueError(f"lora_kernel=triton: Triton is not installed ({e})" if isinstance(e, ImportError) else e) from None
+    modules = [m for m in model.modules() if isinstance(m, LoRAProjection)]
+    key_of = lambda m: (tuple(m.weight.shape), m.spans, m.rank, m.dropout)
+    times = {}
+    for key in dict.fromkeys(map(key_of, modules)):
+        names = ("fused", "added") if kernel == "triton" else ("torch", "fused", "added")
+        times[key] = ({name: time_kernel(name, *key, rows, dtype, device, compiled) for name in names}
+                      if device.type == "cuda" else {"fused": 0.0})  # the interpreter has no times
+    if dist.is_initialized():  # rank 0's, so that all ranks do the same
+        box = [times]
+        dist.broadcast_object_list(box)
+        times, = box
+    for m in modules:
+        m.kernel = min(times[key_of(m)], key=times[key_of(m)].get)
+    return [f"lora_kernel: {N} x {K}, {len(spans)} adapters of rank {rank}: {min(found, key=found.get)}; ms of forward and "
+            f"backward: " + ", ".join(f"{name} {ms:.3f}" for name, ms in found.items())
+            for ((N, K), spans, rank, _), found in times.items()]
 
 
 # ----------------------------------------------------------------------------- PEFT folders

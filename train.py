@@ -24,7 +24,7 @@ import torch
 from checkpoint import checkpoint_state, load_optimizer, lock, newest_checkpoint, save_checkpoint, start_log
 from configurator import configure, knob_table
 from lion import DecoupledAdamW, DecoupledLionW
-from lora import apply_lora, apply_saved_lora, init_adapters, load_adapter_weights
+from lora import apply_lora, apply_saved_lora, choose_kernel, init_adapters, load_adapter_weights
 from model import IGNORE, Llama, LlamaConfig, whole
 from parallel import add_up, add_up_gradients, is_sharded, leave, shard_model
 from rows import TokenRows, rows_of_step, stack
@@ -46,6 +46,7 @@ lora_alpha = None            # scale is alpha / rank; None = 2 * rank, as in the
 lora_dropout = 0.05          # on the adapter's input
 lora_targets = 'all'         # all | attention | mlp | names with commas, of q k v o gate up down _proj
 rslora = False               # scale alpha / sqrt(rank) instead
+lora_kernel = 'auto'         # torch: plain products | triton: fused kernels | auto: torch on a CPU, on a GPU the faster
 adapter = ''                 # go on from this PEFT folder (its rank, alpha, targets) instead of a new adapter
 # batch and duration (exactly one of the three max_)
 global_batch = 32            # rows a step
@@ -95,11 +96,11 @@ _types = {'checkpoint_at': float, 'lora_alpha': float, 'warmup_steps': int, 'coo
 _choices = {'optimizer': ('lionw', 'adamw'), 'loss_norm': ('token', 'paper'),
             'schedule': ('cosine', 'inv_sqrt', 'constant'), 'dtype': ('auto', 'float32', 'bfloat16', 'float64'),
             'param_dtype': ('float32', 'bfloat16', 'float64'), 'shard': ('auto', 'none', 'full', 'hybrid'),
-            'activation_checkpointing': ('none', 'block', 'selective')}
+            'lora_kernel': ('auto', 'torch', 'triton'), 'activation_checkpointing': ('none', 'block', 'selective')}
 # may differ between a checkpoint and the run that resumes it
 _free = {'out_dir', 'resume', 'resume_from', 'checkpoint_at', 'max_skipped', 'shard', 'shard_ranks',
          'activation_checkpointing', 'val_data', 'log_interval', 'eval_interval', 'eval_rows', 'save_interval', 'keep_last',
-         'device', 'compile', 'max_steps', 'max_epochs', 'max_tokens'}
+         'device', 'compile', 'lora_kernel', 'max_steps', 'max_epochs', 'max_tokens'}
 
 
 # ----------------------------------------------------------------------------- schedules
@@ -334,6 +335,9 @@ if __name__ == "__main__":
         elif is_lora:
             apply_lora(model, lora_rank, 2 * lora_rank if lora_alpha is None else lora_alpha, lora_dropout,
                        lora_targets, rslora)
+        if is_lora:
+            for line in choose_kernel(model, lora_kernel, microbatch * train_rows.seq_len, compute_dtype, device, compile):
+                print0(line)
         model.compute_dtype = compute_dtype
         model.activation_checkpointing = activation_checkpointing
         how, shards = choose_sharding(model, microbatch, train_rows.seq_len, compute_dtype.itemsize, device)
