@@ -10,6 +10,10 @@ test: .venv/installed-test
 bench: .venv/installed-test
 	$(BIN)/python bench.py
 
+gpu: .venv/installed-test
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python bench.py --parts=kernels,full,lora --out=gpu.json
+
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -r requirements.txt
@@ -19,4 +23,4 @@ bench: .venv/installed-test
 	$(BIN)/pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: quickstart test bench
+.PHONY: quickstart test bench gpu

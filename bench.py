@@ -3,12 +3,14 @@ Speed and memory against Hugging Face transformers + peft, in one process, runs 
 
     python bench.py --model=models/smollm2-135m                # the real weights
     python bench.py                                            # random weights of SmolLM2-135M's shape
+    python bench.py --parts=kernels                            # LoRA's products alone, at Llama-2's shapes, on a GPU
 
 Same weights, data, dtype and threads for both sides; each figure is the median over --repeats rounds. The peer gets
 its fastest settings known to us: weights in `dtype` (no autocast), SDPA attention, fused AdamW; peft adapters as
 peft makes them. Ours: full finetuning keeps fp32 master weights, as train.py does, and LoRA fp32 adapters.
 """
 import gc
+import itertools
 import json
 import statistics
 import subprocess
@@ -18,20 +20,25 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from configurator import configure, knob_table
 from lion import DecoupledLionW
-from lora import apply_lora
+from lora import apply_lora, choose_kernel, lora_matmul, milliseconds
 from model import Llama, LlamaConfig
 from runtime import device_name, one_line_errors, peak_memory, pick_device, versions
 
 # -----------------------------------------------------------------------------
 model = ''               # model folder; '' = random weights of SmolLM2-135M's shape
-parts = ('full', 'lora', 'greedy', 'samples')   # what to measure, of these four
+parts = ('full', 'lora', 'greedy', 'samples')   # what to measure, of these four and kernels
 rows = 4                 # training: rows a step
 seq_len = 512            # and tokens a row
 lora_rank = 16
 lora_dropout = 0.05
+lora_kernel = 'auto'     # ours, training: auto | torch | triton
+kernel_shapes = ('7b', '13b', '70b')   # kernels: Llama-2's, or tiny
+kernel_ranks = (16, 64, 256)
+kernel_rows = (8192,)    # tokens at once
 prompts = 16             # greedy: prompts at once, of 32 to 96 tokens
 samples = 50             # samples: of one prompt of 128 tokens, temperature 0.8, top_p 0.95
 new_tokens = 64          # of each continuation
@@ -42,17 +49,20 @@ dtype = 'bfloat16'
 device = 'auto'          # auto | cpu | cuda | cuda:N
 side = 'both'            # both in turn | ours | peer: one alone, which is how peak memory is measured
 out = ''                 # also write the results to this JSON file
-_choices = {'parts': ('full', 'lora', 'greedy', 'samples'), 'dtype': ('float32', 'bfloat16'),
-            'side': ('both', 'ours', 'peer')}
+_choices = {'parts': ('full', 'lora', 'greedy', 'samples', 'kernels'), 'lora_kernel': ('auto', 'torch', 'triton'),
+            'dtype': ('float32', 'bfloat16'), 'side': ('both', 'ours', 'peer')}
 
 SMOLLM2_135M = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                     num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
                     rope_theta=100000.0, tie_word_embeddings=True)
 
+SHAPES = {"7b": (4096, 4096, 11008), "13b": (5120, 5120, 13824), "70b": (8192, 1024, 28672), "tiny": (64, 32, 160)}
+
 
 def peak_of(side, kind, folder):
     """Peak memory in GB of one side alone, in a process of its own that takes two rounds of `kind`."""
-    knobs = {name: globals()[name] for name in config if name not in ("parts", "side", "repeats", "out", "model")}
+    others = {"parts", "side", "repeats", "out", "model", "kernel_shapes", "kernel_ranks", "kernel_rows"}
+    knobs = {name: globals()[name] for name in config if name not in others}
     argv = [sys.executable, __file__, f"--model={folder}", f"--parts={kind}", f"--side={side}", "--repeats=1",
             *(f"--{name}={value}" for name, value in knobs.items())]
     lines = subprocess.run(argv, check=True, text=True, capture_output=True).stdout.splitlines()
@@ -77,6 +87,8 @@ def ours(folder, kind):
     llama.compute_dtype = getattr(torch, dtype)
     if kind == "lora":
         apply_lora(llama, lora_rank, 2 * lora_rank, lora_dropout)
+        for line in choose_kernel(llama, lora_kernel, rows * seq_len, getattr(torch, dtype), device, compile):
+            print(line)
     if compile and kind in ("full", "lora"):
         for block in llama.layers:
             block.compile()
@@ -138,6 +150,81 @@ def generation_rounds(folder, kind, sides):
     return alternate(runs)
 
 
+def peft_matmul(x, W, A, B, spans, scale, p):
+    """What peft computes for a group, eagerly: a linear, a dropout and two small linears for each projection."""
+    parts = zip(W.split([end - start for start, end in spans]), A.split(B.shape[1]), B.split([e - s for s, e in spans]))
+    return torch.cat([F.linear(x, w) + F.linear(F.linear(F.dropout(x, p), a), b) * scale for w, a, b in parts], -1)
+
+
+def kernel_times(name, N, K, spans, rank, T):
+    """One line of the kernel table: times of a group's forward and backward by variant, and errors without dropout.
+
+    Errors are the largest of y, dx, dA, dB against float64, by norm, for at most 512 rows."""
+    generator, how = torch.Generator(device).manual_seed(0), dict(device=device, dtype=getattr(torch, dtype))
+    draw = lambda *shape: torch.randn(shape, generator=generator, device=device)
+    x, W, dy = draw(T, K).to(**how), (draw(N, K) / K ** 0.5).to(**how), draw(T, N).to(**how)
+    A, B = draw(len(spans) * rank, K) / K ** 0.5, draw(N, rank) / rank ** 0.5  # fp32, except peft's, its fastest
+    seeds = torch.zeros(len(spans), 2, dtype=torch.int32)
+    if name == "peft":
+        A, B = A.to(**how), B.to(**how)
+
+    def forward(x, W, A, B, p):
+        if name == "plain":
+            return x @ W.T
+        return peft_matmul(x, W, A, B, spans, 2.0, p) if name == "peft" else lora_matmul(name, x, W, A, B, spans, 2.0, p, seeds)
+
+    def gradients(x, W, A, B, dy, p, compute):
+        wanted = [t.detach().requires_grad_() for t in (x, A, B)][:1 if name == "plain" else 3]
+        y = compute(*wanted[:1], W, *(wanted[1:] or (A, B)), p)
+        return [y, *torch.autograd.grad(y, wanted, dy)]
+
+    timed = milliseconds if torch.device(device).type == "cuda" else lambda run: 1e3 * statistics.median(alternate({0: run})[0])
+    with torch.no_grad():
+        ms = timed(lambda: forward(x, W, A, B, lora_dropout))
+    both = timed(lambda: gradients(x, W, A, B, dy, lora_dropout, forward))
+    few = [t[:512] for t in (x, dy)]
+    got = gradients(few[0], W, A, B, few[1], 0.0, forward)
+    exact = [t.double() for t in (few[0], W, A, B, few[1])]
+    want = gradients(*exact, 0.0, (lambda x, W, A, B, p: x @ W.T) if name == "plain" else
+                     lambda x, W, A, B, p: peft_matmul(x, W, A, B, spans, 2.0, p))
+    flops, moved = 2 * T * N * K, (T * K + N * K + T * N) * x.itemsize
+    small = 0 if name == "plain" else 2 * T * rank * (len(spans) * K + N)
+    return {"variant": name, "N": N, "K": K, "rank": rank, "tokens": T, "forward_ms": ms, "backward_ms": both - ms,
+            "tflops": (2 * flops + 3 * small) / both / 1e9, "gb_per_s": 2 * moved / both / 1e6,
+            "error": max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want))}
+
+
+def kernel_table():
+    """Times of LoRA's products for each group of the shapes; the floor is 'plain', the two products with W alone.
+
+    GB/s counts x, W and y once in each direction; TFLOP/s the true number of operations."""
+    cuda = torch.device(device).type == "cuda"
+    if not cuda and set(kernel_shapes) != {"tiny"}:
+        raise ValueError(f"parts=kernels: shapes {','.join(kernel_shapes)} need a GPU; --kernel_shapes=tiny runs on a CPU")
+    names, table = ["plain", "peft", "torch"], []
+    try:
+        import lora_kernels
+        lora_kernels.check(getattr(torch, dtype), torch.device(device))
+        names += ["fused", "added"]
+    except (ImportError, ValueError) as e:
+        print(f"without fused and added: {e}")
+    if not cuda:
+        print("kernels on a CPU: their times say nothing of a GPU" + ", they run in an interpreter" * ("fused" in names))
+    for shape, T, rank in itertools.product(kernel_shapes, kernel_rows, kernel_ranks):
+        d, kv, ff = SHAPES[shape]
+        for group, sizes, K in (("qkv", (d, kv, kv), d), ("o", (d,), d), ("gate_up", (ff, ff), d), ("down", (d,), ff)):
+            spans = tuple((end - n, end) for n, end in zip(sizes, itertools.accumulate(sizes)))
+            for name in names:
+                found = kernel_times(name, sum(sizes), K, spans, rank, T)
+                total = found["forward_ms"] + found["backward_ms"]
+                floor = total if name == "plain" else floor
+                print(f"{shape:4} {group:7} tokens {T:5} r={rank:<3} {name:5}  forward {found['forward_ms']:8.3f} ms  backward "
+                      f"{found['backward_ms']:8.3f} ms  {total / floor - 1:+7.1%} of plain  {found['tflops']:6.1f} TFLOP/s  "
+                      f"{found['gb_per_s']:6.0f} GB/s  error {found['error']:.1e}", flush=True)
+                table.append({"shape": shape, "group": group, **found})
+    return table
+
+
 def alternate(runs):
     """Seconds of `repeats` rounds of every run, in turn, so that a slow moment of the machine hits all."""
     seconds = {name: [] for name in runs}
@@ -158,7 +245,7 @@ if __name__ == "__main__":
         if side == "both":
             print(knob_table(globals()))
         device = pick_device(device)
-        if not model:
+        if not model and set(parts) != {"kernels"}:
             Llama(LlamaConfig(**SMOLLM2_135M)).init_weights().save_pretrained(_scratch)
         folder = model or _scratch
         sides = ("ours", "peer") if side == "both" else (side,)
@@ -166,6 +253,9 @@ if __name__ == "__main__":
             print(f"{device_name(device)}, {versions()}")
         results = {}
         for kind in parts:
+            if kind == "kernels":
+                results[kind] = kernel_table()
+                continue
             training = kind in ("full", "lora")
             seconds = (training_rounds if training else generation_rounds)(folder, kind, sides)
             count = rows * seq_len if training else new_tokens * (samples if kind == "samples" else prompts)

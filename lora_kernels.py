@@ -52,10 +52,12 @@ def dot(a, b, acc):
 def block(source, row, col, rows, cols, stride, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
     """Tile [HEIGHT, WIDTH] at (row, col) of a matrix [rows, cols], zeros outside; source is a descriptor or a pointer."""
     if TMA:
-        return source.load([row, col])
-    r, c = row + tl.arange(0, HEIGHT), col + tl.arange(0, WIDTH)
-    return tl.load(source + r.to(tl.int64)[:, None] * stride + c[None, :],
-                   mask=(r < rows)[:, None] & (c < cols)[None, :], other=0.0)
+        tile = source.load([row, col])
+    else:
+        r, c = row + tl.arange(0, HEIGHT), col + tl.arange(0, WIDTH)
+        tile = tl.load(source + r.to(tl.int64)[:, None] * stride + c[None, :],
+                       mask=(r < rows)[:, None] & (c < cols)[None, :], other=0.0)
+    return tile
 
 
 @triton.jit
@@ -400,7 +402,7 @@ def forward(x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, 
 
 @forward.register_fake
 def _(x, W, A, B, seeds, starts, ends, scale, drop, fused):
-    return x.new_empty(len(x), len(W)), x.new_empty(len(x), len(starts) * padded_rank(B.shape[1])[0])
+    return x.new_empty(x.shape[0], W.shape[0]), x.new_empty(x.shape[0], len(starts) * padded_rank(B.shape[1])[0])
 
 
 @torch.library.custom_op("lora::backward", mutates_args=())

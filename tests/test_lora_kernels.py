@@ -1,0 +1,107 @@
+"""lora_kernels.py: its cases in Triton's interpreter or on a GPU, and what its kernels compile to without one."""
+import re
+import subprocess
+
+import pytest
+import torch
+from conftest import ROOT, run_stage
+
+pytest.importorskip("triton", reason="needs Triton")
+import lora_kernels as lk  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, compile as triton_compile  # noqa: E402
+from triton.knobs import nvidia  # noqa: E402
+
+from lora import apply_lora, choose_kernel  # noqa: E402
+from model import Llama, LlamaConfig  # noqa: E402
+
+SHARED_KB = {80: 163, 90: 227, 100: 227}
+
+
+def cases_pass(**env):
+    """Run kernel_cases.py in a process of its own, which may be told of the interpreter before it imports Triton."""
+    done = run_stage("-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / "kernel_cases.py", timeout=900,
+                     OMP_NUM_THREADS=1, **env)
+    assert done.returncode == 0 and int(re.search(r"(\d+) passed", done.stdout)[1]) > 50, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_in_the_interpreter():
+    cases_pass(TRITON_INTERPRET=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_the_gpu():
+    cases_pass()
+
+
+def test_kernels_asked_for_that_cannot_run_are_an_error():
+    config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
+    model = apply_lora(Llama(config), 4, 8)
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match="lora_kernel=triton: the kernels need a GPU, found device=cpu"):
+        choose_kernel(model, "triton", 18, torch.float32, cpu)
+    assert choose_kernel(model, "auto", 18, torch.float32, cpu) == choose_kernel(model, "torch", 18, torch.float32, cpu) == []
+    assert {m.kernel for m in model.modules() if hasattr(m, "lora_A")} == {"torch"}
+
+
+# ----------------------------------------------------------------------------- ahead of time
+TYPES = {"out": "*bf16", "left": "*fp32", "seeds": "*i32", "strips": "*i32", "scale": "fp32",
+         **dict.fromkeys(("x", "a", "u", "v", "w"), "*bf16")}
+QKV = dict(S0=0, E0=4096, S1=4096, E1=8192, S2=8192, E2=12288, HALF=True, TMA_FITS=True)  # Llama-2-7B's
+
+
+def compiled(kernel, config, arch, **constants):
+    """The kernel compiled for a chip, all sizes and pointers multiples of 16."""
+    fn, constants = kernel.fn, {**constants, **config.kwargs}
+    signature = {n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in fn.arg_names}
+    if kernel is lk.reduce_kernel:
+        signature["out"] = "*fp32"
+    even = {(i,): [["tt.divisibility", 16]] for i, (n, t) in enumerate(signature.items())
+            if t[0] == "*" or t == "i32" and n not in ("limit", "bucket")}
+    return triton_compile(ASTSource(fn, signature, constants, even), target=GPUTarget("cuda", arch, 32),
+                          options=dict(num_warps=config.num_warps, num_stages=config.num_stages))
+
+
+def fits(kernel, arch, tmp_path):
+    """No spills (no stack, no local memory) and no more shared memory than the chip has; returns the PTX."""
+    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    usage = subprocess.run([nvidia.cuobjdump.path, "-res-usage", tmp_path / "kernel.cubin"], text=True, check=True,
+                           capture_output=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    assert "LOCAL:0" in usage and stack == 0 and 0 < registers <= 255, usage
+    assert kernel.metadata.shared <= SHARED_KB[arch] * 1024, kernel.metadata.shared
+    return kernel.asm["ptx"]
+
+
+PIECES = {
+    "down": (lk.down_kernel, lk.DOWN[0], dict(G=3, R=16, DROP=True, BM=64, BN=16)),
+    "down r=256": (lk.down_kernel, lk.DOWN[0], dict(G=3, R=256, DROP=True, BM=64, BN=64)),
+    "dA": (lk.reduce_kernel, lk.REDUCE[0], dict(G=3, R=16, DROP=True, LEFT=False, BN=128, BR=16)),
+    "dA r=256": (lk.reduce_kernel, lk.REDUCE[1], dict(G=3, R=256, DROP=True, LEFT=False, BN=128, BR=64)),
+    "Q and dB": (lk.reduce_kernel, lk.REDUCE[0], dict(G=1, R=32, DROP=False, LEFT=True, BN=256, BR=32)),
+    "added": (lk.gemm_kernel, lk.ADDED[0], dict(G=3, R=16, BR=16, BACK=True, DROP=True, ADD=True, **QKV))}
+PRODUCTS = {
+    "forward": dict(G=3, R=16, BR=16, BACK=False, DROP=False, ADD=False, **QKV),
+    "forward r=256": dict(G=3, R=256, BR=64, BACK=False, DROP=False, ADD=False, **QKV),
+    "backward": dict(G=3, R=16, BR=16, BACK=True, DROP=True, ADD=False, **QKV)}
+
+
+@pytest.mark.parametrize("arch", SHARED_KB)
+@pytest.mark.parametrize("name", PIECES)
+def test_small_kernels_compile_without_spills(name, arch, tmp_path):
+    kernel, config, constants = PIECES[name]
+    fits(compiled(kernel, config, arch, **constants), arch, tmp_path)
+
+
+@pytest.mark.parametrize("arch, config", [(80, lk.PLAIN[1]), (90, lk.PERSISTENT[1]), (100, lk.PERSISTENT[0])], ids=str)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_compile_to_the_chips_own_instructions(name, arch, config, tmp_path):
+    if PRODUCTS[name]["DROP"]:
+        config = lk.applicable(3, True, False, True, arch >= 90)[-1]
+    ptx = fits(compiled(lk.gemm_kernel, config, arch, **PRODUCTS[name]), arch, tmp_path)
+    for instruction in {80: ["mma.sync", "cp.async"], 90: ["wgmma", "cp.async.bulk.tensor"],
+                        100: ["tcgen05.mma", "cp.async.bulk.tensor"]}[arch]:
+        assert instruction in ptx
