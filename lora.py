@@ -119,7 +119,7 @@ def lora_matmul(kernel, x, W, A, B, spans, scale, p, seeds):
     if kernel == "torch":
         return LoRAMatmul.apply(x, W, A, B, spans, scale, p, seeds)
     drop = round(p * 2 ** 32)
-    return torch.ops.lora.forward(x, W, A, B, seeds if drop else None, [s for s, _ in spans], [e for _, e in spans],
+    return torch.ops.lora.matmul(x, W, A, B, seeds if drop else None, [s for s, _ in spans], [e for _, e in spans],
                                   scale / (1 - drop / 2 ** 32), drop, kernel == "fused")[0]
 
 

@@ -164,7 +164,7 @@ def tile_config(BM, BN, BK, TMA, warps, stages):
 
 ADDED = [tile_config(64, 64, 64, False, 4, 2), tile_config(64, 128, 64, False, 4, 2), tile_config(128, 128, 64, False, 8, 2)]
 PLAIN = [tile_config(128, 128, 32, False, 4, 4), tile_config(128, 128, 64, False, 8, 3), tile_config(128, 256, 32, False, 8, 3)]
-PERSISTENT = [tile_config(128, 128, 64, True, 8, 4), tile_config(128, 256, 64, True, 8, 3)]
+PERSISTENT = [tile_config(128, 128, 64, True, 8, 3), tile_config(128, 128, 64, True, 4, 3), tile_config(128, 256, 64, True, 8, 4)]
 FP32 = [tile_config(64, 64, 32, False, 4, 3)]
 
 
@@ -174,9 +174,9 @@ def applicable(G, DROP, ADD, HALF, TMA_FITS):
         return FP32
     if ADD:
         return ADDED
-    configs = PLAIN + (PERSISTENT if TMA_FITS else [])
-    # with masks each adapter's term needs an accumulator of its own beside the sum
-    return [c for c in configs if c.kwargs["BN"] < 256 or not (DROP and G > 1)]
+    # accumulators a thread has room for; with masks each adapter's term needs one of its own beside the sum
+    room = 64 if DROP and G > 1 else 128
+    return [c for c in PLAIN + (PERSISTENT if TMA_FITS else []) if c.kwargs["BM"] * c.kwargs["BN"] <= room * 32 * c.num_warps]
 
 
 @tuned([*ADDED, *PLAIN, *PERSISTENT, *FP32], ["bucket", "N", "K", "G", "R", "BACK", "DROP", "ADD", "HALF", "TMA_FITS"],
@@ -191,8 +191,8 @@ def gemm_kernel(x, w, u, v, out, seeds, M, N, K, sx, limit, scale, bucket, G: tl
 
     Forward: w [N, K], v [N, G R], out = x w^T + scale u v^T; adapter i acts on columns Si to Ei, the rest of v is zero.
     BACK: w [K, N], v [G R, N], out = x w + sum of mask_i * (u_i v_i), without masks if not DROP.
-    ADD: out already holds the product with W. TMA: tiles move by descriptors; there the grid is one program a
-    multiprocessor, each taking tile after tile."""
+    ADD: out already holds the product with W. TMA: tiles move by descriptors; there the grid is what fits on the GPU at
+    once, one program a multiprocessor or two, each taking tile after tile."""
     J: tl.constexpr = G * R
     if TMA:
         xs, us = tl.make_tensor_descriptor(x, [M, K], [sx, 1], [BM, BK]), tl.make_tensor_descriptor(u, [M, J], [J, 1], [BM, BR])
@@ -361,7 +361,8 @@ def gemm(x, W, u, v, spans, scale, seeds, drop, back, fused):
 
     def grid(meta):
         tiles = cdiv(M, meta["BM"]) * cdiv(N, meta["BN"])
-        return (min(multiprocessors(x.device), tiles) if meta["TMA"] else tiles,)
+        resident = multiprocessors(x.device) * (2 if meta["BN"] < 256 else 1)
+        return (min(resident, tiles) if meta["TMA"] else tiles,)
 
     gemm_kernel[grid](x, W, u, v, out, seeds, M, N, x.shape[1], x.stride(0), limit, scale, bucket(M), G=G, R=R, S0=S0, E0=E0,
                       S1=S1, E1=E1, S2=S2, E2=E2, BACK=back, DROP=drops, ADD=not fused, HALF=half, TMA_FITS=fits, BR=chunk)
@@ -386,9 +387,9 @@ def rows_first(t):
     return t if t.stride(1) == 1 else t.contiguous()
 
 
-@torch.library.custom_op("lora::forward", mutates_args=())
-def forward(x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, seeds: Optional[torch.Tensor],
-            starts: list[int], ends: list[int], scale: float, drop: int, fused: bool) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.library.custom_op("lora::matmul", mutates_args=())
+def matmul(x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, seeds: Optional[torch.Tensor],
+           starts: list[int], ends: list[int], scale: float, drop: int, fused: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(y [T, N], P [T, G R]): as lora.LoRAMatmul with spans (starts, ends); drop / 2^32 is the dropout probability, whose
     1 / (1 - p) is in scale; fused: the low-rank term inside the product with W, or added to it in a second pass."""
     check(x.dtype, x.device)
@@ -400,15 +401,15 @@ def forward(x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, 
     return gemm(x, W, P, b, spans, scale, None, 0, False, fused), P
 
 
-@forward.register_fake
+@matmul.register_fake
 def _(x, W, A, B, seeds, starts, ends, scale, drop, fused):
     return x.new_empty(x.shape[0], W.shape[0]), x.new_empty(x.shape[0], len(starts) * padded_rank(B.shape[1])[0])
 
 
-@torch.library.custom_op("lora::backward", mutates_args=())
-def backward(dy: torch.Tensor, x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, P: torch.Tensor,
-             seeds: Optional[torch.Tensor], starts: list[int], ends: list[int], scale: float, drop: int, fused: bool,
-             x_needs_it: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@torch.library.custom_op("lora::matmul_backward", mutates_args=())
+def matmul_backward(dy: torch.Tensor, x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, P: torch.Tensor,
+                    seeds: Optional[torch.Tensor], starts: list[int], ends: list[int], scale: float, drop: int,
+                    fused: bool, x_needs_it: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dx, or something empty; dA; dB), the last two in the dtype of A and B."""
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if x_needs_it else x.new_empty(0)
     if not len(x):
@@ -423,7 +424,7 @@ def backward(dy: torch.Tensor, x: torch.Tensor, W: torch.Tensor, A: torch.Tensor
     return dx, dA.to(A.dtype), dB[:, :r].to(B.dtype).contiguous()
 
 
-@backward.register_fake
+@matmul_backward.register_fake
 def _(dy, x, W, A, B, P, seeds, starts, ends, scale, drop, fused, x_needs_it):
     return x.new_empty(x.shape) if x_needs_it else x.new_empty(0), torch.empty_like(A), torch.empty_like(B)
 
@@ -437,8 +438,8 @@ def keep_inputs(ctx, inputs, output):
 
 def differentiate(ctx, dy, _):
     x, W, A, B, seeds, P = ctx.saved_tensors
-    dx, dA, dB = backward(dy, x, W, A, B, P, seeds, *ctx.rest, ctx.needs_input_grad[0])
+    dx, dA, dB = matmul_backward(dy, x, W, A, B, P, seeds, *ctx.rest, ctx.needs_input_grad[0])
     return dx if ctx.needs_input_grad[0] else None, None, dA, dB, None, None, None, None, None, None
 
 
-forward.register_autograd(differentiate, setup_context=keep_inputs)
+matmul.register_autograd(differentiate, setup_context=keep_inputs)

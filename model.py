@@ -33,7 +33,7 @@ IGNORE = -100  # a target with this value is not predicted
 GROUPS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",),
           "gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 # by selective activation checkpointing
-KEPT_PRODUCTS = {"aten.mm.default", "aten.addmm.default", "lora.matmul_add.default", "lora.forward.default"}
+KEPT_PRODUCTS = {"aten.mm.default", "aten.addmm.default", "lora.matmul_add.default", "lora.matmul.default"}
 PROJECTIONS = tuple(name for group in GROUPS.values() for name in group)
 
 

@@ -183,11 +183,11 @@ def test_the_operators_are_registered_right(p):
     x, W, A, B, seeds, dy = make(spans, 101, 72, 3, 20, torch.float32)
     drop = round(p * 2 ** 32)
     rest = seeds if drop else None, [s for s, _ in spans], [e for _, e in spans], 1.7, drop, True
-    torch.library.opcheck(torch.ops.lora.forward.default, (x, W, A, B, *rest))
-    P = torch.ops.lora.forward(x, W, A, B, *rest)[1].detach()
+    torch.library.opcheck(torch.ops.lora.matmul.default, (x, W, A, B, *rest))
+    P = torch.ops.lora.matmul(x, W, A, B, *rest)[1].detach()
     A, B, x = A.detach(), B.detach(), x.detach()
     for x_needs_it in (True, False):
-        torch.library.opcheck(torch.ops.lora.backward.default, (dy, x, W, A, B, P, *rest, x_needs_it),
+        torch.library.opcheck(torch.ops.lora.matmul_backward.default, (dy, x, W, A, B, P, *rest, x_needs_it),
                               test_utils=("test_schema", "test_faketensor"))
     traced = torch.compile(lora_matmul, backend="aot_eager", fullgraph=True)
     problem = "fused", x.requires_grad_(), W, A, B, spans, 1.7, p, seeds

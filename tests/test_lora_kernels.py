@@ -96,11 +96,11 @@ def test_small_kernels_compile_without_spills(name, arch, tmp_path):
     fits(compiled(kernel, config, arch, **constants), arch, tmp_path)
 
 
-@pytest.mark.parametrize("arch, config", [(80, lk.PLAIN[1]), (90, lk.PERSISTENT[1]), (100, lk.PERSISTENT[0])], ids=str)
+@pytest.mark.parametrize("arch, config", [(80, lk.PLAIN[1]), (90, lk.PERSISTENT[2]), (100, lk.PERSISTENT[0])], ids=str)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_products_compile_to_the_chips_own_instructions(name, arch, config, tmp_path):
     if PRODUCTS[name]["DROP"]:
-        config = lk.applicable(3, True, False, True, arch >= 90)[-1]
+        config, = [c for c in lk.applicable(3, True, False, True, True) if c.kwargs["TMA"] == (arch >= 90)]
     ptx = fits(compiled(lk.gemm_kernel, config, arch, **PRODUCTS[name]), arch, tmp_path)
     for instruction in {80: ["mma.sync", "cp.async"], 90: ["wgmma", "cp.async.bulk.tensor"],
                         100: ["tcgen05.mma", "cp.async.bulk.tensor"]}[arch]:
