@@ -49,8 +49,8 @@ dtype = 'bfloat16'
 device = 'auto'          # auto | cpu | cuda | cuda:N
 side = 'both'            # both in turn | ours | peer: one alone, which is how peak memory is measured
 out = ''                 # also write the results to this JSON file
-_choices = {'parts': ('full', 'lora', 'greedy', 'samples', 'kernels'), 'lora_kernel': ('auto', 'torch', 'triton'),
-            'dtype': ('float32', 'bfloat16'), 'side': ('both', 'ours', 'peer')}
+_choices = {'parts': ('full', 'lora', 'greedy', 'samples', 'kernels'), 'kernel_shapes': ('7b', '13b', '70b', 'tiny'),
+            'lora_kernel': ('auto', 'torch', 'triton'), 'dtype': ('float32', 'bfloat16'), 'side': ('both', 'ours', 'peer')}
 
 SMOLLM2_135M = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                     num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
