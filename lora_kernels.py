@@ -74,7 +74,7 @@ def tuned(configs, key, **how):
 
 # ----------------------------------------------------------------------------- kernels
 DOWN = [Config(dict(BK=64), num_warps=4, num_stages=4), Config(dict(BK=128), num_warps=4, num_stages=3),
-        Config(dict(BK=128), num_warps=8, num_stages=3)]
+        Config(dict(BK=128), num_warps=8, num_stages=3), Config(dict(BK=32), num_warps=4, num_stages=2)]  # the last for fp32
 
 
 @tuned(DOWN, ["bucket", "K", "G", "R", "DROP"])
@@ -109,7 +109,7 @@ def down_kernel(x, a, out, seeds, T, K, sx, span, limit, bucket, G: tl.constexpr
 
 
 REDUCE = [Config(dict(BT=64), num_warps=4, num_stages=3), Config(dict(BT=64), num_warps=8, num_stages=3),
-          Config(dict(BT=32), num_warps=4, num_stages=4)]
+          Config(dict(BT=32), num_warps=4, num_stages=4), Config(dict(BT=32), num_warps=8, num_stages=2)]
 
 
 @tuned(REDUCE, ["bucket", "K", "J", "G", "DROP", "LEFT"])
