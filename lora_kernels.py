@@ -250,7 +250,7 @@ def has_tma(device):
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def split(length, programs, device, step=128):
+def split(length, programs, device, step):
     """(parts, span): a sum of `length` cut so that `programs` a part fill the GPU; spans are multiples of `step`."""
     parts = max(1, min(-(-multiprocessors(device) // programs), length // (2 * step)))
     span = cdiv(cdiv(length, parts), step) * step
@@ -292,7 +292,7 @@ def down(x, a, G, seeds, drop):
     if not drop and R > FUSED_RANK:
         return x @ a.T
     seeds, limit, drops = masks(seeds, drop, x)
-    parts, span = split(K, cdiv(T, ROWS) * (R // chunk), x.device)
+    parts, span = split(K, cdiv(T, ROWS) * (R // chunk), x.device, 128)
     out = torch.empty(parts, T, J, device=x.device, dtype=x.dtype if parts == 1 else torch.float32)
     down_kernel[(cdiv(T, ROWS), R // chunk, parts)](x, a, out, seeds, T, K, x.stride(0), span, limit, bucket(T), G=G, R=R,
                                                     DROP=drops, BM=ROWS, BN=chunk)
@@ -322,7 +322,7 @@ def q_and_db(dy, P, b, spans, scale):
         dB = [dy[:, start:end].T @ P[:, i * R:i * R + R] for i, (start, end) in enumerate(spans)]
         return Q.mul_(scale), torch.cat(dB).float().mul_(scale)
     table, counts = strip_table(spans, dy.device)
-    parts, span = split(T, len(table), dy.device)
+    parts, span = split(T, len(table), dy.device, 64)
     out = torch.empty(parts, rows, R, device=dy.device, dtype=torch.float32)
     left = torch.empty(len(table), T, R, device=dy.device, dtype=torch.float32)
     reduce_kernel[(len(table), 1, parts)](dy, P, b, out, left, P, table, T, rows, J, dy.stride(0), span, 0, scale, bucket(T),
@@ -338,7 +338,7 @@ def gradient_of_a(x, Q, G, seeds, drop):
     if not drop and R > FUSED_RANK:
         return Q.T @ x
     seeds, limit, drops = masks(seeds, drop, x)
-    parts, span = split(T, cdiv(K, COLUMNS) * (R // chunk), x.device)
+    parts, span = split(T, cdiv(K, COLUMNS) * (R // chunk), x.device, 64)
     out = torch.empty(parts, J, K, device=x.device, dtype=torch.float32)
     reduce_kernel[(cdiv(K, COLUMNS), R // chunk, parts)](
         x, Q, Q, out, out, seeds, out, T, K, J, x.stride(0), span, limit, 1.0, bucket(T), G=G, R=R, DROP=drops, LEFT=False,

@@ -124,10 +124,10 @@ def test_all_three_masks_are_keep_masks_bit_for_bit(p):
 
 @pytest.mark.parametrize("kernel", ["fused", "added"])
 def test_runs_and_backward_passes_repeat_to_the_last_bit(kernel):
-    spans = SPANS["qkv"]
-    x, W, A, B, seeds, dy = make(spans, 101, 72, 16, 300, torch.float32)
-    assert lora_kernels.split(300, 3, DEVICE)[0] > 1 or DEVICE.type == "cuda"  # two stages
-    results = [run(kernel, x, W, A, B, spans, 1.7, 0.05, seeds, dy) for _ in range(2)]
+    spans = ((0, 32), (32, 48))
+    x, W, A, B, seeds, dy = make(spans, 50, 40, 4, 260, torch.float32)
+    assert lora_kernels.split(260, 2, DEVICE, 64)[0] > 1  # two stages
+    results = [run(kernel, x, W, A, B, spans, 1.7, 0.05, seeds, dy)]
     y = lora_matmul(kernel, x, W, A, B, spans, 1.7, 0.05, seeds)
     results += [(y, *torch.autograd.grad(y, (x, A, B), dy, retain_graph=True)) for _ in range(2)]
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(results[0], result))
@@ -136,7 +136,7 @@ def test_runs_and_backward_passes_repeat_to_the_last_bit(kernel):
 
 
 def test_long_sums_are_split_in_two_stages():
-    assert lora_kernels.split(520, 1, DEVICE)[0] > 1
+    assert lora_kernels.split(520, 1, DEVICE, 128)[0] > 1
     x, W, A, B, seeds, dy = make(SPANS["q and v"], 110, 520, 8, 16, torch.float16)
     problem = x, W, A, B, SPANS["q and v"], 0.3, 0.05, seeds, dy
     close(run("fused", *problem), exact(*problem), torch.float16)
@@ -154,9 +154,9 @@ def test_x_without_gradient_spends_nothing_on_it(monkeypatch):
 @pytest.mark.parametrize("kernel", ["fused", "added"])
 def test_operands_in_any_memory_order(kernel):
     spans = SPANS["qkv"]
-    x, W, A, B, seeds, dy = make(spans, 101, 72, 8, 77, torch.float32)
+    x, W, A, B, seeds, dy = make(spans, 101, 72, 8, 20, torch.float32)
     want = run(kernel, x, W, A, B, spans, 1.7, 0.05, seeds, dy)
-    wide = torch.zeros(77, 200, device=DEVICE)
+    wide = torch.zeros(20, 200, device=DEVICE)
     wide[:, 3:75] = x.detach()
     for odd in (x.detach().T.contiguous().T, wide[:, 3:75]):
         assert not odd.is_contiguous()
@@ -180,7 +180,7 @@ def test_an_empty_batch():
 def test_the_operators_are_registered_right(p):
     """Schema, fake tensors, autograd and torch.compile's tracing, by torch's own check."""
     spans = SPANS["qkv"]
-    x, W, A, B, seeds, dy = make(spans, 101, 72, 3, 20, torch.float32)
+    x, W, A, B, seeds, dy = make(spans, 101, 72, 3, 5, torch.float32)
     drop = round(p * 2 ** 32)
     rest = seeds if drop else None, [s for s, _ in spans], [e for _, e in spans], 1.7, drop, True
     torch.library.opcheck(torch.ops.lora.matmul.default, (x, W, A, B, *rest))
@@ -239,7 +239,8 @@ def test_lion_step_is_the_foreach_steps(numel, dtype, decay):
     optimizer = DecoupledLionW([other], lr=2e-3, betas=(0.9, 0.95), weight_decay=1e-4)
     optimizer.state[other]["exp_avg"] = m.cpu().clone()
     other.grad = grad.cpu().clone()
-    optimizer.update([other], decay, optimizer.param_groups[0])
+    with torch.no_grad():
+        optimizer.update([other], decay, optimizer.param_groups[0])
     before = p.clone()
     lion_step(p, grad, m, decay, 2e-3, (0.9, 0.95))
     tolerance = dict(rtol=1e-6, atol=1e-7) if dtype == torch.float32 else dict(rtol=2e-3, atol=1e-3)
