@@ -23,7 +23,7 @@ from triton import Config, cdiv
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU, in numpy
 FUSED_RANK = 32    # up to here one kernel makes Q and dB; above, products of this width are at home in cuBLAS
-ROWS, COLUMNS, WIDE = 64, 128, 256  # a tile of down_kernel, of reduce_kernel for dA, and for Q and dB
+ROWS, COLUMNS = 64, 128  # of a tile of down_kernel; of reduce_kernel
 
 
 # ----------------------------------------------------------------------------- pieces
@@ -73,8 +73,9 @@ def tuned(configs, key, **how):
 
 
 # ----------------------------------------------------------------------------- kernels
-DOWN = [Config(dict(BK=64), num_warps=4, num_stages=4), Config(dict(BK=128), num_warps=4, num_stages=3),
-        Config(dict(BK=128), num_warps=8, num_stages=3), Config(dict(BK=32), num_warps=4, num_stages=2)]  # the last for fp32
+# the last of each list leaves room for fp32; what spills registers on one of the chips is left out
+DOWN = [Config(dict(BK=64), num_warps=8, num_stages=4), Config(dict(BK=32), num_warps=4, num_stages=4),
+        Config(dict(BK=32), num_warps=4, num_stages=2)]
 
 
 @tuned(DOWN, ["bucket", "K", "G", "R", "DROP"])
@@ -108,11 +109,12 @@ def down_kernel(x, a, out, seeds, T, K, sx, span, limit, bucket, G: tl.constexpr
         store(out + 2 * R, acc2, rows, j, T, R, G * R, 1)
 
 
-REDUCE = [Config(dict(BT=64), num_warps=4, num_stages=3), Config(dict(BT=64), num_warps=8, num_stages=3),
-          Config(dict(BT=32), num_warps=4, num_stages=4), Config(dict(BT=32), num_warps=8, num_stages=2)]
+RIGHT = [Config(dict(BT=32), num_warps=8, num_stages=4), Config(dict(BT=32), num_warps=8, num_stages=2)]
+BOTH = [Config(dict(BT=64), num_warps=8, num_stages=3), Config(dict(BT=64), num_warps=4, num_stages=3)]
 
 
-@tuned(REDUCE, ["bucket", "K", "J", "G", "DROP", "LEFT"])
+@tuned([*RIGHT, *BOTH], ["bucket", "K", "J", "G", "DROP", "LEFT", "BN"],
+       prune_configs_by=dict(early_config_prune=lambda configs, named, LEFT, **_: BOTH if LEFT else RIGHT))
 @triton.jit
 def reduce_kernel(x, u, v, out, left, seeds, strips, T, K, J, sx, span, limit, scale, bucket, G: tl.constexpr, R: tl.constexpr,
                   DROP: tl.constexpr, LEFT: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr):
@@ -162,8 +164,8 @@ def tile_config(BM, BN, BK, TMA, warps, stages):
     return Config(dict(BM=BM, BN=BN, BK=BK, TMA=TMA), num_warps=warps, num_stages=stages)
 
 
-ADDED = [tile_config(64, 64, 64, False, 4, 2), tile_config(64, 128, 64, False, 4, 2), tile_config(128, 128, 64, False, 8, 2)]
-PLAIN = [tile_config(128, 128, 32, False, 4, 4), tile_config(128, 128, 64, False, 8, 3), tile_config(128, 256, 32, False, 8, 3)]
+ADDED = [tile_config(64, 64, 64, False, 4, 2), tile_config(64, 128, 64, False, 8, 2), tile_config(128, 128, 64, False, 8, 2)]
+PLAIN = [tile_config(128, 128, 64, False, 8, 3), tile_config(128, 128, 32, False, 8, 4), tile_config(64, 128, 64, False, 8, 3)]
 PERSISTENT = [tile_config(128, 128, 64, True, 8, 3), tile_config(128, 128, 64, True, 4, 3), tile_config(128, 256, 64, True, 8, 4)]
 FP32 = [tile_config(64, 64, 32, False, 4, 3)]
 
@@ -174,9 +176,9 @@ def applicable(G, DROP, ADD, HALF, TMA_FITS):
         return FP32
     if ADD:
         return ADDED
-    # accumulators a thread has room for; with masks each adapter's term needs one of its own beside the sum
-    room = 64 if DROP and G > 1 else 128
-    return [c for c in PLAIN + (PERSISTENT if TMA_FITS else []) if c.kwargs["BM"] * c.kwargs["BN"] <= room * 32 * c.num_warps]
+    # registers of a thread, beside pointers, for accumulators; with masks each adapter's term has one beside the sum
+    room = lambda c: (128 if c.kwargs["TMA"] else 64) // (1 + (DROP and G > 1))
+    return [c for c in (PERSISTENT if TMA_FITS else PLAIN) if c.kwargs["BM"] * c.kwargs["BN"] <= room(c) * 32 * c.num_warps]
 
 
 @tuned([*ADDED, *PLAIN, *PERSISTENT, *FP32], ["bucket", "N", "K", "G", "R", "BACK", "DROP", "ADD", "HALF", "TMA_FITS"],
@@ -213,7 +215,7 @@ def gemm_kernel(x, w, u, v, out, seeds, M, N, K, sx, limit, scale, bucket, G: tl
         m, n = m0 + tl.arange(0, BM), n0 + tl.arange(0, BN)
         acc = tl.zeros([BM, BN], tl.float32)
         if BACK and DROP:
-            for i in tl.static_range(G):
+            for i in range(G):
                 term = tl.zeros([BM, BN], tl.float32)
                 for j in range(i * R, i * R + R, BR):
                     term = dot(block(us, m0, j, M, J, J, BM, BR, TMA), block(vs, j, n0, J, N, N, BR, BN, TMA), term)
@@ -301,13 +303,14 @@ def down(x, a, G, seeds, drop):
 
 @functools.lru_cache(maxsize=None)
 def strip_table(spans, device):
-    """(table for reduce_kernel, strips of each adapter)."""
+    """(table for reduce_kernel, strips of each adapter, their width: wide where registers allow it, as each has its own Q)."""
+    width = 2 * COLUMNS if has_tma(device) else COLUMNS
     table, counts, row = [], [], 0
     for i, (start, end) in enumerate(spans):
-        table += [(c, min(c + WIDE, end), i, row + c - start) for c in range(start, end, WIDE)]
-        counts.append(cdiv(end - start, WIDE))
+        table += [(c, min(c + width, end), i, row + c - start) for c in range(start, end, width)]
+        counts.append(cdiv(end - start, width))
         row += end - start
-    return torch.tensor(table, dtype=torch.int32).to(device), counts
+    return torch.tensor(table, dtype=torch.int32).to(device), counts, width
 
 
 def q_and_db(dy, P, b, spans, scale):
@@ -321,12 +324,12 @@ def q_and_db(dy, P, b, spans, scale):
             torch.mm(dy[:, start:end], b[start:end, ranks], out=Q[:, ranks])
         dB = [dy[:, start:end].T @ P[:, i * R:i * R + R] for i, (start, end) in enumerate(spans)]
         return Q.mul_(scale), torch.cat(dB).float().mul_(scale)
-    table, counts = strip_table(spans, dy.device)
+    table, counts, width = strip_table(spans, dy.device)
     parts, span = split(T, len(table), dy.device, 64)
     out = torch.empty(parts, rows, R, device=dy.device, dtype=torch.float32)
     left = torch.empty(len(table), T, R, device=dy.device, dtype=torch.float32)
     reduce_kernel[(len(table), 1, parts)](dy, P, b, out, left, P, table, T, rows, J, dy.stride(0), span, 0, scale, bucket(T),
-                                          G=1, R=R, DROP=False, LEFT=True, BN=WIDE, BR=R)
+                                          G=1, R=R, DROP=False, LEFT=True, BN=width, BR=R)
     Q = torch.stack([part.sum(0) for part in left.split(counts)], 1).flatten(1).to(dy.dtype)
     return Q, out.sum(0) if parts > 1 else out[0]
 

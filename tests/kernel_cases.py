@@ -96,8 +96,6 @@ def test_descriptors_and_a_persistent_grid(group, p, rank, monkeypatch):
         monkeypatch.setattr(lora_kernels, "multiprocessors", lambda device: 4)
     elif not lora_kernels.has_tma(DEVICE):
         pytest.skip("this GPU has no tensor memory accelerator")
-    else:
-        monkeypatch.setattr(lora_kernels, "PLAIN", [])
     x, W, A, B, seeds, dy = make(spans, 160, 136, rank, 200, torch.float16)
     problem = x, W, A, B, spans, 1.7, p, seeds, dy
     close(run("fused", *problem), exact(*problem), torch.float16)
