@@ -171,14 +171,17 @@ def kernel_times(name, N, K, spans, rank, T):
     def forward(x, W, A, B, p):
         if name == "plain":
             return x @ W.T
-        return peft_matmul(x, W, A, B, spans, 2.0, p) if name == "peft" else lora_matmul(name, x, W, A, B, spans, 2.0, p, seeds)
+        return peft_matmul(x, W, A, B, spans, 2.0, p) if name == "peft" else low_rank(name, x, W, A, B, spans, 2.0, p, seeds)
 
     def gradients(x, W, A, B, dy, p, compute):
         wanted = [t.detach().requires_grad_() for t in (x, A, B)][:1 if name == "plain" else 3]
         y = compute(*wanted[:1], W, *(wanted[1:] or (A, B)), p)
         return [y, *torch.autograd.grad(y, wanted, dy)]
 
-    timed = milliseconds if torch.device(device).type == "cuda" else lambda run: 1e3 * statistics.median(alternate({0: run})[0])
+    cuda = torch.device(device).type == "cuda"
+    torch.compiler.reset()
+    low_rank = torch.compile(lora_matmul, dynamic=False) if compile and cuda and name == "torch" else lora_matmul
+    timed = milliseconds if cuda else lambda run: 1e3 * statistics.median(alternate({0: run})[0])
     with torch.no_grad():
         ms = timed(lambda: forward(x, W, A, B, lora_dropout))
     both = timed(lambda: gradients(x, W, A, B, dy, lora_dropout, forward))

@@ -165,7 +165,7 @@ def tile_config(BM, BN, BK, TMA, warps, stages):
 
 
 ADDED = [tile_config(64, 64, 64, False, 4, 2), tile_config(64, 128, 64, False, 8, 2), tile_config(128, 128, 64, False, 8, 2)]
-PLAIN = [tile_config(128, 128, 64, False, 8, 3), tile_config(128, 128, 32, False, 8, 4), tile_config(64, 128, 64, False, 8, 3)]
+PLAIN = [tile_config(128, 128, 32, False, 8, 4), tile_config(64, 128, 64, False, 8, 3)]
 PERSISTENT = [tile_config(128, 128, 64, True, 8, 3), tile_config(128, 128, 64, True, 4, 3), tile_config(128, 256, 64, True, 8, 4)]
 FP32 = [tile_config(64, 64, 32, False, 4, 3)]
 

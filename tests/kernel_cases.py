@@ -30,6 +30,14 @@ CASES = [  # each pair of group, rank, rows and dropout at least once
 BOUND = {torch.float32: 2e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.2e-2}
 
 
+@pytest.fixture(autouse=True)
+def no_tuning(monkeypatch):
+    """On a GPU take the last config that applies: measuring them all at 50 shapes would take very long."""
+    for kernel in (lora_kernels.down_kernel, lora_kernels.reduce_kernel, lora_kernels.gemm_kernel):
+        choose = kernel.early_config_prune or (lambda configs, named, **_: configs)
+        monkeypatch.setattr(kernel, "early_config_prune", lambda *args, choose=choose, **how: choose(*args, **how)[-1:])
+
+
 def make(spans, N, K, rank, T, dtype, seed=0):
     """x, W, A, B with gradients wanted of all but W, seeds, dy."""
     g = torch.Generator().manual_seed(seed)

@@ -84,8 +84,7 @@ PIECES = {
     "Q and dB": (lk.reduce_kernel, lk.BOTH[0], dict(G=1, R=32, DROP=False, LEFT=True, BR=32)),
     "added": (lk.gemm_kernel, lk.ADDED[1], dict(G=3, R=16, BR=16, BACK=True, DROP=True, ADD=True, **QKV))}
 PRODUCTS = {
-    "forward": dict(G=3, R=16, BR=16, BACK=False, DROP=False, ADD=False, **QKV),
-    "forward r=256": dict(G=3, R=256, BR=64, BACK=False, DROP=False, ADD=False, **QKV),
+    "forward": dict(G=3, R=256, BR=64, BACK=False, DROP=False, ADD=False, **QKV),
     "backward": dict(G=3, R=16, BR=16, BACK=True, DROP=True, ADD=False, **QKV)}
 
 
@@ -98,12 +97,13 @@ def test_small_kernels_compile_without_spills(name, arch, tmp_path):
     fits(compiled(kernel, config, arch, **constants), arch, tmp_path)
 
 
-@pytest.mark.parametrize("arch, config", [(80, lk.PLAIN[0]), (90, lk.PERSISTENT[2]), (100, lk.PERSISTENT[0])], ids=str)
+@pytest.mark.parametrize("arch", SHARED_KB)
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_products_compile_to_the_chips_own_instructions(name, arch, config, tmp_path):
-    if PRODUCTS[name]["DROP"]:
-        config, = [c for c in lk.applicable(3, True, False, True, True) if c.kwargs["TMA"] == (arch >= 90)]
-    ptx = fits(compiled(lk.gemm_kernel, config, arch, **PRODUCTS[name]), arch, tmp_path)
-    for instruction in {80: ["mma.sync", "cp.async"], 90: ["wgmma", "cp.async.bulk.tensor"],
-                        100: ["tcgen05.mma", "cp.async.bulk.tensor"]}[arch]:
-        assert instruction in ptx
+def test_products_compile_to_the_chips_own_instructions(name, arch, tmp_path):
+    instructions = {80: ["mma.sync", "cp.async"], 90: ["wgmma", "cp.async.bulk.tensor"],
+                    100: ["tcgen05.mma", "cp.async.bulk.tensor"]}[arch]
+    configs = lk.applicable(3, PRODUCTS[name]["DROP"], False, True, arch >= 90)
+    assert configs
+    for config in configs:
+        ptx = fits(compiled(lk.gemm_kernel, config, arch, **PRODUCTS[name]), arch, tmp_path)
+        assert all(instruction in ptx for instruction in instructions)
