@@ -353,7 +353,7 @@ def gemm(x, W, u, v, spans, scale, seeds, drop, back, fused):
     """y (or dx, if back): the product with W and the low-rank term, in one kernel, or the term added to a plain product."""
     M, G, N = len(x), len(spans), W.shape[1 if back else 0]
     out = torch.empty(M, N, device=x.device, dtype=x.dtype) if fused else x @ (W if back else W.T)
-    seeds, limit, drops = masks(seeds, drop if back else 0, x)
+    seeds, limit, drops = masks(seeds, drop, x)
     R, chunk = padded_rank(u.shape[1] // G)
     half = x.dtype != torch.float32
     fits = fused and half and M >= 128 and has_tma(x.device) and all(

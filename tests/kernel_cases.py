@@ -148,6 +148,12 @@ def test_long_sums_are_split_in_two_stages():
     close(run("fused", *problem), exact(*problem), torch.float16)
 
 
+def test_more_rows_of_tiles_than_share_the_cache():
+    x, W, A, B, seeds, dy = make(((0, 70),), 70, 16, 4, 590, torch.float32)
+    problem = x, W, A, B, ((0, 70),), 1.7, 0.05, seeds, dy
+    close(run("fused", *problem), exact(*problem), torch.float32)
+
+
 def test_x_without_gradient_spends_nothing_on_it(monkeypatch):
     spans = SPANS["gate_up"]
     x, W, A, B, seeds, dy = make(spans, 150, 72, 8, 77, torch.float32)
