@@ -12,6 +12,7 @@ draws the dropout masks again. A and B are fp32 and are rounded to x's dtype whe
 """
 import hashlib
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -289,7 +290,7 @@ def choose_kernel(model, kernel, rows, dtype, device, compiled=False):
     for key in dict.fromkeys(map(key_of, modules)):
         names = ("fused", "added") if kernel == "triton" else ("torch", "fused", "added")
         times[key] = ({name: time_kernel(name, *key, rows, dtype, device, compiled) for name in names}
-                      if device.type == "cuda" else {"fused": 0.0})  # the interpreter has no times
+                      if device.type == "cuda" else {"fused": math.nan})  # Triton's interpreter has no times
     if dist.is_initialized():  # rank 0's, so that all ranks do the same
         box = [times]
         dist.broadcast_object_list(box)
