@@ -154,6 +154,25 @@ def test_more_rows_of_tiles_than_share_the_cache():
     close(run("fused", *problem), exact(*problem), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_tuning_measures_what_applies_and_spoils_nothing(dtype, monkeypatch):
+    """All configs of every kernel, one after another on the same operands, as Triton's tuner runs them."""
+    monkeypatch.undo()  # no_tuning
+    lk, tried = lora_kernels, []
+    for kernel, configs in ((lk.down_kernel, lk.DOWN), (lk.reduce_kernel, [*lk.RIGHT, *lk.BOTH]),
+                            (lk.gemm_kernel, [*lk.ADDED, *lk.PLAIN, *lk.PERSISTENT, *lk.FP32])):
+        monkeypatch.setattr(kernel, "configs", configs)
+        monkeypatch.setattr(kernel, "cache", {})
+        monkeypatch.setitem(vars(kernel), "do_bench", lambda call, quantiles: tried.append(call()) or [1.0] * 3)
+    spans = (0, 64), (64, 96)
+    x, W, A, B, seeds, dy = make(spans, 96, 72, 16, 130, dtype)
+    for kernel in ("fused", "added"):
+        close(run(kernel, x, W, A, B, spans, 1.7, 0.05, seeds, dy), exact(x, W, A, B, spans, 1.7, 0.05, seeds, dy), dtype)
+    half, tma = dtype == torch.float16, dtype == torch.float16 and lk.has_tma(DEVICE)
+    wanted = sum(len(lk.applicable(2, masked, added, half, tma)) for added in (False, True) for masked in (False, True))
+    assert len(tried) == len(lk.DOWN) + len(lk.RIGHT) + len(lk.BOTH) + wanted
+
+
 def test_x_without_gradient_spends_nothing_on_it(monkeypatch):
     spans = SPANS["gate_up"]
     x, W, A, B, seeds, dy = make(spans, 150, 72, 8, 77, torch.float32)
