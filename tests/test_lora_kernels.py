@@ -47,6 +47,28 @@ def test_kernels_asked_for_that_cannot_run_are_an_error():
     assert {m.kernel for m in model.modules() if hasattr(m, "lora_A")} == {"torch"}
 
 
+@pytest.mark.parametrize("kernel, names", [("auto", ["torch", "fused", "added"]), ("triton", ["fused", "added"])])
+def test_the_fastest_is_chosen_for_each_group_by_itself(kernel, names, monkeypatch):
+    """As on a GPU, with a clock of our own: one measurement of a variant for each kind of group, not for each block."""
+    config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
+    model, asked = apply_lora(Llama(config), 4, 8, 0.05), []
+
+    def clock(name, shape, spans, rank, p, rows, dtype, device, compiled):
+        asked.append((name, shape))
+        assert (rank, p, rows, dtype, compiled) == (4, 0.05, 18, torch.bfloat16, True)
+        return {"torch": 2.0 if shape == (64, 32) else 0.5, "fused": 1.0, "added": 3.0 - len(spans)}[name]
+
+    monkeypatch.setattr("lora.time_kernel", clock)
+    monkeypatch.setattr(lk, "check", lambda dtype, device: None)
+    lines = choose_kernel(model, kernel, 18, torch.bfloat16, torch.device("cuda"), True)
+    assert sorted(asked) == sorted((n, s) for n in names for s in [(64, 32), (32, 32), (96, 32), (32, 48)])
+    block, other = model.layers[2], "torch" if kernel == "auto" else "fused"
+    found = [block.self_attn.qkv_proj, block.self_attn.o_proj, block.mlp.gate_up_proj, block.mlp.down_proj]
+    assert [m.kernel for m in found] == ["added", other, other, other]
+    assert len(lines) == 4 and "64 x 32, 3 adapters of rank 4: added" in lines[0] and "added 0.000" in lines[0]
+
+
 # ----------------------------------------------------------------------------- ahead of time
 TYPES = {"out": "*bf16", "left": "*fp32", "seeds": "*i32", "strips": "*i32", "scale": "fp32",
          **dict.fromkeys(("x", "a", "u", "v", "w"), "*bf16")}
