@@ -62,6 +62,7 @@ learning_rate = 1e-4
 beta1 = 0.9
 beta2 = 0.95
 weight_decay = 0.0
+attention_dropout = 0.0      # share of attention probabilities set to zero
 grad_clip = 1.0              # largest global L2 norm of the gradient; 0 = off
 loss_norm = 'token'          # token: every target of a batch weighs the same | paper: mean of microbatch means
 doc_mask = True              # documents in a row do not see each other; False = the paper's
@@ -287,6 +288,8 @@ def check_knobs():
         raise ValueError("scratch: LoRA needs a pretrained base; say scratch=False or lora_rank=0")
     if lora_rank and adapter:
         raise ValueError("adapter: it brings its own rank; say lora_rank=0")
+    if not 0 <= attention_dropout < 1:
+        raise ValueError(f"attention_dropout must be at least 0 and below 1, found {attention_dropout}")
     if lora_rank < 0 or grad_clip < 0 or learning_rate <= 0:
         raise ValueError("lora_rank and grad_clip must not be negative, learning_rate must be positive")
     if not resume and (Path(out_dir) / "log.jsonl").exists():
@@ -336,6 +339,8 @@ if __name__ == "__main__":
                        lora_targets, rslora)
         model.compute_dtype = compute_dtype
         model.activation_checkpointing = activation_checkpointing
+        for block in model.layers:
+            block.self_attn.dropout = attention_dropout
         how, shards = choose_sharding(model, microbatch, train_rows.seq_len, compute_dtype.itemsize, device)
         memory = predict_memory(model, microbatch, train_rows.seq_len, compute_dtype.itemsize, shards, activation_checkpointing)
         shard_model(model, how, device, compute_dtype, shard_ranks).to_empty(device=device)
@@ -437,7 +442,7 @@ if __name__ == "__main__":
             if done == steps or eval_interval and done % eval_interval == 0:
                 validate(done)
             if done == steps or stops or done in keep or save_interval and done % save_interval == 0:
-                state.update(step=done, config=config, data=train_rows.sha256, versions=versions())
+                state.update(step=done, steps=steps, config=config, data=train_rows.sha256, versions=versions())
                 print0(f"saved {save_checkpoint(model, optim, out_dir, state, base, keep_last, keep)}")
             if stops:
                 name = signal.Signals(stop[0]).name if stop else "a signal to another rank"
