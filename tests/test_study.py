@@ -36,6 +36,18 @@ def test_learning_rates_are_the_papers(config, rank):
     assert line.startswith("  ") and want == 1e-4 or f"-> {want!r}" in line  # 1e-4 is train.py's own
 
 
+@pytest.mark.parametrize("config, knobs, words", [
+    ("math_cpt", [], ["25,431 steps of 192 rows = 786,432 tokens", "together 19,999,752,192 tokens"]),
+    ("code_cpt", ["--lora_rank=256"], ["25,431 steps", f"{2498560 * 256:,} trained"]),
+    ("math_ift", ["--lora_rank=16"], ["of 768 rows = 786,432 tokens", f"{2498560 * 16:,} trained"]),
+    ("tulu_ift", ["--lora_rank=64"], [f"{2498560 * 64:,} trained", "= 6 epochs"]),
+    *(("code_ift", [f"--max_epochs={n}"], [f"{193 * n:,} steps of 192 rows", "6,738,415,616 trained, in full"]) for n in (1, 4, 16))])
+def test_plan_of_every_config_has_the_papers_steps(config, knobs, words):
+    result = run_here("train.py", ROOT / f"config/{config}.py", "--dry_run=True", "--gpu=H100", "--gpus=32", *knobs)
+    assert result.returncode == 0, result.stderr
+    assert all(word in result.stdout for word in words), result.stdout
+
+
 def test_miniature_of_every_config(tmp_path, tokens):
     """Each of the configs with its own knobs and a tiny model: trains, is evaluated, drawn; a second start does nothing."""
     base, data = need("data/stories260k"), tokens
@@ -46,7 +58,7 @@ out_dir = {str(tmp_path / 'out')!r}
 base = {str(base)!r}
 models = ('base',)
 runs = {tuple(runs)!r}
-train = '--global_batch=4 --microbatch=2 --max_steps=3 --save_interval=0 --device=cpu --dtype=float32'
+train = '--global_batch=4 --microbatch=2 --max_steps=3 --save_interval=0 --seq_len=256 --device=cpu --dtype=float32 --compile=False'
 evals = ('eval_gsm8k.py --limit=2 --shots=1 --max_new_tokens=8 --test_data={need('data/gsm8k/test.jsonl')} '
          '--train_data={need('data/gsm8k/train.jsonl')} --device=cpu',)
 plot = '--formats=png --dpi=50'
