@@ -38,6 +38,7 @@ out_dir = 'figures'
 figures = ()             # some of the names below; none = all that there is data for
 learning = ('gsm8k_strict_match', 'humaneval_pass@1', 'loss val')   # metrics of what was learned: the first that a run has
 forgetting = ('forgetting',)                                        # and forgot; 'loss NAME' is train.py's val_data
+labels = ()              # METRIC=WORDS for the axes
 x = 'auto'               # of curves; auto = epochs from one epoch on, else tokens
 block = -1               # spectra: of this block; -1 = the middle one
 formats = ('png', 'pdf')
@@ -140,9 +141,13 @@ def read_run(folder):
     for line in log:
         for name, loss in (line["val"].items() if isinstance(line.get("val"), dict) else ()):
             keep(line, f"loss {name}", loss)
+    name = folder.name
     for line in read_jsonl(folder / "results.jsonl"):
         keep(line, str(line.get("metric")), line.get("value"), line.get("stderr"))
-    return Run(folder.name, config, dict(metrics), log, places)
+        judged = line.get("settings") if isinstance(line.get("settings"), dict) else {}
+        if not config and judged.get("model") and not judged.get("adapter"):
+            name = Path(judged["model"]).name  # as the runs that started from it call it
+    return Run(name, config, dict(metrics), log, places)
 
 
 # ----------------------------------------------------------------------------- runs become points
@@ -248,7 +253,8 @@ def falls(metric):
 
 
 def title_of(metric):
-    return NAMES.get(metric, metric) + (" (less is better)" if falls(metric) else "")
+    named = NAMES | dict(label.split("=", 1) for label in labels)
+    return named.get(metric, metric) + (" (less is better)" if falls(metric) else "")
 
 
 def method_name(rank):
@@ -923,6 +929,8 @@ def is_whole(spectrum):
 if __name__ == "__main__":
     with one_line_errors():
         configure(globals())
+        if wrong := [label for label in labels if "=" not in label]:
+            raise ValueError(f"labels: expected METRIC=WORDS, found {wrong[0]!r}")
         named = [Path(path) for pattern in runs for path in sorted(glob.glob(pattern)) or [pattern]]
         folders = [path for path in named if path.is_dir()]
         problems.update(f"{path}: no such folder, left out" for path in named if not path.exists())

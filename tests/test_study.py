@@ -48,35 +48,47 @@ def test_plan_of_every_config_has_the_papers_steps(config, knobs, words):
     assert all(word in result.stdout for word in words), result.stdout
 
 
+MINI = ("--global_batch=4", "--microbatch=2", "--max_steps=3", "--save_interval=0", "--seq_len=256", "--device=cpu",
+        "--dtype=float32", "--compile=False")
+
+
+def gsm8k():
+    return ["--limit=2", "--shots=1", "--max_new_tokens=8", f"--test_data={need('data/gsm8k/test.jsonl')}",
+            f"--train_data={need('data/gsm8k/train.jsonl')}", "--device=cpu"]
+
+
 def test_miniature_of_every_config(tmp_path, tokens):
-    """Each of the configs with its own knobs and a tiny model: trains, is evaluated, drawn; a second start does nothing."""
-    base, data = need("data/stories260k"), tokens
-    runs = [f"{name} {ROOT}/config/{name}.py --data={data}/{name[-3:]} {'--lora_rank=2' if i % 2 else ''}"
-            for i, name in enumerate(CONFIGS)]
+    """Each of the configs with its own knobs and a tiny model trains, is evaluated, and is drawn."""
+    for i, name in enumerate(CONFIGS):
+        out = tmp_path / name
+        for argv in (["train.py", ROOT / f"config/{name}.py", f"--base={need('data/stories260k')}", f"--out_dir={out}",
+                      f"--data={tokens}/{name[-3:]}", f"--lora_rank={i % 2 * 2}", *MINI],
+                     ["eval_gsm8k.py", f"--model={out}/step_3", *gsm8k()]):
+            result = run_here(*argv)
+            assert result.returncode == 0, result.stderr
+        config = json.loads((out / "config.json").read_text())["config"]
+        assert config["doc_mask"] is False and config["loss_norm"] == ("paper" if "ift" in name else "token")
+        assert config["schedule"] == ("cosine" if "ift" in name else "inv_sqrt") and config["lora_rank"] == i % 2 * 2
+    drawn = run_here("plot.py", f"--runs={tmp_path}/*", f"--out_dir={tmp_path}/figures", "--formats=png", "--dpi=50")
+    assert drawn.returncode == 0 and (tmp_path / "figures/training.png").is_file(), drawn.stderr
+
+
+def test_models_are_evaluated_once_and_printed_beside_what_was_expected(tmp_path):
+    base = need("data/stories260k")
     text = f"""
 out_dir = {str(tmp_path / 'out')!r}
 base = {str(base)!r}
-models = ('base',)
-runs = {tuple(runs)!r}
-train = '--global_batch=4 --microbatch=2 --max_steps=3 --save_interval=0 --seq_len=256 --device=cpu --dtype=float32 --compile=False'
-evals = ('eval_gsm8k.py --limit=2 --shots=1 --max_new_tokens=8 --test_data={need('data/gsm8k/test.jsonl')} '
-         '--train_data={need('data/gsm8k/train.jsonl')} --device=cpu',)
-plot = '--formats=png --dpi=50'
+models = ('base', 'again {base}')
+evals = ('eval_gsm8k.py {' '.join(gsm8k())}',)
+spectrum = plot = 'none'
+expected = ('base gsm8k_strict_match=.5',)
 """
-    result = study(tmp_path / "mini.py", text)
-    assert result.returncode == 0, result.stderr
-    for name in CONFIGS:
-        config = json.loads((tmp_path / "out" / name / "config.json").read_text())["config"]
-        assert config["doc_mask"] is False and config["lora_rank"] == 2 * (CONFIGS.index(name) % 2)
-        assert config["loss_norm"] == ("paper" if "ift" in name else "token") and config["max_steps"] == 3
-        scores = [json.loads(line) for line in (tmp_path / "out" / name / "results.jsonl").read_text().splitlines()]
-        assert {"gsm8k_strict_match"} <= {score["metric"] for score in scores} and scores[0]["step"] == 3
-        assert (tmp_path / "out" / name / "spectrum.json").is_file()
-    assert list((tmp_path / "out" / "figures").glob("pareto*.png")) or list((tmp_path / "out" / "figures").glob("*.png"))
+    result = study(tmp_path / "mini.py", text, "--only=0")
+    assert result.returncode == 0 and "expected .5" in result.stdout and "again" not in result.stdout, result.stderr
     before = (tmp_path / "out" / "study.jsonl").read_text()
-    again = study(tmp_path / "mini.py", text, "--plot=none")
+    again = study(tmp_path / "mini.py", text, "--only=base")
     assert again.returncode == 0 and (tmp_path / "out" / "study.jsonl").read_text() == before, again.stderr
-    assert "to do" not in again.stdout
+    assert "to do" not in again.stdout and json.loads(before)["stage"] == "eval_gsm8k.py"
 
 
 def test_an_impossible_run_is_refused_before_the_first_one_starts(tmp_path, tokens):
@@ -95,7 +107,6 @@ def test_an_impossible_run_is_refused_before_the_first_one_starts(tmp_path, toke
     ("runs=('a',)\nexpected=('b m=1',)", "no model or run is named b"),
     ("runs=('a',)\nbase=''", "have to be set"),
     ("runs=()", "have to be set"),
-    ("models=('a hf://nobody/nothing',)", "cannot be fetched"),
 ])
 def test_bad_lists(tmp_path, text, message):
     path = tmp_path / "x.py"
@@ -103,6 +114,13 @@ def test_bad_lists(tmp_path, text, message):
     result = run_here("study.py", path)
     assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_fetched_is_one_line(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text(f"out_dir={str(tmp_path / 'out')!r}\nbase='hf://nobody/nothing'\nmodels=('base',)")
+    result = run_stage("study.py", path, HF_HUB_OFFLINE=1)
+    assert result.returncode == 2 and "cannot be fetched" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_published_models_are_listed_with_what_the_paper_found(tmp_path):
