@@ -12,11 +12,14 @@ When it was stopped, the same command goes on where it stood.
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tokenize
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +27,6 @@ import sentencepiece
 from safetensors import safe_open
 
 from configurator import configure
-from prepare_data import pystdlib, toy_math
 from runtime import one_line_errors
 
 # -----------------------------------------------------------------------------
@@ -58,6 +60,51 @@ lora_ranks = (16, 4)
 eval_rows = 100              # held-out rows of each domain that a loss is the mean of
 
 _free = {'data_dir', 'out_dir', 'lora_ranks'}  # may differ when the script is started again on the same folders
+
+
+# ----------------------------------------------------------------------------- the two domains
+def toy_math(count, seed):
+    """Yield `count` word problems in GSM8K's form, {"question", "answer"}: 1 to 3 steps, each with its
+    <<expression=value>>, then '#### value'. A pure function of (count, seed)."""
+    rng = random.Random(seed)
+    names = "Ava Ben Chloe Dan Ella Finn Grace Hugo Iris Jack Kira Leo Mia Noah".split()
+    things = "apples marbles stickers shells books coins pencils cookies stamps buttons".split()
+    events = {"+": ("{friend} gives {name} {b} more.", "{name} buys {b} more.", "In the garden {name} finds {b} more."),
+              "-": ("{name} gives {b} of them to {friend}.", "{b} of them get lost.", "{name} sells {b} of them."),
+              "*": ("A week later {name} has {b} times as many.", "A machine turns each of them into {b}."),
+              "/": ("{name} makes {b} equal piles and keeps one.", "{name} keeps one of {b} equal shares.")}
+    for _ in range(count):
+        name, friend = rng.sample(names, 2)
+        thing, total, answer = rng.choice(things), rng.randint(4, 60), []
+        question = [f"{name} {rng.choice(['has', 'picks up', 'starts with'])} {total} {thing}."]
+        for _ in range(rng.randint(1, 3)):
+            divisors = [d for d in range(2, 10) if total % d == 0]
+            op = rng.choice("++" + "--" * (total > 1) + "*" * (total <= 60) + "/" * bool(divisors))
+            b = rng.choice({"+": range(2, 31), "-": range(1, total), "*": range(2, 5), "/": divisors}[op])
+            value = {"+": total + b, "-": total - b, "*": total * b, "/": total // b}[op]
+            question.append(rng.choice(events[op]).format(name=name, friend=friend, b=b))
+            answer.append(f"{rng.choice(['That makes', 'Now there are', f'{name} then has'])} "
+                          f"{total} {op} {b} = <<{total}{op}{b}={value}>>{value} {thing}.")
+            total = value
+        question.append(f"How many {thing} does {name} have {rng.choice(['now', 'in the end', 'after that'])}?")
+        yield {"question": " ".join(question), "answer": "\n".join(answer + [f"#### {total}"])}
+
+
+def pystdlib():
+    """Yield the modules of the running Python's standard library, {"path", "text"}, by path; without tests, bundled
+    applications, tables, and the one module that differs between machines."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+    for path in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
+        if not left_out & {*path.split("/")} and "_sysconfigdata" not in path:
+            with tokenize.open(root / path) as file:
+                yield {"path": path, "text": file.read()}
+
+
+def write_jsonl(path, records):
+    """The path of a file of records, which it makes."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 # ----------------------------------------------------------------------------- steps
@@ -185,15 +232,17 @@ if __name__ == "__main__":
             remember_knobs(folder, config)
 
         # 1: a model without weights, and the tokens of both domains
-        shape, problems = out / "shape", data / "problems.jsonl"
+        shape = out / "shape"
         make_shape(shape)
-        records = [{"text": record["question"] + " " + re.sub(r"<<.*?>>|\n####.*", "", record["answer"])}
-                   for record in toy_math(source_problems, seed=2)]
-        problems.write_text("".join(json.dumps(record) + "\n" for record in records))
-        prepare(data / "source", source="pystdlib", tokenizer=shape, max_records=max_records)
-        prepare(data / "pretrain", source=f"pystdlib,{problems}", tokenizer=shape, max_records=max_records)
-        prepare(data / "target", source="toy_math", toy_records=target_problems, toy_seed=1, tokenizer=shape,
-                kind="ift", template="Question: {question}\\nAnswer:", response_field="answer")
+        python = write_jsonl(data / "python.jsonl", islice(pystdlib(), max_records or None))
+        problems = write_jsonl(data / "problems.jsonl", (
+            {"text": record["question"] + " " + re.sub(r"<<.*?>>|\n####.*", "", record["answer"])}
+            for record in toy_math(source_problems, seed=2)))
+        target = write_jsonl(data / "target.jsonl", toy_math(target_problems, seed=1))
+        prepare(data / "source", source=python, tokenizer=shape)
+        prepare(data / "pretrain", source=f"{python},{problems}", tokenizer=shape, max_records=max_records)
+        prepare(data / "target", source=target, tokenizer=shape, kind="ift",
+                template="Question: {question}\\nAnswer:", response_field="answer")
 
         # 2: the base
         both = f"source={data / 'source'},target={data / 'target'}"

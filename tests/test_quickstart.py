@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from conftest import ROOT, run_stage
-from quickstart import compare, compare_at_equal_learning, read_log
+from quickstart import compare, compare_at_equal_learning, pystdlib, read_log, toy_math
 
 TINY = {"max_records": 40, "source_problems": 40, "target_problems": 60, "vocab_size": 400, "hidden_size": 16,
         "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "seq_len": 192, "base_steps": 4, "base_batch": 2,
@@ -154,3 +154,26 @@ def test_at_equal_learning():
     assert text.endswith("So a smaller learning rate kept as much of the source as low rank did, or more.")
     text = compare_at_equal_learning({**learned, "lora-r16": 2.2}, dict.fromkeys(learned, 0.1))
     assert text.endswith("They learned too unequally to be compared.")
+
+
+def test_toy_math_is_right():
+    records = list(toy_math(400, 3))
+    assert records == list(toy_math(400, 3)) != list(toy_math(400, 4)) and records[:50] == list(toy_math(50, 3))
+    steps = []
+    for record in records:
+        *lines, last = record["answer"].split("\n")
+        values = [re.fullmatch(r".* <<([\d+*/-]+)=(\d+)>>(\d+) \w+\.", line).groups() for line in lines]
+        assert all(eval(expression) == int(value) == int(shown) > 0 for expression, value, shown in values)
+        assert last == f"#### {values[-1][2]}" and record["question"].endswith("?")
+        assert re.findall(r"\d+", record["question"]) == [re.match(r"\d+", values[0][0])[0],
+                                                          *(re.split(r"\D", value[0])[-1] for value in values)]
+        steps.append(len(values))
+    assert set(steps) == {1, 2, 3} and len({record["question"] for record in records}) > 390
+
+
+def test_pystdlib_is_the_library():
+    records = list(pystdlib())
+    paths = [record["path"] for record in records]
+    assert paths == sorted(paths) and {"json/decoder.py", "random.py"} <= {*paths}
+    assert not [path for path in paths if re.search("(^|/)(tests?|site-packages)/", path)]
+    assert sum(len(record["text"]) for record in records) > 3e6
