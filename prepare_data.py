@@ -376,7 +376,7 @@ def write_split(name, documents, work, count, folder, job):
         rows, more = pack(name, lengths.tolist(), job)
         write_stream(f"{path}.stream", kept, work, count, job.kind == "ift")
         counts |= write_rows(path, rows, [*starts.tolist(), total], job) | more
-        counts["lost"] += (total - counts["tokens"]) * (job.kind == "cpt")
+        counts["lost"] += (total - counts["rows"] * job.seq_len) * (job.kind == "cpt")
     return {"tokens": counts["rows"] * job.seq_len, **counts, "sha256": file_sha256(f"{path}.bin")}
 
 
