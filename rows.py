@@ -70,12 +70,12 @@ def rows_of_step(step, batch, n_rows, seed, shuffle=True, packed=None):
     if packed:
         epochs, steps = packed
         if batch != n_rows // steps:
-            raise ValueError(f"global_batch={batch}: the data has packing='paper', in steps of {n_rows // steps} rows")
+            raise ValueError(f"global_batch={batch}: the data has packing='paper', in steps of {n_rows // steps} rows; "
+                             f"say --global_batch={n_rows // steps}")
         if step >= epochs * steps:
             raise ValueError(f"step {step + 1}: the data has packing='paper' for {epochs} epochs of {steps} steps; prepare it "
                              f"with --paper_epochs={step // steps + 1}")
-        shuffle = False
-        n_rows *= epochs
+        return np.arange(step * batch, (step + 1) * batch)
     positions = np.arange(step * batch, (step + 1) * batch)
     rows = positions % n_rows
     if shuffle:
