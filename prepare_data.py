@@ -100,7 +100,7 @@ _free = {'workers', 'block_mb', 'inspect'}
 # a token and 5 MB/s a core, which is what a core of a server does; a run prints its own. Revisions are pinned.
 PRESETS = {
     # code cpt: gated (terms of The Stack, each file under its own licence), 12,866,649 files of 60.5 GB, of which the paper
-    # takes 20B tokens; 40 GB of them, and as much again in out_dir.work while it runs; 3.5 hours of one core
+    # takes 20B tokens (were there fewer, all); 40 GB, and as much again in out_dir.work while it runs; 3.5 hours of one core
     "starcoder_python": dict(
         source=("hf://datasets/bigcode/starcoderdata@9fc30b578cedaec69e47302df72cf00feed7c8c4/python/*.parquet",),
         text_field="content", kind="cpt", seq_len=4096, max_tokens=20_000_000_000, val_fraction=0.0005),
