@@ -85,13 +85,19 @@ def documents_of(folder, name="train"):
 
 # ---- the original tools' tokens
 
-def labels(tok, turns, seq_len, **options):
+def labels(encode, turns, seq_len, **options):
     """What golden/finetune_tokens.json stores for an example: validity, ids, labels. The label of the first token is the
     one that no loss ever sees."""
-    ids, mask, dropped = encode_turns(make_encoder(tok, "<u2"), turns, seq_len, b"\1\0", b"\2\0", **options)
+    ids, mask, dropped = encode_turns(encode, turns, seq_len, b"\1\0", b"\2\0", **options)
     ids, mask = np.frombuffer(ids, "<u2")[:seq_len].tolist(), [*mask[:seq_len]]
     labels = [i if learned else -100 for i, learned in zip(ids, mask)]
     return {"valid": False} if dropped else {"valid": True, "length": len(ids), "input_ids": ids, "labels": labels}
+
+
+@pytest.fixture(scope="module")
+def llama2():
+    """Llama-2's texts to ids."""
+    return make_encoder(load_tokenizer(need("data/llama2-tokenizer")), "<u2")
 
 
 def unseen(result):
@@ -99,13 +105,12 @@ def unseen(result):
 
 
 @pytest.mark.parametrize("seq_len", [64, 1024])
-def test_pairs_equal_llm_foundry(seq_len):
-    tok = load_tokenizer(need("data/llama2-tokenizer"))
+def test_pairs_equal_llm_foundry(llama2, seq_len):
     fixture = golden("finetune_tokens")
     assert len(fixture["pairs"]) == 30 and len(fixture["tricky_pairs"]) == 15
     spelt_out = []
     for pair in fixture["pairs"] + fixture["tricky_pairs"]:
-        ours = labels(tok, [(pair["prompt"], pair["response"])], seq_len)
+        ours = labels(llama2, [(pair["prompt"], pair["response"])], seq_len)
         if re.search("</?s>", pair["prompt"] + pair["response"]):
             # Hugging Face reads "<s>" and "</s>" in a text as ids 1 and 2; for us they are text, as for sentencepiece
             spelt_out.append((pair["prompt"], pair["response"]))
@@ -117,24 +122,24 @@ def test_pairs_equal_llm_foundry(seq_len):
                          ("mid </s> text here", "and <s> there")]
 
 
-def test_target_settings_equal_llm_foundry():
-    tok, fixture = load_tokenizer(need("data/llama2-tokenizer")), golden("finetune_tokens")
+def test_target_settings_equal_llm_foundry(llama2):
+    fixture = golden("finetune_tokens")
     pairs = {pair["train_index"]: (pair["prompt"], pair["response"]) for pair in fixture["pairs"]}
     assert len(fixture["target_settings"]) == 16
     for case in fixture["target_settings"]:
         prompts = {"none": None, "all": 0}.get(case["target_prompts"], case["target_prompts"][len("length>="):])
-        ours = labels(tok, [pairs[case["train_index"]]], case["max_seq_len"], learn_all=case["target_responses"] == "all",
+        ours = labels(llama2, [pairs[case["train_index"]]], case["max_seq_len"], learn_all=case["target_responses"] == "all",
                       prompt_from=None if prompts is None else int(prompts))
         assert ours == unseen(case["result"]), case["target_prompts"]
 
 
-def test_chats_equal_llm_foundry():
-    tok, fixture = load_tokenizer(need("data/llama2-tokenizer")), golden("finetune_tokens")
+def test_chats_equal_llm_foundry(llama2):
+    fixture = golden("finetune_tokens")
     assert len(fixture["chat"]) == 3
     for case in fixture["chat"]:
         turns = CHATS["llama2"]([(message["role"], message["content"]) for message in case["messages"]])
         for name, options in [("last", {}), ("all", {"learn_all": True}), ("prompts_all", {"learn_all": True, "prompt_from": 0})]:
-            assert labels(tok, turns, 4096, bos_each=True, **options) == unseen(case[name]), (name, case["messages"])
+            assert labels(llama2, turns, 4096, bos_each=True, **options) == unseen(case[name]), (name, case["messages"])
 
 
 def test_padded_rows_equal_llm_foundry(prepare, tmp_path):
