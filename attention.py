@@ -53,11 +53,12 @@ class BlockAttention(torch.autograd.Function):
         return dq.view(dout_shape), dk.to(k.dtype).view(shape), dv.to(v.dtype).view(shape)
 
 
-def attend_causally(q, k, v):
-    """Causal attention of q [B, H, T, hd] to k and v [B, KV, T, hd], by the kernel that is fastest for it."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST and torch.is_grad_enabled():
+def attend_causally(q, k, v, dropout=0.0):
+    """Causal attention of q [B, H, T, hd] to k and v [B, KV, T, hd], by the kernel that is fastest for it; `dropout` is
+    the share of probabilities set to zero."""
+    if not dropout and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST and torch.is_grad_enabled():
         return BlockAttention.apply(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=True)
 
 
 def document_positions(docs, n):
@@ -66,24 +67,24 @@ def document_positions(docs, n):
 
 
 @torch.compiler.disable  # the number of documents changes from batch to batch
-def document_attention(q, k, v, docs):
+def document_attention(q, k, v, docs, dropout=0.0):
     """Causal attention inside each document; docs are their borders in the flattened B * T tokens."""
     shape, scale_heads = q.shape, q.shape[2] // k.shape[2]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if not dropout and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):  # it knows no dropout
         from torch.nn.attention.varlen import varlen_attn
         k, v = (x.repeat_interleave(scale_heads, 1) for x in (k, v))
         cu, longest = docs.int(), shape[1]  # no document is longer than a row, and asking would sync
         return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0)).view(shape)
     lengths = docs.diff().tolist()
     parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)))
-    out = [attend_causally(a[None], b[None], c[None])[0] for a, b, c in parts]
+    out = [attend_causally(a[None], b[None], c[None], dropout)[0] for a, b, c in parts]
     return torch.cat(out, 1).transpose(0, 1).reshape(shape)
 
 
-def causal_attention(q, k, v):
+def causal_attention(q, k, v, dropout=0.0):
     """Causal attention along T."""
-    return attend_causally(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    return attend_causally(*(x.transpose(1, 2) for x in (q, k, v)), dropout).transpose(1, 2)
 
 
 class KVCache:

@@ -225,6 +225,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.dropout = 0.0  # of probabilities, in training
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.qkv_proj, self.o_proj = projection(config, "qkv_proj"), projection(config, "o_proj")
 
@@ -238,7 +239,8 @@ class Attention(nn.Module):
         else:
             if cache is not None:
                 cache.prefill(self.layer, k, v)
-            out = causal_attention(q, k, v) if docs is None else document_attention(q, k, v, docs)
+            dropout = self.dropout if self.training else 0.0
+            out = causal_attention(q, k, v, dropout) if docs is None else document_attention(q, k, v, docs, dropout)
         return self.o_proj(out.reshape(B, T, -1))
 
 

@@ -27,13 +27,10 @@ def shard_model(model, how, device, compute_dtype, shard_ranks=0):
     """Shard every block, and the rest, over the ranks, in place; before weights are read (model on meta).
 
     how: 'none' (replicas), 'full' (over all ranks) or 'hybrid' (over groups of `shard_ranks`, by default a node's;
-    the groups are replicas). Weights are gathered in compute_dtype, gradients are summed in fp32 at least.
-    Raises ValueError when the groups do not divide the ranks."""
+    the groups are replicas). Weights are gathered in compute_dtype, gradients are summed in fp32 at least."""
     if how == "none" or WORLD == 1:
         return model
     inside = shard_ranks or LOCAL_WORLD
-    if how == "hybrid" and WORLD % inside:
-        raise ValueError(f"shard=hybrid: groups of {inside} ranks do not divide {WORLD}")
     mesh = (init_device_mesh(device.type, (WORLD,)) if how == "full" else
             init_device_mesh(device.type, (WORLD // inside, inside), mesh_dim_names=("replicas", "shards")))
     # the rotary tables are inputs of a block and stay in fp32

@@ -53,6 +53,19 @@ class TokenRows:
         return tokens, targets, starts
 
 
+class PlannedRows:
+    """Stands for data that is still to be made: n rows (0: not known) of seq_len targets, one document each."""
+
+    def __init__(self, n, seq_len):
+        self.n, self.seq_len = n, seq_len
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return np.zeros(self.seq_len, np.int64), np.zeros(self.seq_len, np.int64), np.zeros(0, np.int64)
+
+
 def read_array(path, dtype, count):
     """A file as a read-only array of `count` items (None: whatever it holds), mapped, not read."""
     if not path.is_file():

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM
 
-from attention import BlockAttention
+from attention import BlockAttention, causal_attention, document_attention
 from model import (IGNORE, ChunkedCrossEntropy, Llama, LlamaConfig, RMSNorm, Rotary, SwiGLU, rotary_frequencies,
                    sample_ids)
 
@@ -262,6 +262,25 @@ def test_bf16_on_a_cpu_takes_block_attention_for_training_alone(monkeypatch):
     for docs in (None, torch.tensor([0, 5, 12, 24])):
         model(tokens, tokens, docs)[1].backward()
     assert taken == 2 * [(2, 4, 12, 8)] + 2 * [(1, 4, 5, 8), (1, 4, 7, 8), (1, 4, 12, 8)]
+
+
+@pytest.mark.parametrize("docs", [None, (0, 5, 12, 24)])
+def test_attention_dropout_zeroes_its_share_of_probabilities_in_training_alone(docs):
+    q, k = (torch.randn(2, 12, heads, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2))
+    v = torch.eye(24, dtype=torch.float64).view(2, 12, 1, 24).expand(2, 12, 2, 24)  # so that the output is the probabilities
+    attend = lambda p: (causal_attention(q, k, v, p) if docs is None else document_attention(q, k, v, torch.tensor(docs), p))
+    torch.manual_seed(0)
+    plain, kept = attend(0.0), torch.stack([attend(0.25) for _ in range(200)])
+    assert torch.all((kept == 0) | ((kept - plain / 0.75).abs() < 1e-12))
+    seen = plain > 0
+    assert abs((kept[:, seen] == 0).double().mean() - 0.25) < 0.01
+
+    model, tokens = tiny(), tokens_like(1, 20)
+    evaluated = model.eval()(tokens)[0]
+    for block in model.layers:
+        block.self_attn.dropout = 0.5
+    torch.testing.assert_close(model.eval()(tokens)[0], evaluated, rtol=0, atol=0)
+    assert not torch.allclose(model.train()(tokens)[0], evaluated)
 
 
 @pytest.fixture(params=[(1, 1), (61, 61), (3 * 61, 2 * 61), (7 * 61, 10 ** 9), (10 ** 9, 61), (10 ** 9, 10 ** 9)],
