@@ -56,6 +56,8 @@ class TokenRows:
 class PlannedRows:
     """Stands for data that is still to be made: n rows (0: not known) of seq_len targets, one document each."""
 
+    packed = None
+
     def __init__(self, n, seq_len):
         self.n, self.seq_len = n, seq_len
 
