@@ -13,6 +13,7 @@ out_dir then holds, for SPLIT in train and val (raw little-endian arrays without
     SPLIT.mask.bin   ift only, uint8 a token: 1 where it is a target (response, EOS), 0 for BOS, prompt and padding
     meta.json        kind, dtype, seq_len, special ids, counts, every knob, and the sha256 of all that went in and out
 A cpt row is a window of the stream BOS document EOS BOS document EOS ...; an ift row is whole examples, then padding.
+With packing='paper' the rows of train are paper_epochs epochs, one after the other, in the order in which they are to be read.
 
 The work is cut into blocks, and what becomes of a block is kept in out_dir.work until the whole is done: a run that was
 killed goes on with the blocks that are missing, and neither that nor the number of workers changes a byte of the output.
