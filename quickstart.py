@@ -17,13 +17,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tokenize
 from itertools import islice
 from pathlib import Path
 
 import sentencepiece
 
 from configurator import configure
-from prepare_data import pystdlib, toy_math
 from runtime import one_line_errors
 
 # -----------------------------------------------------------------------------
@@ -31,10 +32,11 @@ from runtime import one_line_errors
 data_dir = 'data/quickstart'
 out_dir = 'out/quickstart'
 # source domain: Python, and a few word problems without GSM8K's notation, for Llama had read such things as well
-max_records = 0              # read at most so many documents of each; 0 = all
+max_modules = 0              # read at most so many modules; 0 = all. One in 20 is held out
 source_problems = 2000
 # target domain
-target_problems = 10000      # 5% of them are held out
+target_problems = 9500
+held_out_problems = 500
 # model and tokenizer, made from nothing
 vocab_size = 1024
 hidden_size = 128
@@ -58,6 +60,71 @@ eval_rows = 100              # held-out rows of each domain that a loss is the m
 choice_items = 400           # lines of held-out Python, whose end is to be told from three others
 solve_items = 100            # held-out word problems to solve
 _free = {'data_dir', 'out_dir', 'lora_ranks', 'steps'}  # may differ when the script is started again on the same folders
+
+
+# ----------------------------------------------------------------------------- the two domains
+def toy_math(count, seed):
+    """Yield `count` word problems in GSM8K's form, {"question", "answer"}: 1 to 3 steps, each with its
+    <<expression=value>>, then '#### value'. A pure function of (count, seed)."""
+    rng = random.Random(seed)
+    names = "Ava Ben Chloe Dan Ella Finn Grace Hugo Iris Jack Kira Leo Mia Noah".split()
+    things = "apples marbles stickers shells books coins pencils cookies stamps buttons".split()
+    events = {"+": ("{friend} gives {name} {b} more.", "{name} buys {b} more.", "In the garden {name} finds {b} more."),
+              "-": ("{name} gives {b} of them to {friend}.", "{b} of them get lost.", "{name} sells {b} of them."),
+              "*": ("A week later {name} has {b} times as many.", "A machine turns each of them into {b}."),
+              "/": ("{name} makes {b} equal piles and keeps one.", "{name} keeps one of {b} equal shares.")}
+    for _ in range(count):
+        name, friend = rng.sample(names, 2)
+        thing, total, answer = rng.choice(things), rng.randint(4, 60), []
+        question = [f"{name} {rng.choice(['has', 'picks up', 'starts with'])} {total} {thing}."]
+        for _ in range(rng.randint(1, 3)):
+            divisors = [d for d in range(2, 10) if total % d == 0]
+            op = rng.choice("++" + "--" * (total > 1) + "*" * (total <= 60) + "/" * bool(divisors))
+            b = rng.choice({"+": range(2, 31), "-": range(1, total), "*": range(2, 5), "/": divisors}[op])
+            value = {"+": total + b, "-": total - b, "*": total * b, "/": total // b}[op]
+            question.append(rng.choice(events[op]).format(name=name, friend=friend, b=b))
+            answer.append(f"{rng.choice(['That makes', 'Now there are', f'{name} then has'])} "
+                          f"{total} {op} {b} = <<{total}{op}{b}={value}>>{value} {thing}.")
+            total = value
+        question.append(f"How many {thing} does {name} have {rng.choice(['now', 'in the end', 'after that'])}?")
+        yield {"question": " ".join(question), "answer": "\n".join(answer + [f"#### {total}"])}
+
+
+def pystdlib():
+    """Yield the modules of the running Python's standard library, {"path", "text"}, by path; without tests, bundled
+    applications, tables, and the one module that differs between machines."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+    for path in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
+        if not left_out & {*path.split("/")} and "_sysconfigdata" not in path:
+            with tokenize.open(root / path) as file:
+                yield {"path": path, "text": file.read()}
+
+
+def lines_to_finish(texts, count, seed=3):
+    """Yield multiple choice in LLM Foundry's form, {"query", "choices", "gold"}: some lines of code up to a blank inside
+    the last one, and four ways to go on from there, of which three are ends of lines elsewhere."""
+    rng = random.Random(seed)
+    places = []  # (lines before, beginning, end) of lines with a blank near their middle
+    for text in texts:
+        lines = text.split("\n")
+        for i, line in enumerate(lines):
+            words = line.split(" ")
+            middle = len(words) - max(1, len(words) // 2)
+            begin, end = " ".join(words[:middle]), " ".join(words[middle:])
+            if i >= 4 and begin.strip() and 8 <= len(end) <= 40 and end == end.strip():
+                places.append(("\n".join(lines[i - 4:i]), begin, end))
+    rng.shuffle(places)
+    for before, begin, end in places[:count]:
+        others = rng.sample(sorted({e for _, _, e in places} - {end}), 3)
+        gold = rng.randrange(4)
+        yield {"query": f"{before}\n{begin}", "choices": others[:gold] + [end] + others[gold:], "gold": gold}
+
+
+def write_jsonl(path, records):
+    """The path of a file of records, which it makes."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 # ----------------------------------------------------------------------------- steps
@@ -90,7 +157,7 @@ def make_shape(folder):
     if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [line for record in islice(pystdlib(), max_records or None) for line in record["text"].split("\n")]
+    lines = [line for record in islice(pystdlib(), max_modules or None) for line in record["text"].split("\n")]
     try:
         with open(folder / "tokenizer.model", "wb") as file:
             sentencepiece.SentencePieceTrainer.train(
@@ -110,7 +177,7 @@ def make_shape(folder):
 def prepare(folder, **knobs):
     """Make a token folder, unless it is there."""
     if not (folder / "meta.json").exists():
-        run("prepare_data.py", out_dir=folder, seq_len=seq_len, **knobs)
+        run("prepare_data.py", out_dir=folder, seq_len=seq_len, val_fraction=0, **knobs)
 
 
 def pretrain(folder, **knobs):
@@ -128,34 +195,10 @@ def pretrain(folder, **knobs):
     return last
 
 
-# ----------------------------------------------------------------------------- questions about the source domain
-def lines_to_finish(texts, count, seed=3):
-    """Yield multiple choice in LLM Foundry's form, {"query", "choices", "gold"}: some lines of code up to a blank inside
-    the last one, and four ways to go on from there, of which three are ends of lines elsewhere."""
-    rng = random.Random(seed)
-    places = []  # (lines before, beginning, end) of lines with a blank near their middle
-    for text in texts:
-        lines = text.split("\n")
-        for i, line in enumerate(lines):
-            words = line.split(" ")
-            middle = len(words) - max(1, len(words) // 2)
-            begin, end = " ".join(words[:middle]), " ".join(words[middle:])
-            if i >= 4 and begin.strip() and 8 <= len(end) <= 40 and end == end.strip():
-                places.append(("\n".join(lines[i - 4:i]), begin, end))
-    rng.shuffle(places)
-    for before, begin, end in places[:count]:
-        others = rng.sample(sorted({e for _, _, e in places} - {end}), 3)
-        gold = rng.randrange(4)
-        yield {"query": f"{before}\n{begin}", "choices": others[:gold] + [end] + others[gold:], "gold": gold}
-
-
-def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
 # ----------------------------------------------------------------------------- the study
 def both(data):
-    return f"source={data / 'source'},target={data / 'target'}"
+    """What is watched while training: held-out tokens of both domains."""
+    return f"source={data / 'source'},target={data / 'target_test'}"
 
 
 def list_of_runs(base, data):
@@ -165,7 +208,7 @@ def list_of_runs(base, data):
     train = (f"--data={data / 'target'} --val_data={both(data)} --optimizer=lionw "
              f"--global_batch={batch} --microbatch={batch} --eval_rows={eval_rows} --log_interval=50 --save_interval=200 "
              "--keep_last=1 --device=cpu")
-    evals = [f"eval_gsm8k.py --test_data={data / 'target/val.jsonl'} --train_data={data / 'target/train.jsonl'} --shots=0 "
+    evals = [f"eval_gsm8k.py --test_data={data / 'problems_test.jsonl'} --train_data={data / 'problems_train.jsonl'} --shots=0 "
              f"--bos=True --max_new_tokens={seq_len // 2} --limit={solve_items} --device=cpu",
              f"eval_forgetting.py --tasks=hellaswag --styles=gauntlet --hellaswag={data / 'choices.jsonl'} --device=cpu"]
     listed = "".join(f"    {text!r},\n" for text in runs)
@@ -231,16 +274,21 @@ if __name__ == "__main__":
             remember_knobs(folder, config)
 
         # 1: a model without weights, the tokens of both domains, questions about the source
-        shape, problems = out / "shape", data / "problems.jsonl"
+        shape = out / "shape"
         make_shape(shape)
-        write_jsonl(problems, ({"text": record["question"] + " " + re.sub(r"<<.*?>>|\n####.*", "", record["answer"])}
-                               for record in toy_math(source_problems, seed=2)))
-        prepare(data / "source", source="pystdlib", tokenizer=shape, max_records=max_records, keep_records=True)
-        prepare(data / "pretrain", source=f"pystdlib,{problems}", tokenizer=shape, max_records=max_records)
-        prepare(data / "target", source="toy_math", toy_records=target_problems, toy_seed=1, tokenizer=shape, kind="ift",
-                template="Question: {question}\\nAnswer:", response_field="answer", keep_records=True)
-        texts = [json.loads(line)["text"] for line in (data / "source/val.jsonl").read_text().splitlines()]
-        write_jsonl(data / "choices.jsonl", lines_to_finish(texts, choice_items))
+        modules = list(islice(pystdlib(), max_modules or None))
+        held_out = write_jsonl(data / "python_test.jsonl", modules[::20])
+        write_jsonl(data / "python_train.jsonl", (module for i, module in enumerate(modules) if i % 20))
+        write_jsonl(data / "solved.jsonl", ({"text": record["question"] + " " + re.sub(r"<<.*?>>|\n####.*", "", record["answer"])}
+                                            for record in toy_math(source_problems, seed=2)))
+        write_jsonl(data / "problems_train.jsonl", toy_math(target_problems, seed=1))
+        write_jsonl(data / "problems_test.jsonl", toy_math(held_out_problems, seed=3))
+        write_jsonl(data / "choices.jsonl", lines_to_finish([module["text"] for module in modules[::20]], choice_items))
+        prepare(data / "pretrain", source=f"{data / 'python_train.jsonl'},{data / 'solved.jsonl'}", tokenizer=shape)
+        prepare(data / "source", source=held_out, tokenizer=shape)
+        for folder, name in (("target", "train"), ("target_test", "test")):
+            prepare(data / folder, source=data / f"problems_{name}.jsonl", tokenizer=shape, kind="ift",
+                    template="Question: {question}\\nAnswer:", response_field="answer")
 
         # 2: the base
         base = pretrain(out / "pretraining", base=shape, scratch=True, data=data / "pretrain", val_data=both(data),
@@ -260,9 +308,9 @@ if __name__ == "__main__":
             values = start if name == "base" else last_values(out / name)
             learned, forgot = start["loss target"] - values["loss target"], values["loss source"] - start["loss source"]
             change[name] = learned, forgot
-            print(f"{name:10}{values['loss target']:12.3f}{'' if name == 'base' else f'{learned:.3f}':>9}"
-                  f"{values['gsm8k_strict_match']:8.1%}{values['loss source']:13.3f}{'' if name == 'base' else f'{forgot:.3f}':>8}"
-                  f"{values['hellaswag']:16.1%}")
+            learned, forgot = ("", "") if name == "base" else (f"{learned:.3f}", f"{forgot:.3f}")
+            print(f"{name:10}{values['loss target']:12.3f}{learned:>9}{values['gsm8k_strict_match']:8.1%}"
+                  f"{values['loss source']:13.3f}{forgot:>8}{values['hellaswag']:16.1%}")
         longest = max(steps)
         for verb, column in (("learned", 0), ("forgot", 1)):
             print("\n" + compare(verb, change[f"full-{longest}"][column],

@@ -56,7 +56,7 @@ seq_len = 0                  # tokens a row; 0 = the data's (only cpt data can b
 max_steps = 0
 max_epochs = 0.0
 max_tokens = 0.0             # rounded to whole steps
-shuffle = True               # False: rows in file order, epoch after epoch
+shuffle = True               # False: rows in file order, epoch after epoch, as those with packing='paper' always are
 seed = 1337                  # of row order, adapter init and dropout
 # optimizer
 optimizer = 'lionw'          # lionw | adamw, both decoupled: weight_decay is not multiplied by the learning rate
@@ -347,8 +347,8 @@ if __name__ == "__main__":
         # what is going to happen
         tokens_a_step = global_batch * train_rows.seq_len
         epochs = steps * global_batch / len(train_rows) if len(train_rows) else 0
-        first = rows_of_step(0, global_batch, len(train_rows) or global_batch, seed, shuffle)
-        flops = flops_of_batch(model, [train_rows[i] for i in first], doc_mask)
+        last = rows_of_step(steps - 1, global_batch, len(train_rows) or global_batch, seed, shuffle, train_rows.packed)
+        flops = flops_of_batch(model, [train_rows[i] for i in last], doc_mask)
         peak = dict(PEAK_TFLOPS)[gpu] * 1e12 if dry_run else peak_flops(device)
         rate = mfu * ranks * (peak or matmul_flops(device, compute_dtype))
         print0(f"{base}: {sum(p.numel() for p in model.parameters()):,} parameters, "
@@ -414,7 +414,7 @@ if __name__ == "__main__":
         window, started, skipped_in_a_row = [], time.perf_counter(), 0
         for step in range(first := state["step"], steps):
             clock = time.perf_counter()
-            batch = rows_of_step(step, global_batch, len(train_rows), seed, shuffle)
+            batch = rows_of_step(step, global_batch, len(train_rows), seed, shuffle, train_rows.packed)
             lr = optim.param_groups[0]["lr"] = learning_rate_at(step, steps)
             loss = backward_batch(model, train_rows, batch, microbatch, device, loss_norm, doc_mask, seed, step)
             if not is_sharded(model):

@@ -11,7 +11,8 @@ their peak (a prediction, not measured): 67 h and 55 GB a GPU in full, 52 h and 
 
 Durations: this is the trunk. Its checkpoints at 0.25B and 0.5B tokens are those runs: by the published schedule they end
 inside the warmup, where no cooldown begins. 1B to 16B are branches, which cool down over their last 20%, such as
-    torchrun ... train.py config/code_cpt.py --resume_from=out/code_cpt_full/step_4069 --max_steps=5086 --out_dir=out/code_cpt_full_4B
+    torchrun ... train.py config/code_cpt.py --max_steps=5086 --resume_from=out/code_cpt_full/step_4069 \\
+        --out_dir=out/code_cpt_full_4B
 
 The paper's values (its tables S1, S2; base HumanEval .138, forgetting .671):
     tokens            .25B  .5B   1B    2B    4B    8B    16B   20B

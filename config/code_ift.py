@@ -1,7 +1,8 @@
 """
 Code IFT: Magicoder-Evol-Instruct-110K, 72.97M tokens an epoch. Learned: HumanEval. LoRA with --lora_rank=256.
 
-    python prepare_data.py --preset=magicoder --packing=paper --tokenizer=models/Llama-2-7b-chat-hf --out_dir=data/magicoder
+    python prepare_data.py --preset=magicoder --packing=paper --paper_epochs=16 \\
+        --tokenizer=models/Llama-2-7b-chat-hf --out_dir=data/magicoder
      1 GPU   python train.py config/code_ift.py --lora_rank=256
      8 GPUs  torchrun --nproc_per_node=8 train.py config/code_ift.py --max_epochs=8
     32 GPUs  torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=NODE0:29500 train.py config/code_ift.py
@@ -38,7 +39,6 @@ out_dir = out_dir or f'out/{_name}'
 learning_rate = 5e-5 if not lora_rank else 1e-4 if lora_rank >= 256 else 2e-4  # r=256 spikes at 2e-4
 weight_decay = 0.0
 doc_mask = False             # packed examples see each other
-shuffle = False              # rows stand in the order of the paper's packing
 loss_norm = 'paper'          # mean of the means of microbatches
 seq_len = 4096
 global_batch = 192

@@ -13,7 +13,8 @@ learned at this size, GSM8K's accuracy and HellaSwag beside it.
 out_dir = out_dir or 'out/smollm2'
 base = base or 'models/smollm2'
 models = ('base',)
-_rates = {'full': '--learning_rate=1e-5', 'r16': '--lora_rank=16 --learning_rate=2e-4', 'r64': '--lora_rank=64 --learning_rate=1e-4',
+_rates = {'full': '--learning_rate=1e-5', 'r16': '--lora_rank=16 --learning_rate=2e-4',
+          'r64': '--lora_rank=64 --learning_rate=1e-4',
           'r256': '--lora_rank=256 --learning_rate=5e-5', 'full-wd': '--learning_rate=1e-5 --weight_decay=1e-4',
           'full-dropout': '--learning_rate=1e-5 --attention_dropout=0.1'}
 runs = tuple(f'{_name}-{_epochs}ep {_knobs} --max_epochs={_epochs}' for _epochs in (1, 2, 4) for _name, _knobs in _rates.items())

@@ -1,7 +1,8 @@
 """
 Chat IFT: the Tulu-v2 mixture, about 326,000 conversations. Learned: MT-bench, GSM8K, MMLU. LoRA with --lora_rank=256.
 
-    python prepare_data.py --preset=tulu_v2 --packing=paper --tokenizer=models/Llama-2-7b-chat-hf --out_dir=data/tulu_v2
+    python prepare_data.py --preset=tulu_v2 --packing=paper --paper_epochs=6 \\
+        --tokenizer=models/Llama-2-7b-chat-hf --out_dir=data/tulu_v2
      1 GPU   python train.py config/tulu_ift.py --lora_rank=256
      8 GPUs  torchrun --nproc_per_node=8 train.py config/tulu_ift.py
     32 GPUs  torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=NODE0:29500 train.py config/tulu_ift.py
@@ -30,7 +31,6 @@ out_dir = out_dir or f'out/{_name}'
 learning_rate = 1e-4 if lora_rank else 5e-6
 weight_decay = 0.0
 doc_mask = False             # packed examples see each other
-shuffle = False              # rows stand in the order of the paper's packing
 loss_norm = 'paper'          # mean of the means of microbatches
 seq_len = 4096
 global_batch = 192

@@ -6,9 +6,9 @@ import shlex
 import pytest
 
 from conftest import ROOT, run_stage
-from quickstart import compare, compare_at_equal_learning, last_values, lines_to_finish
+from quickstart import compare, compare_at_equal_learning, last_values, lines_to_finish, pystdlib, toy_math
 
-TINY = {"max_records": 60, "source_problems": 40, "target_problems": 60, "vocab_size": 400, "hidden_size": 16,
+TINY = {"max_modules": 60, "source_problems": 40, "target_problems": 60, "held_out_problems": 8, "vocab_size": 400, "hidden_size": 16,
         "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "seq_len": 192, "base_steps": 4, "base_batch": 2,
         "steps": "3", "eval_rows": 4, "lora_ranks": "2", "choice_items": 8, "solve_items": 2}
 
@@ -61,7 +61,7 @@ def test_table_and_words_say_what_the_files_say(finished):
 def test_every_step_is_a_command_that_was_shown(finished):
     folder, stdout = finished
     shown = commands(stdout)
-    assert [script for script, _ in shown] == ["prepare_data.py"] * 3 + ["train.py", "study.py", "sample.py"]
+    assert [script for script, _ in shown] == ["prepare_data.py"] * 4 + ["train.py", "study.py", "sample.py"]
     done = run_stage(ROOT / "sample.py", *shown[-1][1], cwd=folder)  # as a reader would
     assert done.returncode == 0 and "Answer:" in done.stdout, done.stderr
 
@@ -129,3 +129,26 @@ def test_at_equal_learning():
     assert text == ("At equal learning: r=4 learned 0.500 and forgot 0.040, where full finetuning of that learning forgot about "
                     "0.050: less; r=16 learned 1.500 and forgot 0.350, where full finetuning of that learning forgot about 0.300: "
                     "not less; r=64 learned 2.500, more than full finetuning ever did.")
+
+
+def test_toy_math_is_right():
+    records = list(toy_math(400, 3))
+    assert records == list(toy_math(400, 3)) != list(toy_math(400, 4)) and records[:50] == list(toy_math(50, 3))
+    steps = []
+    for record in records:
+        *lines, last = record["answer"].split("\n")
+        values = [re.fullmatch(r".* <<([\d+*/-]+)=(\d+)>>(\d+) \w+\.", line).groups() for line in lines]
+        assert all(eval(expression) == int(value) == int(shown) > 0 for expression, value, shown in values)
+        assert last == f"#### {values[-1][2]}" and record["question"].endswith("?")
+        assert re.findall(r"\d+", record["question"]) == [re.match(r"\d+", values[0][0])[0],
+                                                          *(re.split(r"\D", value[0])[-1] for value in values)]
+        steps.append(len(values))
+    assert set(steps) == {1, 2, 3} and len({record["question"] for record in records}) > 390
+
+
+def test_pystdlib_is_the_library():
+    records = list(pystdlib())
+    paths = [record["path"] for record in records]
+    assert paths == sorted(paths) and {"json/decoder.py", "random.py"} <= {*paths}
+    assert not [path for path in paths if re.search("(^|/)(tests?|site-packages)/", path)]
+    assert sum(len(record["text"]) for record in records) > 3e6

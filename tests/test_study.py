@@ -14,7 +14,7 @@ def tokens(tmp_path_factory):
     for kind, source, knobs in (("cpt", "tinystories/tinystories_sample.txt", ["--max_tokens=8192"]),
                                 ("ift", "gsm8k/train.jsonl", ["--template=Q: {question}\nA:", "--response_field=answer",
                                                               "--max_records=60", "--packing=paper", "--paper_ranks=1",
-                                                              "--paper_batch=2"])):
+                                                              "--paper_batch=4", "--paper_epochs=2"])):
         result = run_here("prepare_data.py", f"--kind={kind}", f"--source={need('data/' + source)}", f"--tokenizer={base}",
                           "--seq_len=256", "--val_fraction=0", f"--out_dir={folder / kind}", *knobs)
         assert result.returncode == 0, result.stderr
