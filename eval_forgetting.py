@@ -41,7 +41,7 @@ name = 'forgetting'      # of the files with items; another one for other settin
 tasks = ('hellaswag', 'arc_challenge', 'winogrande')  # and mmlu
 limit = 0                # only the first so many items of each task; 0 = all
 styles = ('gauntlet', 'lm_eval')
-# data: original records or LLM Foundry's rows, as .jsonl, .json, .csv (.gz) or .parquet, here or on the hub
+# data: original records or LLM Foundry's rows, as .jsonl, .json (.gz) or .parquet, here or on the hub
 hellaswag = 'hf://datasets/Rowan/hellaswag/data/validation-00000-of-00001.parquet'
 arc_challenge = 'hf://datasets/allenai/ai2_arc/ARC-Challenge/test-00000-of-00001.parquet'
 winogrande = 'hf://datasets/allenai/winogrande/winogrande_xl/validation-00000-of-00001.parquet'
@@ -132,7 +132,7 @@ def to_item(task, record):
 def load_items(task, source):
     """The Items of a file, one from each record. Raises ValueError naming the file and record, and as read_items."""
     items = []
-    for number, record in enumerate(read_items(source, ()), 1):
+    for number, record in enumerate(read_items(source, (), task), 1):
         try:
             items.append(to_item(task, record))
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as e:
