@@ -118,8 +118,8 @@ def test_files_of_the_wrong_shape_are_refused(tmp_path, text, message):
 
 def test_a_file_of_the_hub_is_read_where_prepare_datas_sources_come_from(monkeypatch, tmp_path):
     (tmp_path / "x").write_text('{"q": 1}')
-    asked = []
-    monkeypatch.setattr("evals.from_hub", lambda *what: asked.append(what) or [Source("hf://datasets/a/b@1/c.jsonl", tmp_path / "x")])
+    asked, found = [], [Source("hf://datasets/a/b@1/c.jsonl", tmp_path / "x")]
+    monkeypatch.setattr("evals.from_hub", lambda *what: asked.append(what) or found)
     assert read_items("hf://datasets/a/b/c.jsonl", ("q",), "test_data") == [{"q": 1}]
     assert asked == [("hf://datasets/a/b/c.jsonl", "test_data")]
     with pytest.raises(ValueError, match="hf://datasets/a/b@1/c.jsonl, record 1: expected z"):
