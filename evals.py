@@ -26,7 +26,7 @@ from lora import fingerprint, is_adapter, load_adapter, merge_lora
 from model import Llama
 from records import Source, check_format, from_hub, parse
 from records import read_records as read_source
-from runtime import RANK, WORLD, join_ranks, pick_device, print0, versions, write_whole
+from runtime import RANK, WORLD, append_jsonl, join_ranks, pick_device, print0, versions, write_whole
 from tokenizer import Tokenizer, load_tokenizer
 
 
@@ -254,24 +254,23 @@ def score(values):
 
 
 def write_result(subject, metric, values, settings, seconds):
-    """Print a metric with its interval, and append it to results.jsonl unless it stands there; returns the mean.
-
-    values: one number an item. settings: every knob; the subject's identity is added."""
-    mean, stderr, low, high = score(values)
-    print0(f"{metric}: {mean:.4f} +- {stderr:.4f} ({low:.4f} to {high:.4f} with 95%), {len(values)} items")
-    record = {"run": subject.run, "step": subject.step, "tokens": subject.tokens, "epoch": subject.epoch,
-              "metric": metric, "value": mean, "stderr": stderr, "n": len(values),
-              "settings": json.loads(json.dumps({**subject.identity, **settings}))}
-    if RANK == 0:
-        append_result(subject.results, record, seconds)
-    return mean
+    """As write_score, for the mean of `values`, one number an item; returns it."""
+    scored = score(values)
+    write_score(subject, metric, scored, len(values), settings, seconds)
+    return scored[0]
 
 
-def append_result(path, record, seconds):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines() if path.is_file() else []
-    if any(record.items() <= json.loads(line).items() for line in lines):
+def write_score(subject, metric, scored, n, settings, seconds):
+    """Print a metric with its interval, and append it to results.jsonl unless it stands there.
+
+    scored: as of score(), n: items, settings: every knob; the subject's identity is added."""
+    mean, stderr, low, high = scored
+    print0(f"{metric}: {mean:.4f} +- {stderr:.4f} ({low:.4f} to {high:.4f} with 95%), {n} items")
+    record = {"run": subject.run, "step": subject.step, "tokens": subject.tokens, "epoch": subject.epoch, "metric": metric,
+              "value": mean, "stderr": stderr, "n": n, "settings": json.loads(json.dumps({**subject.identity, **settings}))}
+    lines = subject.results.read_text().splitlines() if subject.results.is_file() else []
+    if RANK or any(record.items() <= json.loads(line).items() for line in lines):
         return  # evaluated again from finished items
-    with open(path, "a") as file:
-        file.write(json.dumps({**record, "seconds": round(seconds, 3), "version": versions(),
-                               "time": time.strftime("%Y-%m-%dT%H:%M:%S")}) + "\n")
+    subject.results.parent.mkdir(parents=True, exist_ok=True)
+    append_jsonl(subject.results, {**record, "seconds": round(seconds, 3), "version": versions(),
+                                   "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
