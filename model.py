@@ -451,7 +451,7 @@ class Llama(nn.Module):
         Without it, each of these products brings its whole weight into that order first. The copy takes the memory of the
         weights once more; it is left again at the end, as the weights may change then."""
         able = (self.device.type == "cpu" and self.compute_dtype == torch.bfloat16 and rows and
-                torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+                torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
         weights = {m: m.weight for m in self.modules() if type(m) is Projection} | {self: self.head_weight} if able else {}
         try:
             for module, weight in weights.items():
