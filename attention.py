@@ -55,7 +55,8 @@ class BlockAttention(torch.autograd.Function):
 
 def attend_causally(q, k, v):
     """Causal attention of q [B, H, T, hd] to k and v [B, KV, T, hd], by the kernel that is fastest for it."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST and torch.is_grad_enabled():
+    if (q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST
+            and (torch.is_grad_enabled() or q.shape[2] >= BLOCK)):
         return BlockAttention.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
@@ -135,6 +136,6 @@ class KVCache:
         grouped = q.reshape(k.shape[0], -1, q.shape[-1])
         if q.device.type != "cpu":  # the fused kernels want four dimensions
             return F.scaled_dot_product_attention(grouped[None], k[None], v[None], attn_mask=self.bias[None]).view(q.shape)
-        # plain products take half of the fused kernel's time for one query
-        scores = torch.baddbmm(self.bias, grouped, k.mT, alpha=q.shape[-1] ** -0.5)
-        return torch.bmm(scores.softmax(-1), v).view(q.shape)
+        # plain products take half of the fused kernel's time for one query, and half again with the keys on the left
+        scores = torch.baddbmm(self.bias.mT, k, grouped.mT, alpha=q.shape[-1] ** -0.5)
+        return torch.bmm(scores.mT.softmax(-1), v).view(q.shape)

@@ -210,8 +210,8 @@ class Projection(nn.Module):
 
 
 def linear(x, weight, packed=None):
-    """x weight^T for x [B, T, K]; by `packed`, the weight in oneDNN's own order, if that is given and T = 1."""
-    if packed is not None and x.shape[1] == 1:
+    """x weight^T for x [..., K]; by `packed`, the weight in oneDNN's own order, if that is given."""
+    if packed is not None:
         return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     return F.linear(x, weight.to(x.dtype))
 
@@ -318,7 +318,7 @@ def sample_ids(logits, temperature, top_p, uniform):
 
     Inverse CDF over the smallest set of likeliest tokens whose share reaches top_p."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices  # argmax takes twice as long for bf16 on a CPU
     probs = torch.softmax(logits.float() / temperature, -1)
     if top_p >= 1:
         return inverse_cdf(probs, 1.0, uniform)
@@ -445,17 +445,16 @@ class Llama(nn.Module):
         return None, loss / len(predicted) if reduction == "mean" else loss
 
     @contextlib.contextmanager
-    def packed_weights(self, rows):
-        """Inside, products of `rows` rows of one token in bf16 on a CPU read weights in the order that oneDNN computes in.
+    def packed_weights(self):
+        """Inside, products in bf16 on a CPU read the weights in the order that oneDNN computes in, which few rows gain most by.
 
-        Without it, each of these products brings its whole weight into that order first. The copy takes the memory of the
-        weights once more; it is left again at the end, as the weights may change then."""
-        able = (self.device.type == "cpu" and self.compute_dtype == torch.bfloat16 and rows and
+        This copy takes the memory of the weights once more. It is dropped at the end, as the weights may change then."""
+        able = (self.device.type == "cpu" and self.compute_dtype == torch.bfloat16 and
                 torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
         weights = {m: m.weight for m in self.modules() if type(m) is Projection} | {self: self.head_weight} if able else {}
         try:
             for module, weight in weights.items():
-                module.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16), rows)
+                module.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16))
             yield
         finally:
             for module in weights:
@@ -497,7 +496,7 @@ class Llama(nn.Module):
         read = {}  # prompt -> (its keys, values and last logits): prompts that were read and have samples to start
         cache = KVCache(self.config, min(batch_size, len(queue)), longest, self.device, self.compute_dtype)
         logits = torch.empty(0, self.config.vocab_size, device=self.device, dtype=self.compute_dtype)
-        with self.packed_weights(min(batch_size, len(queue))):
+        with self.packed_weights() if max(most, default=0) > 1 else contextlib.nullcontext():
             while rows or queue:
                 admitted = [queue.pop() for _ in range(min(batch_size - len(rows), len(queue)))]
                 read = {p: read[p] for p in read if p in {p for p, _ in admitted + queue[-1:]}}
