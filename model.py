@@ -535,7 +535,7 @@ class Llama(nn.Module):
         cache.close_step()
         return logits
 
-    def _read_prompts(self, prompts, which, read, max_tokens=8192):
+    def _read_prompts(self, prompts, which, read, max_tokens=2048):
         """Run prompts through the model, one behind the other without padding; `read`: see generate."""
         while which:
             total = np.cumsum([len(prompts[p]) for p in which])
