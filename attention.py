@@ -56,7 +56,8 @@ class BlockAttention(torch.autograd.Function):
 def attend_causally(q, k, v, dropout=0.0):
     """Causal attention of q [B, H, T, hd] to k and v [B, KV, T, hd], by the kernel that is fastest for it; `dropout` is
     the share of probabilities set to zero."""
-    if not dropout and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST and torch.is_grad_enabled():
+    if (not dropout and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST
+            and (torch.is_grad_enabled() or q.shape[2] >= BLOCK)):
         return BlockAttention.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=True)
 
@@ -96,21 +97,31 @@ class KVCache:
         self.lengths = [0] * rows
         self.decoding = False  # until open_step: whole prompts are stored, then one token a row
 
-    def copy_row(self, row, other, other_row):
-        """Let `row` continue what `other` holds in `other_row`."""
-        n = self.lengths[row] = other.lengths[other_row]
-        self.k[:, row, :, :n] = other.k[:, other_row, :, :n]
-        self.v[:, row, :, :n] = other.v[:, other_row, :, :n]
+    def row(self, row):
+        """Keys and values of one sequence, [layers, KV, its length, hd] each."""
+        return (x[:, row, :, :self.lengths[row]] for x in (self.k, self.v))
+
+    def put(self, row, k, v):
+        """Let `row` continue what k and v [layers, KV, n, hd] hold."""
+        n = self.lengths[row] = k.shape[2]
+        self.k[:, row, :, :n], self.v[:, row, :, :n] = k, v
 
     def open_step(self, rows):
         """Before a decoding step of the first `rows` rows: where each one writes and what it may see."""
-        device, self.decoding = self.k.device, True
-        self.rows, self.row_index = rows, torch.arange(rows, device=device)
+        device, self.decoding, (_, _, heads, length, hd) = self.k.device, True, self.k.shape
         self.write_at = torch.tensor(self.lengths[:rows], device=device)
-        self.longest = max(self.lengths[:rows]) + 1
-        seen = torch.arange(self.longest, device=device) <= self.write_at[:, None]
+        longest = max(self.lengths[:rows]) + 1
+        sequences = torch.arange(rows * heads, device=device)  # of one key head each
+        self.slots = sequences * length + self.write_at.repeat_interleave(heads)
+        self.places = [x.flatten(1, 3).unbind() for x in (self.k, self.v)]           # a layer's [rows * KV * length, hd]
+        self.held = [x[:, :rows, :, :longest].flatten(1, 2).unbind() for x in (self.k, self.v)]  # [rows * KV, longest, hd]
+        seen = torch.arange(longest, device=device) <= self.write_at[:, None]
         self.bias = torch.zeros(seen.shape, device=device, dtype=self.k.dtype)
-        self.bias = self.bias.masked_fill_(~seen, -math.inf).repeat_interleave(self.k.shape[2], 0)[:, None]
+        self.bias = self.bias.masked_fill_(~seen, -math.inf).repeat_interleave(heads, 0)[:, None]
+
+    def close_step(self):
+        for row in range(len(self.write_at)):
+            self.lengths[row] += 1
 
     def prefill(self, layer, k, v):
         """Store whole prompts: k and v [rows, T, KV, hd]."""
@@ -119,13 +130,13 @@ class KVCache:
 
     def attend(self, layer, q, k, v):
         """Store one token of each row and attend to all before it; q [rows, 1, H, hd] -> same shape."""
-        self.k[layer, self.row_index, :, self.write_at] = k[:, 0]
-        self.v[layer, self.row_index, :, self.write_at] = v[:, 0]
-        k, v = (x[layer, :self.rows].flatten(0, 1)[:, :self.longest] for x in (self.k, self.v))
+        for places, new in zip(self.places, (k, v)):
+            places[layer].index_copy_(0, self.slots, new.flatten(0, 2))
+        k, v = (held[layer] for held in self.held)
         # query heads that share a key head stand where a longer sequence's queries would stand
         grouped = q.reshape(k.shape[0], -1, q.shape[-1])
         if q.device.type != "cpu":  # the fused kernels want four dimensions
             return F.scaled_dot_product_attention(grouped[None], k[None], v[None], attn_mask=self.bias[None]).view(q.shape)
-        # plain products take half of the fused kernel's time for one query
-        scores = torch.baddbmm(self.bias, grouped, k.mT, alpha=q.shape[-1] ** -0.5)
-        return torch.bmm(scores.softmax(-1), v).view(q.shape)
+        # plain products take half of the fused kernel's time for one query, and half again with the keys on the left
+        scores = torch.baddbmm(self.bias.mT, k, grouped.mT, alpha=q.shape[-1] ** -0.5)
+        return torch.bmm(scores.mT.softmax(-1), v).view(q.shape)
