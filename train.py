@@ -361,8 +361,8 @@ if __name__ == "__main__":
                (f" = {epochs:.3g} epochs" if epochs else ""))
         print0((gpu if dry_run else device_name(device)) + (f", {ranks} ranks, shard={how}" if ranks > 1 else "") +
                f", {str(compute_dtype)[6:]}: predicted memory of a rank " +
-               ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items()) +
-               f", together {sum(memory.values()) / 1e9:.2f} GB; predicted time "
+               ", ".join(f"{name} {size / 1e9:.3f}" for name, size in memory.items()) +
+               f", together {sum(memory.values()) / 1e9:.3f} GB; predicted time "
                f"{(steps - state['step']) * flops / rate / 3600:.2f} h at {rate / 1e12:.4g} TFLOP/s, {mfu:.0%} of the peak")
         if sum(memory.values()) > memory_of_rank(device):
             print0(f"WARNING: that is more than the {memory_of_rank(device) / 1e9:.2f} GB of a rank; a smaller microbatch, "
@@ -446,10 +446,10 @@ if __name__ == "__main__":
             if (done % log_interval == 0 or done == steps) and not skipped_in_a_row:
                 seconds = sum(window) / len(window)
                 speed, tflops = tokens_a_step / seconds, flops / seconds / 1e12
-                mfu = f"{tflops * 1e12 / peak / WORLD:.1%}" if peak else "n/a"
+                share = f"{tflops * 1e12 / peak / WORLD:.1%}" if peak else "n/a"
                 eta = (steps - done) * seconds
                 print0(f"step {done}/{steps} {done / steps:4.0%}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.3f}  "
-                       f"{speed:,.0f} tok/s  {tflops:.2f} TFLOP/s  MFU {mfu}  "
+                       f"{speed:,.0f} tok/s  {tflops:.2f} TFLOP/s  MFU {share}  "
                        f"ETA {eta // 3600:.0f}:{eta % 3600 // 60:02.0f}:{eta % 60:02.0f}")
                 append_jsonl(log, {"step": done, "tokens": state["tokens"], "epoch": done * global_batch / len(train_rows),
                                    "loss": loss, "lr": lr, "grad_norm": norm, "seconds": seconds, "tok_per_s": speed,

@@ -10,11 +10,14 @@ import time
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint  # noqa: F401 (what train.py imports later, imported once)
-import torch.distributed.fsdp  # noqa: F401
+import torch.distributed.checkpoint
+import torch.distributed.fsdp
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import lion  # noqa: E402, F401 (with all that takes long to import)
+import lora  # noqa: E402, F401
+
 torch.set_num_threads(1)
 PHASES = ("start", "forward", "backward", "save", "write", "rename", "delete", "fsync")
 
