@@ -31,12 +31,16 @@ def checkpoints(folder):
 
 
 def lock(out_dir):
-    """Hold out_dir for this run until the process ends; raises ValueError when another process does."""
+    """Hold out_dir for this run until the process ends, and delete what a killed one left half done or half deleted.
+
+    Raises ValueError when another process holds it."""
     file = open(Path(out_dir) / "lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"out_dir: another process is training in {out_dir}") from None
+    for left in Path(out_dir).glob("step_*.tmp"):
+        shutil.rmtree(left)
     return file  # closing it would let go
 
 
@@ -52,8 +56,7 @@ def save_checkpoint(model, optim, out_dir, state, base, keep_last, keep=(), pool
     momenta = {f"{names[p]}:{key}": value for p, values in optim.state.items() for key, value in values.items()}
     with whole_or_not(partial):
         if RANK == 0:
-            for left in Path(out_dir).glob("step_*.tmp"):
-                shutil.rmtree(left)
+            shutil.rmtree(partial, ignore_errors=True)
             (partial / "state").mkdir(parents=True)
         barrier()
         get = whole

@@ -288,6 +288,8 @@ def check_knobs(ranks):
         raise ValueError("lora_rank and grad_clip must not be negative, learning_rate must be positive")
     if not (resume or auto_resume or dry_run) and (Path(out_dir) / "log.jsonl").exists():
         raise ValueError(f"out_dir: {out_dir} holds a run; go on with --resume=True or choose another folder")
+    if compile and activation_checkpointing == "selective":
+        raise ValueError("activation_checkpointing=selective: a compiled block hides its products; say block, or compile=False")
     if compile and device == "cpu" and not shutil.which("g++"):
         raise ValueError("compile=True on a CPU needs a C++ compiler (g++); say --compile=False")
 

@@ -1,5 +1,6 @@
 """Many ranks on CPUs with gloo: the same run as one process, however the model is sharded; kills, signals, resharding."""
 import fcntl
+import gc
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_train import limited_file_size, setting, tiny_model, wait_for_line  # noqa: F401 (a fixture)
 
 import train as stage
-from checkpoint import checkpoints, save_checkpoint
+from checkpoint import checkpoints, lock, save_checkpoint
 from configurator import configure
 from lion import DecoupledAdamW
 
@@ -67,6 +68,7 @@ def same_run(got, want, step=7):
 def train_alone(setting, out, *more):
     """The same on one rank, in this process."""
     folder, knobs = setting
+    gc.collect()  # lets go of the lock of an earlier one
     result = run_here("train.py", *last_of([*knobs, *KNOBS, *more, f"--out_dir={folder / out}"]))
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -143,9 +145,9 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_with_the_nearest_that_do
 # ----------------------------------------------------------------------------- campaigns, a handful of each
 @pytest.mark.slow
 def test_kills_at_random_moments_lose_nothing(tmp_path):
-    result = run_stage("tests/kill_campaign.py", "--kills=10", f"--out_dir={tmp_path}", OMP_NUM_THREADS=1)
+    result = run_stage("tests/kill_campaign.py", "--kills=6", f"--out_dir={tmp_path}", OMP_NUM_THREADS=1)
     said = result.stdout + result.stderr
-    assert result.returncode == 0 and "10 kills" in said and " 0 faults" in said, said
+    assert result.returncode == 0 and "6 kills" in said and " 0 faults" in said, said
 
 
 @pytest.mark.slow
@@ -177,17 +179,17 @@ def test_saving_from_copies_writes_the_same_and_its_errors_surface(tmp_path):
 
 
 def test_a_checkpoint_loses_its_name_before_it_is_deleted(tmp_path, monkeypatch):
-    """Killed while an old checkpoint is deleted: no half of it under its name, and the next save removes the rest."""
+    """Killed while an old checkpoint is deleted: no half of it under its name, and the next run removes the rest."""
     model = tiny_model()
     save = lambda step: save_checkpoint(model, DecoupledAdamW(model.parameters()), tmp_path, {"step": step}, "base", 1)
     save(1)
     with monkeypatch.context() as patched:
-        patched.setattr("checkpoint.shutil.rmtree", lambda path, **_: 1 / 0)
+        patched.setattr("checkpoint.shutil.rmtree", lambda path, ignore_errors=False: ignore_errors or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             save(2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_1.old.tmp", "step_2"]
-    save(3)
-    assert [p.name for p in tmp_path.iterdir()] == ["step_3"]
+    lock(tmp_path).close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["lock", "step_2"]
 
 
 def test_checkpoint_of_before_skipped_steps_were_counted(setting):
@@ -212,6 +214,9 @@ def test_auto_resume_starts_and_goes_on(setting):
 
 
 # ----------------------------------------------------------------------------- two nodes
+TWO = [*KIND["lora"], "--optimizer=adamw", "--max_steps=80", "--eval_interval=0"]
+
+
 def agent(setting, node, port, out):
     """A torchrun agent of its own, with one rank, as a second node would run it."""
     folder, knobs = setting
@@ -219,10 +224,10 @@ def agent(setting, node, port, out):
         [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3",
          "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=run", "--local_addr=localhost",
          f"--rdzv_conf=is_host={int(node == 0)},keep_alive_interval=1,keep_alive_max_attempt=2", "train.py",
-         *last_of([*knobs, *KNOBS, *KIND["lora"], "--max_steps=300", "--save_interval=5", "--auto_resume=True",
-                   "--eval_interval=0", f"--out_dir={folder / out}"])],
+         *last_of([*knobs, *KNOBS, *TWO, "--save_interval=4", "--auto_resume=True", f"--out_dir={folder / out}"])],
         cwd=ROOT, text=True, stdout=open(folder / f"{out}-{node}.txt", "a"), stderr=subprocess.STDOUT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})
+        # or torch 2.13's agents, which reuse the first round's address, never tell it to one that returns
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
 
 
 @pytest.mark.slow
@@ -241,16 +246,13 @@ def test_two_nodes_survive_the_loss_and_return_of_one(setting):
     for pid in workers:
         os.kill(int(pid), signal.SIGKILL)
     nodes[1].wait()
-    assert lost_at < 300
+    assert lost_at < 80
     time.sleep(3)
     nodes[1] = agent(setting, 1, port, "two")
-    said = lambda: "".join((folder / f"two-{node}.txt").read_text() for node in (0, 1))
-    assert [node.wait(timeout=120) for node in nodes] == [0, 0], said()
-    losses, _ = log_of(folder / "two")
-    assert list(losses) == list(range(1, 301)) and said().count("above its start") == 1
-    train(setting, 2, "whole", *KIND["lora"], "--max_steps=300", "--eval_interval=0")
-    got, want = (weights(folder / run, 300) for run in ("two", "whole"))
-    assert all(torch.equal(got[k], want[k]) for k in want)
+    assert [node.wait(timeout=150) for node in nodes] == [0, 0], (folder / "two-0.txt").read_text()
+    assert list(log_of(folder / "two")[0]) == list(range(1, 81))
+    train_alone(setting, "whole", *TWO)
+    same_run(folder / "two", folder / "whole", 80)
 
 
 def test_replicas_that_drift_apart_are_refused(setting):
