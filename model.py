@@ -358,7 +358,8 @@ def fill(p, full):
 
 
 def whole(p):
-    """The whole of a parameter or gradient; under FSDP it is gathered, which all ranks must take part in."""
+    """The whole of a parameter or gradient, detached; under FSDP it is gathered, which all ranks must take part in."""
+    p = p.detach()
     return p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
@@ -605,8 +606,10 @@ class Llama(nn.Module):
                     row += rows
         return self
 
-    def save_pretrained(self, folder, dtype=None, shard_bytes=5 * 10 ** 9):
-        """Write a folder that from_pretrained and transformers read; dtype None keeps the parameters'."""
+    def save_pretrained(self, folder, dtype=None, shard_bytes=5 * 10 ** 9, get=whole):
+        """Write a folder that from_pretrained and transformers read; dtype None keeps the parameters'.
+
+        get(parameter) is the tensor to write, by default the parameter as it is now."""
         folder = Path(folder)
         writes = not dist.is_initialized() or dist.get_rank() == 0  # under FSDP all ranks gather, one writes
         if writes:
@@ -630,7 +633,7 @@ class Llama(nn.Module):
             tensors = {}
             for hf, p, first, rows in shard:
                 if p not in gathered:
-                    gathered = {p: whole(p.detach())}
+                    gathered = {p: get(p)}
                 if writes:  # copies, because safetensors refuses slices of one storage
                     tensors[hf] = gathered[p][first:first + rows].to("cpu", dtype or p.dtype, copy=True)
             if writes:

@@ -17,17 +17,18 @@ import os
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from checkpoint import checkpoint_state, load_optimizer, lock, newest_checkpoint, save_checkpoint, start_log
+from checkpoint import checkpoint_state, checkpoints, load_optimizer, lock, newest_checkpoint, save_checkpoint, start_log
 from configurator import configure, knob_table
 from lion import DecoupledAdamW, DecoupledLionW
 from lora import apply_lora, apply_saved_lora, init_adapters, load_adapter_weights
 from model import IGNORE, Llama, LlamaConfig, whole
-from parallel import add_up, add_up_gradients, is_sharded, leave, shard_model
+from parallel import add_up, add_up_gradients, check_replicas, is_sharded, leave, shard_model
 from plan import compare_with_paper, flops_of_batch, predict_memory, shape_of
 from rows import PlannedRows, TokenRows, rows_of_step, stack
 from runtime import (LOCAL_WORLD, PEAK_TFLOPS, RANK, WORLD, append_jsonl, device_name, join_ranks, matmul_flops,
@@ -41,6 +42,7 @@ data = ''                    # token folder made by prepare_data.py
 val_data = ()                # more sets to watch: NAME=FOLDER, ... (their val.bin, else train.bin)
 out_dir = ''                 # run folder, made new
 resume = False               # go on from the newest complete checkpoint of out_dir
+auto_resume = False          # resume if out_dir holds a checkpoint, else start: for torchrun --max_restarts, sbatch --requeue
 resume_from = ''             # start out_dir from this checkpoint (step_N) of another run: its weights, momenta, step
 # LoRA
 lora_rank = 0                # 0 = full finetuning
@@ -83,6 +85,7 @@ eval_interval = 0            # steps between validations; 0 = before the first a
 eval_rows = 64               # rows of each validation set, evenly spaced; 0 = all
 save_interval = 0            # steps between checkpoints; 0 = one at the end
 keep_last = 2                # complete checkpoints to keep; 0 = all
+async_save = False           # write from copies in the CPU's memory while training goes on; rank 0 holds all trained weights
 checkpoint_at = ()           # save there and keep: steps, or tokens where 1e6 or more, such as 500,0.25e9,1e9
 max_skipped = 5              # steps in a row that may be skipped because loss or gradient is not finite
 # machine
@@ -107,7 +110,7 @@ _choices = {'optimizer': ('lionw', 'adamw'), 'loss_norm': ('token', 'paper'),
             'param_dtype': ('float32', 'bfloat16', 'float64'), 'shard': ('auto', 'none', 'full', 'hybrid'),
             'activation_checkpointing': ('none', 'block', 'selective')}
 # may differ between a checkpoint and the run that resumes it
-_free = {'out_dir', 'resume', 'resume_from', 'checkpoint_at', 'max_skipped', 'shard', 'shard_ranks',
+_free = {'out_dir', 'resume', 'auto_resume', 'resume_from', 'async_save', 'checkpoint_at', 'max_skipped', 'shard', 'shard_ranks',
          'activation_checkpointing', 'val_data', 'log_interval', 'eval_interval', 'eval_rows', 'save_interval', 'keep_last',
          'device', 'compile', 'max_steps', 'max_epochs', 'max_tokens', 'memory_gb', 'dry_run', 'gpus', 'gpu', 'mfu', 'data_rows'}
 
@@ -257,7 +260,8 @@ def learning_rate_at(step, steps):
         return learning_rate * cosine_with_warmup(t, steps, int(0.1 * steps) if warmup_steps is None else warmup_steps, alpha_f)
     if schedule == "inv_sqrt":
         cooldown = round(0.2 * steps) if cooldown_steps is None else cooldown_steps
-        return learning_rate * inv_sqrt_with_warmup(t, steps, warmup_steps or 0, t_scale, cooldown, alpha_f_decay, alpha_f_cooldown)
+        return learning_rate * inv_sqrt_with_warmup(t, steps, warmup_steps or 0, t_scale, cooldown, alpha_f_decay,
+                                                    alpha_f_cooldown)
     return learning_rate * (min(1.0, t / warmup_steps) if warmup_steps else 1.0)
 
 
@@ -285,8 +289,10 @@ def check_knobs(ranks):
         raise ValueError(f"attention_dropout must be at least 0 and below 1, found {attention_dropout}")
     if lora_rank < 0 or grad_clip < 0 or learning_rate <= 0:
         raise ValueError("lora_rank and grad_clip must not be negative, learning_rate must be positive")
-    if not (resume or dry_run) and (Path(out_dir) / "log.jsonl").exists():
+    if not (resume or auto_resume or dry_run) and (Path(out_dir) / "log.jsonl").exists():
         raise ValueError(f"out_dir: {out_dir} holds a run; go on with --resume=True or choose another folder")
+    if compile and activation_checkpointing == "selective":
+        raise ValueError("activation_checkpointing=selective: a compiled block hides its products; say block, or compile=False")
     if compile and device == "cpu" and not shutil.which("g++"):
         raise ValueError("compile=True on a CPU needs a C++ compiler (g++); say --compile=False")
 
@@ -299,6 +305,7 @@ if __name__ == "__main__":
         ranks, node = (gpus, min(gpus, 8)) if dry_run else (WORLD, LOCAL_WORLD)
         check_knobs(ranks)
         device = torch.device("meta") if dry_run else join_ranks(pick_device(device))
+        before, peaks = 0.0 if dry_run else peak_memory(device), []
         compute_dtype = pick_dtype("bfloat16" if dry_run and dtype == "auto" else dtype, device)
         shape = shape_of(base) if dry_run else LlamaConfig.from_json(base)
         watched = {}
@@ -321,12 +328,13 @@ if __name__ == "__main__":
                              f"{shape.max_position_embeddings}")
         steps = count_steps(train_rows)
         started_from, state = None, {"step": 0, "tokens": 0, "skipped": 0}
-        if (resume or resume_from) and not dry_run:
-            started_from = Path(resume_from) if resume_from else newest_checkpoint(out_dir)
+        goes_on = not dry_run and (resume or auto_resume and checkpoints(out_dir))
+        if goes_on or resume_from and not dry_run:
+            started_from = newest_checkpoint(out_dir) if goes_on else Path(resume_from)
             new_run = {"learning_rate", "schedule", "warmup_steps", "alpha_f", "t_scale", "alpha_f_decay", "cooldown_steps",
                        "alpha_f_cooldown"}
             # "skipped" is missing in older checkpoints
-            state |= checkpoint_state(started_from, config, train_rows.sha256, _free | (new_run if resume_from else set()))
+            state |= checkpoint_state(started_from, config, train_rows.sha256, _free | (set() if goes_on else new_run))
 
         # model: frozen weights in the compute dtype, trained ones in fp32 (param_dtype for full finetuning). It is made
         # on meta, sharded, and then each rank reads its part
@@ -360,9 +368,9 @@ if __name__ == "__main__":
                (f" = {epochs:.3g} epochs" if epochs else ""))
         print0((gpu if dry_run else device_name(device)) + (f", {ranks} ranks, shard={how}" if ranks > 1 else "") +
                f", {str(compute_dtype)[6:]}: predicted memory of a rank " +
-               ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items()) +
-               f", together {sum(memory.values()) / 1e9:.2f} GB; predicted time {(steps - state['step']) * flops / rate / 3600:.2f} h "
-               f"at {rate / 1e12:.4g} TFLOP/s, {mfu:.0%} of the peak")
+               ", ".join(f"{name} {size / 1e9:.3f}" for name, size in memory.items()) +
+               f", together {sum(memory.values()) / 1e9:.3f} GB; predicted time "
+               f"{(steps - state['step']) * flops / rate / 3600:.2f} h at {rate / 1e12:.4g} TFLOP/s, {mfu:.0%} of the peak")
         if sum(memory.values()) > memory_of_rank(device):
             print0(f"WARNING: that is more than the {memory_of_rank(device) / 1e9:.2f} GB of a rank; a smaller microbatch, "
                    "activation_checkpointing=block or shard=full need less")
@@ -393,7 +401,7 @@ if __name__ == "__main__":
 
         log = Path(out_dir) / "log.jsonl"
         if RANK == 0:
-            start_log(log, state["step"])
+            start_log(log, state["step"] if started_from else -1)
             (Path(out_dir) / "config.json").write_text(json.dumps({"config": config, "versions": versions()}, indent=1))
         keep = {step_at(at, tokens_a_step) if at >= 1e6 else int(at) for at in checkpoint_at}
 
@@ -412,6 +420,7 @@ if __name__ == "__main__":
         elif state["step"] >= steps:
             print0(f"{started_from}: the run is complete")
         window, started, skipped_in_a_row = [], time.perf_counter(), 0
+        pool, saving = ThreadPoolExecutor(1) if async_save else None, None
         for step in range(first := state["step"], steps):
             clock = time.perf_counter()
             batch = rows_of_step(step, global_batch, len(train_rows), seed, shuffle, train_rows.packed)
@@ -420,7 +429,9 @@ if __name__ == "__main__":
             if not is_sharded(model):
                 add_up_gradients(trained)
             norm = whole(torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)).item()
-            loss, stops = add_up(loss.item(), len(stop), device=device)  # all ranks stop, or none
+            peak_here = (peak_memory(device) - before) * 1e9
+            # all ranks stop, or none
+            loss, stops, *peaks = add_up(loss.item(), len(stop), *(peak_here * (r == RANK) for r in range(WORLD)), device=device)
             done = step + 1
             if not (math.isfinite(loss) and math.isfinite(norm)):  # sums over ranks: all of them see it
                 skipped_in_a_row += 1
@@ -442,23 +453,32 @@ if __name__ == "__main__":
             if (done % log_interval == 0 or done == steps) and not skipped_in_a_row:
                 seconds = sum(window) / len(window)
                 speed, tflops = tokens_a_step / seconds, flops / seconds / 1e12
-                mfu = f"{tflops * 1e12 / peak / WORLD:.1%}" if peak else "n/a"
+                share = f"{tflops * 1e12 / peak / WORLD:.1%}" if peak else "n/a"
                 eta = (steps - done) * seconds
                 print0(f"step {done}/{steps} {done / steps:4.0%}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.3f}  "
-                       f"{speed:,.0f} tok/s  {tflops:.2f} TFLOP/s  MFU {mfu}  "
+                       f"{speed:,.0f} tok/s  {tflops:.2f} TFLOP/s  MFU {share}  "
                        f"ETA {eta // 3600:.0f}:{eta % 3600 // 60:02.0f}:{eta % 60:02.0f}")
                 append_jsonl(log, {"step": done, "tokens": state["tokens"], "epoch": done * global_batch / len(train_rows),
                                    "loss": loss, "lr": lr, "grad_norm": norm, "seconds": seconds, "tok_per_s": speed,
                                    "peak_gb": peak_memory(device)})
                 window = []
+            if saving and saving.done():
+                saving = saving.result()  # None, or what went wrong
             if done == steps or eval_interval and done % eval_interval == 0:
                 validate(done)
             if done == steps or stops or done in keep or save_interval and done % save_interval == 0:
                 state.update(step=done, steps=steps, config=config, data=train_rows.sha256, versions=versions())
-                print0(f"saved {save_checkpoint(model, optim, out_dir, state, base, keep_last, keep)}")
+                if saving:
+                    saving.result()
+                if not is_sharded(model):
+                    check_replicas(trained)
+                saving = save_checkpoint(model, optim, out_dir, state, base, keep_last, keep, pool)
             if stops:
                 name = signal.Signals(stop[0]).name if stop else "a signal to another rank"
                 print0(f"stopped by {name} after step {done}; --resume=True goes on")
                 break
-        print0(f"{time.perf_counter() - started:.0f} s, peak memory {peak_memory(device):.2f} GB")
+        if saving:
+            saving.result()
+        print0(f"{time.perf_counter() - started:.0f} s, peak memory {peak_memory(device):.2f} GB; of each rank, above its start: "
+               f"{', '.join(f'{peak / 1e9:.3f}' for peak in peaks)} GB")
         leave()
