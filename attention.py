@@ -108,7 +108,7 @@ class KVCache:
 
     def open_step(self, rows):
         """Before a decoding step of the first `rows` rows: where each one writes and what it may see."""
-        device, self.decoding, (_, _, heads, length, hd) = self.k.device, True, self.k.shape
+        device, self.decoding, (_, _, heads, length, _) = self.k.device, True, self.k.shape
         self.write_at = torch.tensor(self.lengths[:rows], device=device)
         longest = max(self.lengths[:rows]) + 1
         sequences = torch.arange(rows * heads, device=device)  # of one key head each

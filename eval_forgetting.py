@@ -17,7 +17,6 @@ A token that several sequences begin with is computed once: the choices of an it
 after the same shots make one tree, whose tokens see their ancestors. A batch is a flat list of such tokens, without
 padding, and the vocabulary's logits are made only where a choice is scored.
 """
-import json
 import math
 import random
 import re

@@ -4,7 +4,6 @@ import gc
 import json
 import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
