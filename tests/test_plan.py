@@ -3,7 +3,7 @@ import re
 
 import pytest
 import torch
-from conftest import run_here
+from conftest import ROOT, run_here, run_stage
 
 from lora import apply_lora
 from model import Llama
@@ -41,6 +41,11 @@ def test_the_papers_steps_and_trained_parameters():
     assert "3,088 steps" in out and "16 epochs" in out and "6,738,415,616 trained, in full" in out
 
 
+def test_a_branch_is_planned_without_its_trunk():
+    out = plan(ROOT / "config/cpt_durations.py", "--max_tokens=4e9", "--out_dir=out/math/4B")
+    assert "step_4069" in out and "5,086 steps" in out
+
+
 def test_hours_follow_from_the_gpu():
     hours = lambda *more: float(re.search(r"predicted time ([\d.]+) h", plan("--max_tokens=20e9", *more))[1])
     # 6 FLOPs a weight and token, without the embedding, and 6 T d layers of causal attention
@@ -55,7 +60,7 @@ def test_the_papers_table_of_memory_stands_beside_ours():
     assert lines["70B  lion full"][::2][:5] == [840, 105, 52.5, 26.25, 13.12]
     assert lines["405B lion + LoRA"][::2][0] == 858.6 and lines["405B adam full"][::2][-1] == 25.31
     assert lines["7B   adam full"][1] == pytest.approx(6.738415616 * 16, abs=0.01)
-    assert lines["7B   lion + LoRA"][1] == pytest.approx(6.738415616 * 2 + 2_498_560 * 64 * 14 / 1e9, abs=0.01)
+    assert lines["7B   lion + LoRA"][1] == pytest.approx(6.738415616 * 2 + 2_498_560 * 64 * 12 / 1e9, abs=0.01)
     assert len(lines) == 15  # two of remarks, the heads, and 3 models x 2 optimizers x with and without LoRA
 
 
@@ -100,3 +105,9 @@ def test_folder_with_a_config_goes_before_the_table(tmp_path):
                                                         '"intermediate_size": 16, "num_hidden_layers": 1, '
                                                         '"num_attention_heads": 2}')
     assert shape_of(tmp_path / "Llama-2-7b-hf").vocab_size == 7
+
+
+@pytest.mark.slow
+def test_peak_memory_of_sharded_ranks_is_the_predicted(tmp_path):
+    result = run_stage("tests/rank_memory.py", f"--out_dir={tmp_path}", "--ranks=2", "--shards=full", "--more=--seq_len=128")
+    assert result.returncode == 0 and "2 ranks, full: predicted" in result.stdout, result.stdout + result.stderr
