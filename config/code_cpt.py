@@ -9,10 +9,7 @@ Code CPT: continued pretraining on 20B tokens of StarCoder Python. Learned: Huma
 25,431 steps of 786,432 tokens. --dry_run=True prints hours and memory for your GPUs; on 8 H100 at 45% of
 their peak (a prediction, not measured): 67 h and 55 GB a GPU in full, 52 h and 64 GB with r=256, 47 h with r=16.
 
-Durations: this is the trunk. Its checkpoints at 0.25B and 0.5B tokens are those runs: by the published schedule they end
-inside the warmup, where no cooldown begins. 1B to 16B are branches, which cool down over their last 20%, such as
-    torchrun ... train.py config/code_cpt.py --max_steps=5086 --resume_from=out/code_cpt_full/step_4069 \\
-        --out_dir=out/code_cpt_full_4B
+Shorter durations branch from this run: config/cpt_durations.py, named after this file, says how.
 
 The paper's values (its tables S1, S2; base HumanEval .138, forgetting .671):
     tokens            .25B  .5B   1B    2B    4B    8B    16B   20B
@@ -34,11 +31,9 @@ doc_mask = False             # documents of a window see each other
 seq_len = 4096
 global_batch = 192
 microbatch = 2               # the paper's is 6; the gradient is the same, and so nothing has to be computed twice
-max_steps = max_steps or 25431       # 20B tokens
+max_tokens = max_tokens or (0.0 if max_steps else 20e9)
 schedule = 'inv_sqrt'        # a trapezoid: warmup, flat, linear to 0 over the last fifth
 warmup_steps = 1000
 alpha_f_decay = 1.0
-checkpoint_at = tuple(int(_tokens // 786432) for _tokens in (0.25e9, 0.5e9)) + tuple(  # those runs; where branches leave
-    round(0.8 * int(_tokens // 786432)) for _tokens in (1e9, 2e9, 4e9, 8e9, 16e9))
 save_interval = 500
 compile = True

@@ -37,6 +37,8 @@ def test_learning_rates_are_the_papers(config, rank):
 
 
 @pytest.mark.parametrize("config, knobs, words", [
+    ("math_cpt", [ROOT / "config/cpt_durations.py", "--max_tokens=4e9", "--out_dir=out/math/4B"],
+     ["resume_from = 'out/math/20B/step_4069'", "5,086 steps"]),
     ("math_cpt", [], ["25,431 steps of 192 rows = 786,432 tokens", "together 19,999,752,192 tokens"]),
     ("code_cpt", ["--lora_rank=256"], ["25,431 steps", f"{2498560 * 256:,} trained"]),
     ("math_ift", ["--lora_rank=16"], ["of 768 rows = 786,432 tokens", f"{2498560 * 16:,} trained"]),
