@@ -13,8 +13,8 @@ import time
 from functools import partial
 
 from configurator import configure, knob_table
-from evals import cut_left, digest, evaluate, generate_each, load_for_eval, read_items, start_ranks, write_result, write_whole
-from runtime import RANK, one_line_errors, pick_dtype, print0
+from evals import cut_left, digest, evaluate, load_for_eval, read_items, start_ranks, write_result
+from runtime import RANK, one_line_errors, pick_dtype, print0, write_whole
 from tokenizer import text_stopper
 
 # -----------------------------------------------------------------------------
@@ -48,35 +48,43 @@ def next_prompt(tok, history, message):
 
 
 def answer_questions(asked, subject, ids, finish):
-    """Answer all turns of asked[i], i in ids. Greedy ones run together; a drawn one's numbers belong to the question."""
+    """Answer all turns of asked[i], i in ids, batch_size questions of one temperature together; the random numbers
+    belong to (seed, question, turn)."""
+    by_temperature = {}
+    for i in ids:
+        by_temperature.setdefault(TEMPERATURES[asked[i]["category"]], []).append(i)
+    for temperature, group in by_temperature.items():
+        for start in range(0, len(group), batch_size):  # what is finished is kept: not all first turns before any second
+            answer_together(asked, subject, group[start:start + batch_size], temperature, finish)
+
+
+def answer_together(asked, subject, group, temperature, finish):
+    """Answer asked[i], i in group, turn by turn."""
     tok, room = subject.tokenizer, subject.model.config.max_position_embeddings - max_new_tokens
     ended = text_stopper(tok, stop, {tok.eos_id})
-    greedy = [i for i in ids if TEMPERATURES[asked[i]["category"]] == 0]
-    for group in [greedy] * bool(greedy) + [[i] for i in ids if i not in greedy]:
-        history, turns = {i: [] for i in group}, {i: [] for i in group}
-        cut, truncated = dict.fromkeys(group, 0), dict.fromkeys(group, 0)
+    history, turns = {i: [] for i in group}, {i: [] for i in group}
+    cut, truncated = dict.fromkeys(group, 0), dict.fromkeys(group, 0)
 
-        def done(going, p, new):
-            i, (new,) = going[p], new
-            truncated[i] += not ended(new)
-            text = tok.decode(new)
-            end = min([at for s in stop if (at := text.find(s)) >= 0], default=None)
-            turns[i].append(text[:end].strip())
-            new = tok.encode(text[:end]) if end is not None else new  # an answer without the text that ended it
-            history[i] += new[:-1] if new[-1:] == [tok.eos_id] else new
-            if len(turns[i]) == len(asked[i]["turns"]):
-                finish(i, {"question_id": asked[i]["question_id"], "turns": turns[i], "tstamp": time.time(),
-                           "cut": cut[i], "truncated": truncated[i] / len(turns[i])})
+    def done(going, p, rows):
+        i, (new,) = going[p], rows
+        truncated[i] += not ended(new)
+        text = tok.decode(new)
+        end = min([at for s in stop if (at := text.find(s)) >= 0], default=None)
+        turns[i].append(text[:end].strip())
+        new = tok.encode(text[:end]) if end is not None else new  # an answer without the text that ended it
+        history[i] += new[:-1] if new[-1:] == [tok.eos_id] else new
+        if len(turns[i]) == len(asked[i]["turns"]):
+            finish(i, {"question_id": asked[i]["question_id"], "turns": turns[i], "tstamp": time.time(),
+                       "cut": cut[i], "truncated": truncated[i] / len(turns[i])})
 
-        for turn in range(max(len(asked[i]["turns"]) for i in group)):
-            going = [i for i in group if turn < len(asked[i]["turns"])]
-            for i in going:
-                prompt = next_prompt(tok, history[i], asked[i]["turns"][turn])
-                history[i], lost = cut_left(prompt, room, tok.bos_id if bos else None)
-                cut[i] += lost
-            generate_each(subject.model, [history[i] for i in going], max_new_tokens, ended, partial(done, going),
-                          temperature=TEMPERATURES[asked[group[0]]["category"]], batch_size=batch_size,
-                          seed=(seed * 1000 + group[0]) * 10 + turn)
+    for turn in range(max(len(asked[i]["turns"]) for i in group)):
+        going = [i for i in group if turn < len(asked[i]["turns"])]
+        for i in going:
+            prompt = next_prompt(tok, history[i], asked[i]["turns"][turn])
+            history[i], lost = cut_left(prompt, room, tok.bos_id if bos else None)
+            cut[i] += lost
+        subject.model.generate([history[i] for i in going], max_new_tokens, temperature, stop=ended, batch_size=batch_size,
+                               seed=[(seed * 1000 + i) * 10 + turn for i in going], on_prompt=partial(done, going))
 
 
 def fastchat_line(record, model_id):
@@ -95,7 +103,7 @@ if __name__ == "__main__":
             raise ValueError("questions is not set: FastChat has them in fastchat/llm_judge/data/mt_bench/question.jsonl")
         if "{message}" not in template:
             raise ValueError(f"template: expected {{message}} in it, found {template!r}")
-        asked = read_items(questions, ("question_id", "category", "turns"))
+        asked = read_items(questions, ("question_id", "category", "turns"), "questions")
         for number, question in enumerate(asked, 1):
             if question["category"] not in TEMPERATURES or not isinstance(question["turns"], list) or not question["turns"]:
                 raise ValueError(f"{questions}, record {number}: expected a category out of {', '.join(TEMPERATURES)} and a "

@@ -53,11 +53,13 @@ class BlockAttention(torch.autograd.Function):
         return dq.view(dout_shape), dk.to(k.dtype).view(shape), dv.to(v.dtype).view(shape)
 
 
-def attend_causally(q, k, v):
-    """Causal attention of q [B, H, T, hd] to k and v [B, KV, T, hd], by the kernel that is fastest for it."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST and torch.is_grad_enabled():
+def attend_causally(q, k, v, dropout=0.0):
+    """Causal attention of q [B, H, T, hd] to k and v [B, KV, T, hd], by the kernel that is fastest for it; `dropout` is
+    the share of probabilities set to zero."""
+    if (not dropout and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST
+            and (torch.is_grad_enabled() or q.shape[2] >= BLOCK)):
         return BlockAttention.apply(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=True)
 
 
 def document_positions(docs, n):
@@ -66,24 +68,24 @@ def document_positions(docs, n):
 
 
 @torch.compiler.disable  # the number of documents changes from batch to batch
-def document_attention(q, k, v, docs):
+def document_attention(q, k, v, docs, dropout=0.0):
     """Causal attention inside each document; docs are their borders in the flattened B * T tokens."""
     shape, scale_heads = q.shape, q.shape[2] // k.shape[2]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+    if not dropout and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):  # it knows no dropout
         from torch.nn.attention.varlen import varlen_attn
         k, v = (x.repeat_interleave(scale_heads, 1) for x in (k, v))
         cu, longest = docs.int(), shape[1]  # no document is longer than a row, and asking would sync
         return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0)).view(shape)
     lengths = docs.diff().tolist()
     parts = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)))
-    out = [attend_causally(a[None], b[None], c[None])[0] for a, b, c in parts]
+    out = [attend_causally(a[None], b[None], c[None], dropout)[0] for a, b, c in parts]
     return torch.cat(out, 1).transpose(0, 1).reshape(shape)
 
 
-def causal_attention(q, k, v):
+def causal_attention(q, k, v, dropout=0.0):
     """Causal attention along T."""
-    return attend_causally(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    return attend_causally(*(x.transpose(1, 2) for x in (q, k, v)), dropout).transpose(1, 2)
 
 
 class KVCache:
@@ -95,21 +97,31 @@ class KVCache:
         self.lengths = [0] * rows
         self.decoding = False  # until open_step: whole prompts are stored, then one token a row
 
-    def copy_row(self, row, other, other_row):
-        """Let `row` continue what `other` holds in `other_row`."""
-        n = self.lengths[row] = other.lengths[other_row]
-        self.k[:, row, :, :n] = other.k[:, other_row, :, :n]
-        self.v[:, row, :, :n] = other.v[:, other_row, :, :n]
+    def row(self, row):
+        """Keys and values of one sequence, [layers, KV, its length, hd] each."""
+        return (x[:, row, :, :self.lengths[row]] for x in (self.k, self.v))
+
+    def put(self, row, k, v):
+        """Let `row` continue what k and v [layers, KV, n, hd] hold."""
+        n = self.lengths[row] = k.shape[2]
+        self.k[:, row, :, :n], self.v[:, row, :, :n] = k, v
 
     def open_step(self, rows):
         """Before a decoding step of the first `rows` rows: where each one writes and what it may see."""
-        device, self.decoding = self.k.device, True
-        self.rows, self.row_index = rows, torch.arange(rows, device=device)
+        device, self.decoding, (_, _, heads, length, _) = self.k.device, True, self.k.shape
         self.write_at = torch.tensor(self.lengths[:rows], device=device)
-        self.longest = max(self.lengths[:rows]) + 1
-        seen = torch.arange(self.longest, device=device) <= self.write_at[:, None]
+        longest = max(self.lengths[:rows]) + 1
+        sequences = torch.arange(rows * heads, device=device)  # of one key head each
+        self.slots = sequences * length + self.write_at.repeat_interleave(heads)
+        self.places = [x.flatten(1, 3).unbind() for x in (self.k, self.v)]           # a layer's [rows * KV * length, hd]
+        self.held = [x[:, :rows, :, :longest].flatten(1, 2).unbind() for x in (self.k, self.v)]  # [rows * KV, longest, hd]
+        seen = torch.arange(longest, device=device) <= self.write_at[:, None]
         self.bias = torch.zeros(seen.shape, device=device, dtype=self.k.dtype)
-        self.bias = self.bias.masked_fill_(~seen, -math.inf).repeat_interleave(self.k.shape[2], 0)[:, None]
+        self.bias = self.bias.masked_fill_(~seen, -math.inf).repeat_interleave(heads, 0)[:, None]
+
+    def close_step(self):
+        for row in range(len(self.write_at)):
+            self.lengths[row] += 1
 
     def prefill(self, layer, k, v):
         """Store whole prompts: k and v [rows, T, KV, hd]."""
@@ -118,13 +130,13 @@ class KVCache:
 
     def attend(self, layer, q, k, v):
         """Store one token of each row and attend to all before it; q [rows, 1, H, hd] -> same shape."""
-        self.k[layer, self.row_index, :, self.write_at] = k[:, 0]
-        self.v[layer, self.row_index, :, self.write_at] = v[:, 0]
-        k, v = (x[layer, :self.rows].flatten(0, 1)[:, :self.longest] for x in (self.k, self.v))
+        for places, new in zip(self.places, (k, v)):
+            places[layer].index_copy_(0, self.slots, new.flatten(0, 2))
+        k, v = (held[layer] for held in self.held)
         # query heads that share a key head stand where a longer sequence's queries would stand
         grouped = q.reshape(k.shape[0], -1, q.shape[-1])
         if q.device.type != "cpu":  # the fused kernels want four dimensions
             return F.scaled_dot_product_attention(grouped[None], k[None], v[None], attn_mask=self.bias[None]).view(q.shape)
-        # plain products take half of the fused kernel's time for one query
-        scores = torch.baddbmm(self.bias, grouped, k.mT, alpha=q.shape[-1] ** -0.5)
-        return torch.bmm(scores.softmax(-1), v).view(q.shape)
+        # plain products take half of the fused kernel's time for one query, and half again with the keys on the left
+        scores = torch.baddbmm(self.bias.mT, k, grouped.mT, alpha=q.shape[-1] ** -0.5)
+        return torch.bmm(scores.mT.softmax(-1), v).view(q.shape)

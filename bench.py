@@ -4,6 +4,7 @@ Speed and memory against Hugging Face transformers + peft, in one process, runs 
     python bench.py --model=models/smollm2-135m                # the real weights
     python bench.py                                            # random weights of SmolLM2-135M's shape
     python bench.py --parts=kernels                            # LoRA's products alone, at Llama-2's shapes, on a GPU
+    python bench.py --model=models/smollm2-135m --parts=gsm8k,starts
 
 Same weights, data, dtype and threads for both sides; each figure is the median over --repeats rounds. The peer gets
 its fastest settings known to us: weights in `dtype` (no autocast), SDPA attention, fused AdamW; peft adapters as
@@ -23,14 +24,19 @@ import torch
 import torch.nn.functional as F
 
 from configurator import configure, knob_table
+from eval_gsm8k import STOPS, build_prompt, draw_shots
+from eval_humaneval import FIELDS, run_program
+from evals import read_items
 from lion import DecoupledLionW
 from lora import apply_lora, choose_kernel, lora_matmul, milliseconds
 from model import Llama, LlamaConfig
 from runtime import device_name, one_line_errors, peak_memory, pick_device, versions
+from sandbox import Sandbox
+from tokenizer import load_tokenizer, text_stopper
 
 # -----------------------------------------------------------------------------
 model = ''               # model folder; '' = random weights of SmolLM2-135M's shape
-parts = ('full', 'lora', 'greedy', 'samples')   # what to measure, of these four and kernels
+parts = ('full', 'lora', 'greedy', 'samples')   # what to measure, of these four, kernels, gsm8k and starts
 rows = 4                 # training: rows a step
 seq_len = 512            # and tokens a row
 lora_rank = 16
@@ -42,6 +48,13 @@ kernel_rows = (8192,)    # tokens at once
 prompts = 16             # greedy: prompts at once, of 32 to 96 tokens
 samples = 50             # samples: of one prompt of 128 tokens, temperature 0.8, top_p 0.95
 new_tokens = 64          # of each continuation
+items = 16               # gsm8k: of the test set, 5 shots, greedy, at most 256 new tokens, the harness's stop strings
+items_at_once = 16       # gsm8k: rows that ours generates at once
+peer_at_once = 8         # gsm8k: and the peer, prompts of similar length padded on the left
+gsm8k_test = 'hf://datasets/openai/gsm8k/main/test-00000-of-00001.parquet'
+gsm8k_train = 'hf://datasets/openai/gsm8k/main/train-00000-of-00001.parquet'
+programs = 1640          # starts: HumanEval's solutions in the sandbox, and as many bare starts of Python, one by one
+humaneval = 'hf://datasets/openai/openai_humaneval/openai_humaneval/test-00000-of-00001.parquet'
 repeats = 3              # rounds; the median counts
 compile = True           # torch.compile of our blocks in training; the peer stays eager, compile_peer tries it
 compile_peer = False
@@ -49,8 +62,9 @@ dtype = 'bfloat16'
 device = 'auto'          # auto | cpu | cuda | cuda:N
 side = 'both'            # both in turn | ours | peer: one alone, which is how peak memory is measured
 out = ''                 # also write the results to this JSON file
-_choices = {'parts': ('full', 'lora', 'greedy', 'samples', 'kernels'), 'kernel_shapes': ('7b', '13b', '70b', 'tiny'),
-            'lora_kernel': ('auto', 'torch', 'triton'), 'dtype': ('float32', 'bfloat16'), 'side': ('both', 'ours', 'peer')}
+_choices = {'parts': ('full', 'lora', 'greedy', 'samples', 'kernels', 'gsm8k', 'starts'), 'dtype': ('float32', 'bfloat16'),
+            'kernel_shapes': ('7b', '13b', '70b', 'tiny'), 'lora_kernel': ('auto', 'torch', 'triton'),
+            'side': ('both', 'ours', 'peer')}
 
 SMOLLM2_135M = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                     num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
@@ -135,9 +149,7 @@ def generation_rounds(folder, kind, sides):
     how = dict(n=samples, temperature=0.8, top_p=0.95) if kind == "samples" else {}
     hf = (dict(do_sample=True, temperature=0.8, top_p=0.95, top_k=0, num_return_sequences=samples)
           if kind == "samples" else dict(do_sample=False))
-    padded = lambda row, filler: [filler] * (max(lengths) - len(row)) + row  # transformers wants padding on the left
-    ids = torch.tensor([padded(t, 0) for t in texts], device=device)
-    mask = torch.tensor([padded([1] * len(t), 0) for t in texts], device=device)
+    ids, mask = left_padded(texts)
     runs = {}
     for name in sides:
         module = (ours if name == "ours" else peer)(folder, kind).eval()
@@ -197,7 +209,7 @@ def kernel_times(name, N, K, spans, rank, T):
             "error": max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want))}
 
 
-def kernel_table():
+def kernel_table(_):
     """Times of LoRA's products for each group of the shapes; the floor is 'plain', the two products with W alone.
 
     GB/s counts x, W and y once in each direction; TFLOP/s the true number of operations."""
@@ -228,6 +240,67 @@ def kernel_table():
     return table
 
 
+def left_padded(texts):
+    """input_ids and attention_mask of some prompts, as transformers wants them."""
+    width = max(map(len, texts))
+    padded = lambda rows: torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+    return padded(texts), padded([[1] * len(text) for text in texts])
+
+
+def gsm8k(folder):
+    """Answer GSM8K's first items, ours and by a loop around transformers' generate, in turn; prints and returns both."""
+    tok, fields = load_tokenizer(folder), ("question", "answer")
+    test, train = read_items(gsm8k_test, fields, "gsm8k_test")[:items], read_items(gsm8k_train, fields, "gsm8k_train")
+    shots = [[train[i] for i in rows] for rows in draw_shots(len(test), len(train), 5)]
+    texts = sorted([tok.encode(build_prompt(q["question"], s)) for q, s in zip(test, shots)], key=len, reverse=True)
+    stop, made = text_stopper(tok, STOPS, {tok.eos_id}), {}
+    mine, theirs = ours(folder, "gsm8k").eval(), peer(folder, "gsm8k").eval()
+
+    def by_ours(texts=texts, new=256):
+        made["ours"] = [ids for [ids] in mine.generate(texts, new, stop=stop, batch_size=items_at_once)]
+
+    def by_peer(texts=texts, new=256):
+        made["peer"] = []
+        for start in range(0, len(texts), peer_at_once):  # longest first, as in lm-evaluation-harness
+            ids, mask = left_padded(texts[start:start + peer_at_once])
+            width = ids.shape[1]
+            ended = lambda ids, scores, width=width, **_: torch.tensor(
+                [stop(row) for row in ids[:, width:].tolist()], device=device)
+            made["peer"] += theirs.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0,
+                                            stopping_criteria=[ended])[:, width:].tolist()
+
+    runs = {"ours": by_ours, "peer": by_peer}
+    for run in runs.values():
+        run([texts[-1][:64]] * 2, 3)
+    seconds = alternate(runs)
+    made["peer"] = [row[:next((n for n in range(1, len(row)) if stop(row[:n])), len(row))] for row in made["peer"]]
+    result = {name: {"items_per_s": len(texts) / statistics.median(times), "seconds": times,
+                     "new_tokens": [len(ids) for ids in made[name]]} for name, times in seconds.items()}
+    same = sum(a == b for a, b in zip(*made.values()))
+    print(f"gsm8k    ours {result['ours']['items_per_s']:.3f} items/s, {sum(result['ours']['new_tokens'])} new tokens   peer "
+          f"{result['peer']['items_per_s']:.3f} items/s, {sum(result['peer']['new_tokens'])} new tokens   {same} of {len(texts)} "
+          f"answers equal   {result['ours']['items_per_s'] / result['peer']['items_per_s']:.2f}x", flush=True)
+    return result
+
+
+def starts(_):
+    """Run HumanEval's solutions in the sandbox and Python bare, in turn; prints and returns the seconds of each."""
+    solutions = read_items(humaneval, (*FIELDS, "canonical_solution"), "humaneval")
+    some = list(itertools.islice(itertools.cycle(solutions), programs))
+    with Sandbox() as box:
+        def sandboxed():
+            failed = [p["task_id"] for p in some if not run_program(p, "\n" + p["canonical_solution"], box=box)["passed"]]
+            if failed:
+                raise RuntimeError(f"{len(failed)} solutions did not pass: {failed[:5]}")
+
+        bare = lambda: [subprocess.run([sys.executable, "-I", "-B", "-c", "pass"], check=True) for _ in some]
+        seconds = alternate({"sandboxed": sandboxed, "bare": bare})
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    print(f"starts   {programs} programs: sandboxed {median['sandboxed']:.1f} s, bare {median['bare']:.1f} s   "
+          f"{median['sandboxed'] / median['bare']:.2f} times as long", flush=True)
+    return seconds
+
+
 def alternate(runs):
     """Seconds of `repeats` rounds of every run, in turn, so that a slow moment of the machine hits all."""
     seconds = {name: [] for name in runs}
@@ -256,8 +329,8 @@ if __name__ == "__main__":
             print(f"{device_name(device)}, {versions()}")
         results = {}
         for kind in parts:
-            if kind == "kernels":
-                results[kind] = kernel_table()
+            if own := {"kernels": kernel_table, "gsm8k": gsm8k, "starts": starts}.get(kind):
+                results[kind] = own(folder)
                 continue
             training = kind in ("full", "lora")
             seconds = (training_rounds if training else generation_rounds)(folder, kind, sides)

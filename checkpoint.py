@@ -3,6 +3,7 @@
 step_N/ holds the weights (a model folder, or a PEFT adapter folder for LoRA) and state/: state.json, and the momenta,
 in optimizer.safetensors or, when FSDP had sharded them, as torch.distributed.checkpoint's files.
 """
+import contextlib
 import fcntl
 import json
 import shutil
@@ -15,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lora import save_adapter
-from model import fill
-from parallel import barrier, is_sharded
-from runtime import RANK, fsync_folder, write_whole
+from lora import known_by, save_adapter
+from model import fill, whole
+from parallel import barrier, is_sharded, own_group
+from runtime import RANK, fsync_folder, print0, write_whole
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
@@ -30,58 +31,109 @@ def checkpoints(folder):
 
 
 def lock(out_dir):
-    """Hold out_dir for this run until the process ends; raises ValueError when another process does."""
+    """Hold out_dir for this run until the process ends, and delete what a killed one left half done or half deleted.
+
+    Raises ValueError when another process holds it."""
     file = open(Path(out_dir) / "lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"out_dir: another process is training in {out_dir}") from None
+    for left in Path(out_dir).glob("step_*.tmp"):
+        shutil.rmtree(left)
     return file  # closing it would let go
 
 
-def save_checkpoint(model, optim, out_dir, state, base, keep_last, keep=()):
+def save_checkpoint(model, optim, out_dir, state, base, keep_last, keep=(), pool=None):
     """Write out_dir/step_N whole or not at all, then drop the oldest beyond keep_last, but no step of `keep`.
 
-    All ranks must call it. Raises OSError when it could not be written; earlier checkpoints are then untouched."""
+    All ranks must call it. With `pool`, a thread, only copies in the CPU's memory are made here and the rest is done
+    there: returns a Future, to be waited for before the next call. Raises OSError (the Future too) when it could not be
+    written; earlier checkpoints are then untouched."""
     final = Path(out_dir) / f"step_{state['step']}"
-    partial = final.with_suffix(".tmp")
-    try:
+    partial, text = final.with_suffix(".tmp"), json.dumps(state, indent=1)
+    names = {p: name for name, p in model.named_parameters()}
+    momenta = {f"{names[p]}:{key}": value for p, values in optim.state.items() for key, value in values.items()}
+    with whole_or_not(partial):
         if RANK == 0:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / "state").mkdir(parents=True)
         barrier()
-        if hasattr(model, "lora"):
-            save_adapter(model, partial, base)
-        else:
-            model.save_pretrained(partial)
-        names = {p: name for name, p in model.named_parameters()}
-        tensors = {f"{names[p]}:{key}": value for p, values in optim.state.items() for key, value in values.items()}
-        if is_sharded(model):
-            dcp.save(tensors, checkpoint_id=partial / "state")
-        elif RANK == 0:
-            save_file(tensors, partial / "state" / "optimizer.safetensors")
-        if RANK == 0:
-            for file in TOKENIZER_FILES:
-                if not hasattr(model, "lora") and (Path(base) / file).is_file():
-                    shutil.copyfile(Path(base) / file, partial / file)
-            (partial / "state" / "state.json").write_text(json.dumps(state, indent=1))
-            fsync_folder(partial)
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-            fsync_folder(out_dir)
+        get = whole
+        if pool:
+            copies = copies_of(model)
+            get = lambda p: copies[p] if p in copies else p
+            if is_sharded(model):
+                written = dcp.async_save(momenta, checkpoint_id=partial / "state", process_group=own_group())
+            else:
+                momenta = {name: value.to("cpu", copy=True) for name, value in momenta.items() if RANK == 0}
+
+    def write():
+        with whole_or_not(partial):
+            if RANK == 0 or not pool:  # all ranks gather, or rank 0 has copies
+                save_weights(model, partial, base, get)
+            if is_sharded(model):  # every rank writes its part
+                written.result() if pool else dcp.save(momenta, checkpoint_id=partial / "state")
+            elif RANK == 0:
+                save_file(momenta, partial / "state" / "optimizer.safetensors")
+            if RANK == 0:
+                publish(partial, final, text, base)
+        for step, old in checkpoints(out_dir)[:-keep_last] if keep_last and RANK == 0 else ():
+            if step not in keep:
+                drop(old)
+        if not pool:
+            barrier()
+    return pool.submit(write) if pool else write()
+
+
+@contextlib.contextmanager
+def whole_or_not(partial):
+    """Turn what goes wrong while `partial` is written into an OSError that says what is left, and remove it."""
+    try:
+        yield
     except (OSError, SafetensorError, CheckpointException) as e:
         if RANK == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        kept = [p.name for _, p in checkpoints(out_dir)]
-        raise OSError(f"{final} could not be saved ({e}); " +
+        kept = [p.name for _, p in checkpoints(partial.parent)]
+        raise OSError(f"{partial.with_suffix('')} could not be saved ({e}); " +
                       (f"the newest complete checkpoint is {kept[-1]}" if kept else "there is no checkpoint")) from None
-    if RANK == 0 and keep_last:
-        for step, old in checkpoints(out_dir)[:-keep_last]:
-            if step not in keep:
-                shutil.rmtree(old)
-    barrier()
-    return final
+
+
+def save_weights(model, folder, base, get=whole):
+    if hasattr(model, "lora"):
+        save_adapter(model, folder, base, get)
+    else:
+        model.save_pretrained(folder, get=get)
+
+
+def copies_of(model):
+    """{parameter: whole of it in the CPU's memory}, on rank 0, for all that save_weights reads and training changes."""
+    copies = {}
+    for p in model.parameters():
+        if p.requires_grad or is_sharded(model) and any(p is known for known in known_by(model)):
+            full = whole(p)
+            if RANK == 0:
+                copies[p] = full.to("cpu", copy=True)
+    return copies
+
+
+def publish(partial, final, text, base):
+    """Complete the folder `partial` and give it its name."""
+    for file in TOKENIZER_FILES:
+        if not (partial / "adapter_config.json").is_file() and (Path(base) / file).is_file():
+            shutil.copyfile(Path(base) / file, partial / file)
+    (partial / "state" / "state.json").write_text(text)
+    fsync_folder(partial)
+    if final.exists():
+        drop(final)
+    partial.rename(final)
+    fsync_folder(final.parent)
+    print0(f"saved {final}")
+
+
+def drop(folder):
+    """Delete a checkpoint, which loses its name first: half of one must not look like one."""
+    shutil.rmtree(folder.rename(folder.with_suffix(".old.tmp")))
 
 
 @torch.no_grad()

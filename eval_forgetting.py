@@ -17,7 +17,6 @@ A token that several sequences begin with is computed once: the choices of an it
 after the same shots make one tree, whose tokens see their ancestors. A batch is a flat list of such tokens, without
 padding, and the vocabulary's logits are made only where a choice is scored.
 """
-import json
 import math
 import random
 import re
@@ -29,8 +28,8 @@ import torch
 import torch.nn.functional as F
 
 from configurator import configure, knob_table
-from evals import append_result, digest, evaluate, load_for_eval, read_items, score, start_ranks, write_result
-from runtime import RANK, device_name, one_line_errors, pick_dtype, print0
+from evals import digest, evaluate, load_for_eval, read_items, score, start_ranks, write_result, write_score
+from runtime import device_name, one_line_errors, pick_dtype, print0
 
 # -----------------------------------------------------------------------------
 model = ''               # model folder, or the checkpoint folder (out/RUN/step_N) of any run
@@ -41,7 +40,7 @@ name = 'forgetting'      # of the files with items; another one for other settin
 tasks = ('hellaswag', 'arc_challenge', 'winogrande')  # and mmlu
 limit = 0                # only the first so many items of each task; 0 = all
 styles = ('gauntlet', 'lm_eval')
-# data: original records or LLM Foundry's rows, as .jsonl, .json, .csv (.gz) or .parquet, here or on the hub
+# data: original records or LLM Foundry's rows, as .jsonl, .json (.gz) or .parquet, here or on the hub
 hellaswag = 'hf://datasets/Rowan/hellaswag/data/validation-00000-of-00001.parquet'
 arc_challenge = 'hf://datasets/allenai/ai2_arc/ARC-Challenge/test-00000-of-00001.parquet'
 winogrande = 'hf://datasets/allenai/winogrande/winogrande_xl/validation-00000-of-00001.parquet'
@@ -132,7 +131,7 @@ def to_item(task, record):
 def load_items(task, source):
     """The Items of a file, one from each record. Raises ValueError naming the file and record, and as read_items."""
     items = []
-    for number, record in enumerate(read_items(source, ()), 1):
+    for number, record in enumerate(read_items(source, (), task), 1):
         try:
             items.append(to_item(task, record))
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as e:
@@ -253,16 +252,14 @@ def bundle(items, batch_tokens):
     bundles, nodes = [], {}
     for item in items:
         inputs = [ids[:-1] for ids, _ in item[1]]
-        own, known = make_tree(inputs), {-1: -1}  # node of its own tree -> the same beginning in the last one
-        for node, edge in enumerate(zip(own.parents, own.tokens)):
-            if edge[0] in known and (there := nodes.get((known[edge[0]], edge[1]))) is not None:
-                known[node] = there
-        spared = len(known) - 1
-        if not bundles or 3 * spared < len(own.tokens) or len(nodes) + len(own.tokens) - spared > batch_tokens:
+        alone, before = len(make_tree(inputs).tokens), len(nodes)
+        make_tree(inputs, nodes)
+        spared = alone - (len(nodes) - before)
+        if not bundles or 3 * spared < alone or len(nodes) > batch_tokens:
             bundles.append([[], 0])
             nodes = {}
+            make_tree(inputs, nodes)
         bundles[-1][0].append(item)
-        make_tree(inputs, nodes)
         bundles[-1][1] = len(nodes)
     return bundles
 
@@ -368,14 +365,8 @@ def write_mean(subject, metric, groups, settings, seconds):
     """As evals.write_result, for the unweighted mean of the means of some lists; its interval is +- 1.96 errors."""
     scores = [score(values) for values in groups]
     mean, stderr = sum(s[0] for s in scores) / len(scores), math.sqrt(sum(s[1] ** 2 for s in scores)) / len(scores)
-    n = sum(map(len, groups))
-    print0(f"{metric}: {mean:.4f} +- {stderr:.4f} ({mean - 1.96 * stderr:.4f} to {mean + 1.96 * stderr:.4f} with 95%), "
-           f"mean of {len(groups)} means, {n} items")
-    if RANK == 0:
-        append_result(subject.results, {
-            "run": subject.run, "step": subject.step, "tokens": subject.tokens, "epoch": subject.epoch, "metric": metric,
-            "value": mean, "stderr": stderr, "n": n, "settings": json.loads(json.dumps({**subject.identity, **settings}))},
-            seconds)
+    write_score(subject, metric, (mean, stderr, mean - 1.96 * stderr, mean + 1.96 * stderr), sum(map(len, groups)), settings,
+                seconds)
 
 
 # ----------------------------------------------------------------------------- the run

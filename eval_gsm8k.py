@@ -15,7 +15,7 @@ import time
 from functools import partial
 
 from configurator import configure, knob_table
-from evals import cut_left, digest, evaluate, generate_each, load_for_eval, read_items, start_ranks, write_result
+from evals import cut_left, digest, evaluate, load_for_eval, read_items, start_ranks, write_result
 from runtime import one_line_errors, pick_dtype, print0
 from tokenizer import text_stopper
 
@@ -96,15 +96,16 @@ def answer_items(prompts, questions, subject, ids, finish):
     """Generate and judge the answers to prompts[i] for i in ids; prompts are (text, token ids, tokens cut)."""
     tok = subject.tokenizer
     stop = text_stopper(tok, STOPS, {tok.eos_id})
+    ids = sorted(ids, key=lambda i: -len(prompts[i][1]))  # rows of a batch read no more keys than its longest
 
-    def done(k, new):
-        i, (new,) = ids[k], new
+    def done(k, rows):
+        i, (new,) = ids[k], rows
         text, tokens, cut = prompts[i]
         ended = new[-1] == tok.eos_id or stop(new)
         finish(i, {"prompt": text, **judge(tok.decode(new), questions[i]["answer"]), "prompt_tokens": len(tokens),
                    "cut": cut, "new_tokens": len(new), "truncated": int(not ended)})
 
-    generate_each(subject.model, [prompts[i][1] for i in ids], max_new_tokens, stop, done, batch_size=batch_size)
+    subject.model.generate([prompts[i][1] for i in ids], max_new_tokens, stop=stop, batch_size=batch_size, on_prompt=done)
 
 
 if __name__ == "__main__":
@@ -113,8 +114,8 @@ if __name__ == "__main__":
         print0(knob_table(globals()))
         if min(max_new_tokens, batch_size) < 1 or min(shots, limit) < 0:
             raise ValueError("max_new_tokens and batch_size must be at least 1, shots and limit not negative")
-        questions = read_items(test_data, ("question", "answer"))
-        train = read_items(train_data, ("question", "answer")) if shots else []
+        questions = read_items(test_data, ("question", "answer"), "test_data")
+        train = read_items(train_data, ("question", "answer"), "train_data") if shots else []
         if shots > len(train):
             raise ValueError(f"shots={shots}, but {train_data} has only {len(train)} records")
         if bad := [i for i, q in enumerate(questions + train) if "#### " not in q["answer"]]:

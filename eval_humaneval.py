@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from configurator import configure, knob_table
-from evals import WORLD, cut_left, digest, evaluate, generate_each, load_for_eval, place, read_items, start_ranks, write_result
+from evals import WORLD, cut_left, digest, evaluate, load_for_eval, place, read_items, start_ranks, write_result
 from runtime import one_line_errors, pick_dtype, print0
 from sandbox import Sandbox
 from tokenizer import text_stopper
@@ -87,24 +87,18 @@ def sample_problems(problems, subject, ids, finish):
     if cut := [cut for _, cut in prompts.values() if cut]:
         print0(f"WARNING: {len(cut)} prompts were cut from the left, by up to {max(cut)} tokens, to {most - most // 4}")
 
-    def done(group, p, new):
-        i = group[p]
+    def done(p, new):
+        i = ids[p]
         tokens, cut = prompts[i]
-        new = [ids[:most - len(tokens)] for ids in new]
         start = len(tok.decode(tokens))  # decoded together, or sentencepiece would drop a leading blank
         texts = [tok.decode(tokens + ids)[start:] for ids in new]
         finish(i, {"task_id": problems[i]["task_id"], "completions": [truncate_at_stop(text, stops) for text in texts],
                    "prompt_tokens": len(tokens), "cut": cut, "new_tokens": [len(ids) for ids in new],
                    "truncated": [int(len(ids) == most - len(tokens) and not ended(ids)) for ids in new]})
 
-    # greedy answers of all problems run in one batch; samples a problem at a time, whose prompt is read once
-    longest, room = (f(len(tokens) for tokens, _ in prompts.values()) for f in (max, min))
-    together = temperature == 0 and longest + most - room <= context
-    for group in [ids] if together else [[i] for i in ids]:
-        tokens = [prompts[i][0] for i in group]
-        generate_each(subject.model, tokens, most - min(map(len, tokens)), ended, partial(done, group), n=n_samples,
-                      temperature=temperature, top_p=top_p, batch_size=batch_size,
-                      seed=seed * 1000 + group[0] if temperature else 0)
+    tokens = [prompts[i][0] for i in ids]
+    subject.model.generate(tokens, [most - len(prompt) for prompt in tokens], temperature, top_p, n_samples, ended,
+                           seed=[seed * 1000 + i for i in ids], batch_size=batch_size, on_prompt=done)
 
 
 # ----------------------------------------------------------------------------- samples and verdicts

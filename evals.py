@@ -10,9 +10,7 @@ Items go to FOLDER/eval_NAME.jsonl, scores to results.jsonl; FOLDER is the check
 stands in out/RUN, or both are in out/NAME of a model that is no checkpoint, or where out_dir says.
 """
 import atexit
-import csv
 import datetime
-import gzip
 import hashlib
 import json
 import math
@@ -26,10 +24,10 @@ from tqdm import tqdm
 
 from lora import fingerprint, is_adapter, load_adapter, merge_lora
 from model import Llama
-from runtime import RANK, WORLD, join_ranks, pick_device, print0, versions, write_whole
+from records import Source, check_format, from_hub, parse
+from records import read_records as read_source
+from runtime import RANK, WORLD, append_jsonl, join_ranks, pick_device, print0, versions, write_whole
 from tokenizer import Tokenizer, load_tokenizer
-
-HUB = "hf://datasets/"  # hf://datasets/OWNER/NAME/FILE is a file of a data set on the Hugging Face hub
 
 
 class Subject(NamedTuple):
@@ -127,50 +125,30 @@ def epoch_of(log, step):
 
 
 # ----------------------------------------------------------------------------- items
-def read_items(source, fields):
-    """The records of a .jsonl, .json, .csv (these also .gz) or .parquet file, here or on the hub, a list of dicts.
+def read_items(source, fields, knob="data"):
+    """The records of a .jsonl, .json (these also .gz) or .parquet file, here or on the hub, a list of dicts.
 
-    Raises FileNotFoundError, or ValueError naming the first record that lacks one of `fields`."""
-    path = download(source) if source.startswith(HUB) else Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"{source}: no such file; expected .jsonl, .json, .csv, .parquet or {HUB}OWNER/NAME/FILE")
-    name = path.name.removesuffix(".gz")
-    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    try:
-        if name.endswith(".parquet"):
-            import pyarrow.parquet  # only here: a large package that most users of local files never need
-            records = pyarrow.parquet.read_table(path).to_pylist()
-        elif name.endswith(".csv"):
-            records = list(csv.DictReader(data.decode("utf-8-sig").splitlines(True)))
-        elif name.endswith(".json") and data.lstrip()[:1] == b"[":
-            records = json.loads(data)
-        else:
-            records = [json.loads(line) for line in data.decode("utf-8-sig").split("\n") if line.strip()]
-    except ImportError:
-        raise ValueError(f"{source}: reading .parquet needs `pip install pyarrow`") from None
-    except (ValueError, OSError) as e:
-        raise ValueError(f"{source}: not readable as {path.suffix} ({e})") from None
-    for number, record in enumerate(records, 1):
-        found = list(record) if isinstance(record, dict) else [type(record).__name__]
-        if missing := [field for field in fields if field not in found]:
-            raise ValueError(f"{source}, record {number}: expected {', '.join(fields)}; found {', '.join(found)}, "
-                             f"without {', '.join(missing)}")
-    if not records:
-        raise ValueError(f"{source}: holds no records")
-    return records
-
-
-def download(source):
-    """The local copy of hf://datasets/OWNER/NAME/FILE; raises ValueError with the manual route."""
-    owner, name, file = source.removeprefix(HUB).split("/", 2)
-    route = f"download https://huggingface.co/datasets/{owner}/{name}/resolve/main/{file} and give its path"
-    try:
-        from huggingface_hub import hf_hub_download
-        return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
-    except ImportError:
-        raise ValueError(f"{source}: needs `pip install huggingface_hub`; or {route}") from None
-    except Exception as e:  # the hub's own, requests' or httpx' errors, by version
-        raise ValueError(f"{source}: cannot be downloaded ({type(e).__name__}); {route}") from None
+    Raises FileNotFoundError, or ValueError naming the first record that lacks one of `fields`; `knob` is what named it."""
+    if source.startswith("hf://"):
+        sources = from_hub(source, knob)
+    elif Path(source).is_file():
+        check_format(source, knob)
+        sources = [Source(source, source)]
+    else:
+        raise FileNotFoundError(f"{knob}: {source}: no such file; expected .parquet, .json, .jsonl (.gz) or "
+                                f"hf://datasets/OWNER/NAME/FILE")
+    items = []
+    for part in sources:
+        for number, raw, _ in read_source(part):
+            try:
+                items.append(parse(raw))
+            except ValueError as e:
+                raise ValueError(f"{part.name}, record {number}: {e}") from None
+            found = list(items[-1]) if isinstance(items[-1], dict) else [type(items[-1]).__name__]
+            if missing := [field for field in fields if field not in found]:
+                raise ValueError(f"{part.name}, record {number}: expected {', '.join(fields)}; found {', '.join(found)}, "
+                                 f"without {', '.join(missing)}")
+    return items
 
 
 def cut_left(ids, most, bos_id=None):
@@ -183,20 +161,6 @@ def cut_left(ids, most, bos_id=None):
 def digest(records):
     """A hash of what the records say, whatever file they came in."""
     return hashlib.sha256(json.dumps(records, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def generate_each(model, prompts, max_new_tokens, stop, finish, n=1, **how):
-    """model.generate, which calls finish(prompt's index, its n lists of new ids) as soon as these are complete."""
-    new, left = [[[] for _ in range(n)] for _ in prompts], [n] * len(prompts)
-
-    def on_token(p, s, token):
-        new[p][s].append(token)
-        left[p] -= len(new[p][s]) == max_new_tokens or stop(new[p][s])
-        if not left[p]:
-            finish(p, new[p])
-            new[p] = None
-
-    model.generate(prompts, max_new_tokens, n=n, stop=stop, on_token=on_token, **how)
 
 
 def evaluate(subject, name, ids, settings, work, running=None):
@@ -290,24 +254,23 @@ def score(values):
 
 
 def write_result(subject, metric, values, settings, seconds):
-    """Print a metric with its interval, and append it to results.jsonl unless it stands there; returns the mean.
-
-    values: one number an item. settings: every knob; the subject's identity is added."""
-    mean, stderr, low, high = score(values)
-    print0(f"{metric}: {mean:.4f} +- {stderr:.4f} ({low:.4f} to {high:.4f} with 95%), {len(values)} items")
-    record = {"run": subject.run, "step": subject.step, "tokens": subject.tokens, "epoch": subject.epoch,
-              "metric": metric, "value": mean, "stderr": stderr, "n": len(values),
-              "settings": json.loads(json.dumps({**subject.identity, **settings}))}
-    if RANK == 0:
-        append_result(subject.results, record, seconds)
-    return mean
+    """As write_score, for the mean of `values`, one number an item; returns it."""
+    scored = score(values)
+    write_score(subject, metric, scored, len(values), settings, seconds)
+    return scored[0]
 
 
-def append_result(path, record, seconds):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.read_text().splitlines() if path.is_file() else []
-    if any(record.items() <= json.loads(line).items() for line in lines):
+def write_score(subject, metric, scored, n, settings, seconds):
+    """Print a metric with its interval, and append it to results.jsonl unless it stands there.
+
+    scored: as of score(), n: items, settings: every knob; the subject's identity is added."""
+    mean, stderr, low, high = scored
+    print0(f"{metric}: {mean:.4f} +- {stderr:.4f} ({low:.4f} to {high:.4f} with 95%), {n} items")
+    record = {"run": subject.run, "step": subject.step, "tokens": subject.tokens, "epoch": subject.epoch, "metric": metric,
+              "value": mean, "stderr": stderr, "n": n, "settings": json.loads(json.dumps({**subject.identity, **settings}))}
+    lines = subject.results.read_text().splitlines() if subject.results.is_file() else []
+    if RANK or any(record.items() <= json.loads(line).items() for line in lines):
         return  # evaluated again from finished items
-    with open(path, "a") as file:
-        file.write(json.dumps({**record, "seconds": round(seconds, 3), "version": versions(),
-                               "time": time.strftime("%Y-%m-%dT%H:%M:%S")}) + "\n")
+    subject.results.parent.mkdir(parents=True, exist_ok=True)
+    append_jsonl(subject.results, {**record, "seconds": round(seconds, 3), "version": versions(),
+                                   "time": time.strftime("%Y-%m-%dT%H:%M:%S")})

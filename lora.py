@@ -231,9 +231,14 @@ def merge_lora(model):
     return model
 
 
-def fingerprint(model):
+def known_by(model):
+    """The parameters that a base is known by."""
+    return model.norm.weight, model.embed_tokens.weight, model.layers[0].self_attn.qkv_proj.weight
+
+
+def fingerprint(model, get=whole):
     """Tells bases apart, loaded in bf16 or better; under FSDP all ranks must ask for it."""
-    return fingerprint_of(*map(whole, (model.norm.weight, model.embed_tokens.weight, model.layers[0].self_attn.qkv_proj.weight)))
+    return fingerprint_of(*map(get, known_by(model)))
 
 
 def fingerprint_of(norm, embedding, qkv):
@@ -315,8 +320,10 @@ def adapter_tensors(model):
     return tensors
 
 
-def save_adapter(model, folder, base_name=""):
-    """Write adapter_config.json and adapter_model.safetensors as peft 0.11.1 names them."""
+def save_adapter(model, folder, base_name="", get=whole):
+    """Write adapter_config.json and adapter_model.safetensors as peft 0.11.1 names them.
+
+    get(parameter) is the tensor to write, by default the parameter as it is now."""
     lora, paths = model.lora, [path for path, _, _ in adapters(model)]
     everywhere = len(paths) == len(lora["targets"]) * len(model.layers)  # else name the modules one by one
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
@@ -324,9 +331,9 @@ def save_adapter(model, folder, base_name=""):
               "target_modules": list(lora["targets"]) if everywhere else paths, "use_rslora": lora["rslora"], "use_dora": False,
               "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True,
               "modules_to_save": None, "layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}}
-    tensors = {name: whole(p.detach())[first:first + rows].to("cpu", copy=True)
+    tensors = {name: get(p)[first:first + rows].to("cpu", copy=True)
                for name, (p, first, rows) in adapter_tensors(model).items()}
-    metadata = {"format": "pt", "base_fingerprint": fingerprint(model)}
+    metadata = {"format": "pt", "base_fingerprint": fingerprint(model, get)}
     if dist.is_initialized() and dist.get_rank() != 0:  # under FSDP all ranks gather, one writes
         return
     folder = Path(folder)

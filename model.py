@@ -10,6 +10,7 @@ read once; they are split again only in files. Every dtype is written out, there
 projection casts its weight to the dtype of its input, so fp32 master weights compute in bf16 when
 the model's `compute_dtype` says so. Norms, rotary angles and the loss are computed in fp32 at least.
 """
+import contextlib
 import json
 import math
 from dataclasses import dataclass
@@ -198,6 +199,7 @@ def rotary_frequencies(config, dtype=torch.float32):
 # ----------------------------------------------------------------------------- the network
 class Projection(nn.Module):
     """Matrices that read the same input, stacked: parts {"q_proj": rows, ...}, x [..., K] -> [..., N]."""
+    packed = None  # see Llama.packed_weights
 
     def __init__(self, in_features, parts):
         super().__init__()
@@ -205,7 +207,14 @@ class Projection(nn.Module):
         self.weight = nn.Parameter(torch.empty(sum(parts.values()), in_features))
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight, self.packed)
+
+
+def linear(x, weight, packed=None):
+    """x weight^T for x [..., K]; by `packed`, the weight in oneDNN's own order, if that is given."""
+    if packed is not None:
+        return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return F.linear(x, weight.to(x.dtype))
 
 
 def projection(config, group):
@@ -226,6 +235,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
+        self.dropout = 0.0  # of probabilities, in training
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.qkv_proj, self.o_proj = projection(config, "qkv_proj"), projection(config, "o_proj")
 
@@ -239,7 +249,8 @@ class Attention(nn.Module):
         else:
             if cache is not None:
                 cache.prefill(self.layer, k, v)
-            out = causal_attention(q, k, v) if docs is None else document_attention(q, k, v, docs)
+            dropout = self.dropout if self.training else 0.0
+            out = causal_attention(q, k, v, dropout) if docs is None else document_attention(q, k, v, docs, dropout)
         return self.o_proj(out.reshape(B, T, -1))
 
 
@@ -310,7 +321,7 @@ def sample_ids(logits, temperature, top_p, uniform):
 
     Inverse CDF over the smallest set of likeliest tokens whose share reaches top_p."""
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.max(-1).indices  # argmax takes twice as long for bf16 on a CPU
     probs = torch.softmax(logits.float() / temperature, -1)
     if top_p >= 1:
         return inverse_cdf(probs, 1.0, uniform)
@@ -348,7 +359,8 @@ def fill(p, full):
 
 
 def whole(p):
-    """The whole of a parameter or gradient; under FSDP it is gathered, which all ranks must take part in."""
+    """The whole of a parameter or gradient, detached; under FSDP it is gathered, which all ranks must take part in."""
+    p = p.detach()
     return p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
@@ -359,6 +371,7 @@ def keep_products(ctx, operator, *args, **kwargs):
 
 class Llama(nn.Module):
     """The network; see the head of this file for use. `compute_dtype` is the dtype of activations."""
+    packed = None  # the head's, see packed_weights
 
     def __init__(self, config):
         super().__init__()
@@ -394,7 +407,7 @@ class Llama(nn.Module):
     def hidden(self, tokens, docs=None, cache=None, start=None):
         """Last hidden states [B, T, D], before the final norm. `start` [B]: position of each row's first token."""
         B, T = tokens.shape
-        if T > self.config.max_position_embeddings:
+        if cache is None and T > self.config.max_position_embeddings:
             raise ValueError(f"sequence of {T} tokens is longer than the model's "
                              f"max_position_embeddings={self.config.max_position_embeddings}")
         if docs is not None:
@@ -418,7 +431,7 @@ class Llama(nn.Module):
         return x
 
     def head(self, x):
-        return F.linear(self.norm(x), self.head_weight.to(x.dtype))
+        return linear(self.norm(x), self.head_weight, self.packed)
 
     def forward(self, tokens, targets=None, docs=None, reduction="mean"):
         """(logits [B, T, V], None), or with targets (None, loss).
@@ -435,81 +448,109 @@ class Llama(nn.Module):
         loss = ChunkedCrossEntropy.apply(h, self.head_weight, targets.flatten()[predicted])
         return None, loss / len(predicted) if reduction == "mean" else loss
 
+    @contextlib.contextmanager
+    def packed_weights(self):
+        """Inside, products in bf16 on a CPU read the weights in the order that oneDNN computes in, which few rows gain most by.
+
+        This copy takes the memory of the weights once more. It is dropped at the end, as the weights may change then."""
+        able = (self.device.type == "cpu" and self.compute_dtype == torch.bfloat16 and
+                torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
+        weights = {m: m.weight for m in self.modules() if type(m) is Projection} | {self: self.head_weight} if able else {}
+        try:
+            for module, weight in weights.items():
+                module.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16))
+            yield
+        finally:
+            for module in weights:
+                module.packed = None
+
     @torch.inference_mode()
     def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, n=1, stop=None, seed=0,
-                 batch_size=64, on_token=None):
+                 batch_size=64, on_token=None, on_prompt=None):
         """n continuations of each prompt: list (prompts) of lists (n) of lists of new ids.
 
         temperature 0 is greedy; top_p keeps the likeliest tokens up to that share. `stop` is a
         collection of ids, or a function of a row's new ids that says whether it ends there; the id
         that ends a row is part of it. Up to batch_size rows run at once and a finished row gives its
-        place to the next in the queue. A prompt is read once for all its samples. Random numbers
-        belong to (seed, prompt, sample, position): a row's text does not depend on its neighbours.
-        `on_token(prompt, sample, id)` sees every token as it comes.
+        place to the next in the queue. A prompt is read once for all its samples. max_new_tokens and
+        seed are one number, or one a prompt. Random numbers belong to (seed, prompt, sample, position),
+        so that a row's text does not depend on its neighbours; a prompt with a seed of its own draws
+        what it would draw alone. `on_token(prompt, sample, id)` sees every token as it comes,
+        `on_prompt(prompt, rows)` a prompt's n lists as soon as the last of them is complete.
         Raises ValueError for an empty prompt, ids out of vocabulary, or no room for max_new_tokens."""
-        longest = max(map(len, prompts), default=0) + max_new_tokens
+        most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
+        keys = [(seed, p) for p in range(len(prompts))] if isinstance(seed, int) else [(own, 0) for own in seed]
+        if not len(prompts) == len(most) == len(keys):
+            raise ValueError(f"{len(prompts)} prompts, but {len(most)} max_new_tokens and {len(keys)} seeds")
         for i, prompt in enumerate(prompts):
             if not prompt or not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
                 raise ValueError(f"prompt {i} has " + (f"an id outside the vocabulary of {self.config.vocab_size:,}"
                                                        if prompt else "no tokens"))
+        longest = max((len(prompt) + new for prompt, new in zip(prompts, most)), default=0)
         if longest > self.config.max_position_embeddings:
             raise ValueError(f"longest prompt + max_new_tokens = {longest}, more than the model's "
                              f"max_position_embeddings={self.config.max_position_embeddings}")
         done = stop if callable(stop) else lambda ids, stop=frozenset(stop or ()): ids[-1] in stop
-        out = [[[] for _ in range(n)] for _ in prompts]
-        queue = [(p, s) for p in range(len(prompts)) for s in range(n)][::-1] if max_new_tokens else []
+        out, left = [[[] for _ in range(n)] for _ in prompts], [n] * len(prompts)  # left: rows that are not complete
+        for p in range(len(prompts)):
+            if not most[p] and on_prompt:
+                on_prompt(p, out[p])
+        queue = [(p, s) for p in range(len(prompts)) for s in range(n) if most[p]][::-1]
         rows, noise = [], []  # rows: (prompt, sample) running in each row of the cache
-        read = {}  # prompt -> (its cache, row there, logits): prompts that were read and have samples to start
+        read = {}  # prompt -> (its keys, values and last logits): prompts that were read and have samples to start
         cache = KVCache(self.config, min(batch_size, len(queue)), longest, self.device, self.compute_dtype)
         logits = torch.empty(0, self.config.vocab_size, device=self.device, dtype=self.compute_dtype)
-        while rows or queue:
-            admitted = [queue.pop() for _ in range(min(batch_size - len(rows), len(queue)))]
-            read = {p: read[p] for p in read if p in {p for p, _ in admitted + queue[-1:]}}
-            self._read_prompts(prompts, sorted({p for p, _ in admitted} - read.keys()), read)
-            for p, s in admitted:
-                cache.copy_row(len(rows), *read[p][:2])
-                rows.append((p, s))
-                noise.append(np.random.Generator(np.random.Philox(key=[seed, p << 32 | s])).random(max_new_tokens))
-            logits = torch.cat([logits] + [read[p][2] for p, _ in admitted])
-            position = [len(out[p][s]) for p, s in rows]
-            uniform = torch.tensor([u[i] for u, i in zip(noise, position)], device=self.device)
-            ids = sample_ids(logits, temperature, top_p, uniform).tolist()
-            for (p, s), token in zip(rows, ids):
-                out[p][s].append(token)
-                if on_token:
-                    on_token(p, s, token)
-            for r in reversed(range(len(rows))):
-                if len(out[rows[r][0]][rows[r][1]]) == max_new_tokens or done(out[rows[r][0]][rows[r][1]]):
-                    if r < (last := len(rows) - 1):  # the last row moves into the free place
-                        cache.copy_row(r, cache, last)
-                        rows[r], noise[r], ids[r] = rows[last], noise[last], ids[last]
-                    rows.pop(), noise.pop(), ids.pop()
-            if rows:
-                cache.open_step(len(rows))
-                tokens = torch.tensor(ids, device=self.device)[:, None]
-                logits = self.head(self.hidden(tokens, cache=cache, start=cache.write_at))[:, 0]
-                for r in range(len(rows)):
-                    cache.lengths[r] += 1
-            else:
-                logits = logits[:0]
+        with self.packed_weights() if max(most, default=0) > 1 else contextlib.nullcontext():
+            while rows or queue:
+                admitted = [queue.pop() for _ in range(min(batch_size - len(rows), len(queue)))]
+                read = {p: read[p] for p in read if p in {p for p, _ in admitted + queue[-1:]}}
+                self._read_prompts(prompts, sorted({p for p, _ in admitted} - read.keys()), read)
+                for p, s in admitted:
+                    cache.put(len(rows), *read[p][:2])
+                    rows.append((p, s))
+                    own, number = keys[p]
+                    noise.append(np.random.Generator(np.random.Philox(key=[own, number << 32 | s])).random(most[p]))
+                logits = torch.cat([logits] + [read[p][2] for p, _ in admitted]) if admitted else logits
+                position = [len(out[p][s]) for p, s in rows]
+                uniform = torch.tensor([u[i] for u, i in zip(noise, position)], device=self.device)
+                ids = sample_ids(logits, temperature, top_p, uniform).tolist()
+                for (p, s), token in zip(rows, ids):
+                    out[p][s].append(token)
+                    if on_token:
+                        on_token(p, s, token)
+                for r in reversed(range(len(rows))):
+                    p, s = rows[r]
+                    if len(out[p][s]) == most[p] or done(out[p][s]):
+                        left[p] -= 1
+                        if on_prompt and not left[p]:
+                            on_prompt(p, out[p])
+                        if r < (last := len(rows) - 1):  # the last row moves into the free place
+                            cache.put(r, *cache.row(last))
+                            rows[r], noise[r], ids[r] = rows[last], noise[last], ids[last]
+                        rows.pop(), noise.pop(), ids.pop()
+                logits = self._next_logits(cache, ids) if rows else logits[:0]
         return out
 
-    def _read_prompts(self, prompts, which, read, max_tokens=8192):
-        """Run prompts through the model, similar lengths together, and keep their caches in `read`."""
-        which = sorted(which, key=lambda p: len(prompts[p]))
+    def _next_logits(self, cache, ids):
+        """Logits after one more token in each of the cache's first rows."""
+        cache.open_step(len(ids))
+        tokens = torch.tensor(ids, device=self.device)[:, None]
+        logits = self.head(self.hidden(tokens, cache=cache, start=cache.write_at))[:, 0]
+        cache.close_step()
+        return logits
+
+    def _read_prompts(self, prompts, which, read, max_tokens=2048):
+        """Run prompts through the model, one behind the other without padding; `read`: see generate."""
         while which:
-            longest = len(prompts[which[-1]])
-            batch = which[-max(1, max_tokens // longest):]
-            del which[-len(batch):]
-            lengths = [len(prompts[p]) for p in batch]
-            # padding stands on the right, where causal attention of real tokens does not see it
-            tokens = torch.tensor([prompts[p] + [0] * (longest - len(prompts[p])) for p in batch], device=self.device)
-            cache = KVCache(self.config, len(batch), longest, self.device, self.compute_dtype)
-            cache.lengths = lengths
-            last = torch.arange(len(batch)), torch.tensor(lengths) - 1
-            logits = self.head(self.hidden(tokens, cache=cache)[last])
-            for row, p in enumerate(batch):
-                read[p] = (cache, row, logits[row:row + 1])
+            total = np.cumsum([len(prompts[p]) for p in which])
+            batch, which = which[:(count := max(1, (total <= max_tokens).sum()))], which[count:]
+            borders = [0, *total[:count].tolist()]
+            tokens = torch.tensor([[token for p in batch for token in prompts[p]]], device=self.device)
+            cache = KVCache(self.config, 1, borders[-1], self.device, self.compute_dtype)
+            hidden = self.hidden(tokens, torch.tensor(borders, device=self.device), cache)
+            logits = self.head(hidden[0, torch.tensor(borders[1:], device=self.device) - 1][None])[0]
+            for i, (p, start, end) in enumerate(zip(batch, borders, borders[1:])):
+                read[p] = cache.k[:, 0, :, start:end], cache.v[:, 0, :, start:end], logits[i:i + 1]
 
     # ------------------------------------------------------------------------- files
     def file_tensors(self):
@@ -566,8 +607,10 @@ class Llama(nn.Module):
                     row += rows
         return self
 
-    def save_pretrained(self, folder, dtype=None, shard_bytes=5 * 10 ** 9):
-        """Write a folder that from_pretrained and transformers read; dtype None keeps the parameters'."""
+    def save_pretrained(self, folder, dtype=None, shard_bytes=5 * 10 ** 9, get=whole):
+        """Write a folder that from_pretrained and transformers read; dtype None keeps the parameters'.
+
+        get(parameter) is the tensor to write, by default the parameter as it is now."""
         folder = Path(folder)
         writes = not dist.is_initialized() or dist.get_rank() == 0  # under FSDP all ranks gather, one writes
         if writes:
@@ -591,7 +634,7 @@ class Llama(nn.Module):
             tensors = {}
             for hf, p, first, rows in shard:
                 if p not in gathered:
-                    gathered = {p: whole(p.detach())}
+                    gathered = {p: get(p)}
                 if writes:  # copies, because safetensors refuses slices of one storage
                     tensors[hf] = gathered[p][first:first + rows].to("cpu", dtype or p.dtype, copy=True)
             if writes:

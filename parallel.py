@@ -3,6 +3,8 @@
 Every rank works on its share of a batch's rows; losses and gradients are sums over ranks, never means, because each
 loss is divided by a count of the whole batch beforehand. Without torchrun there is one rank and all of this is idle.
 """
+import functools
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -18,6 +20,12 @@ def leave():
         dist.destroy_process_group()
 
 
+@functools.cache
+def own_group():
+    """A group of all ranks for what a thread says while the main one trains; asked for by all ranks at once."""
+    return dist.new_group(backend="gloo")
+
+
 def barrier():
     if WORLD > 1:
         dist.barrier()
@@ -27,13 +35,10 @@ def shard_model(model, how, device, compute_dtype, shard_ranks=0):
     """Shard every block, and the rest, over the ranks, in place; before weights are read (model on meta).
 
     how: 'none' (replicas), 'full' (over all ranks) or 'hybrid' (over groups of `shard_ranks`, by default a node's;
-    the groups are replicas). Weights are gathered in compute_dtype, gradients are summed in fp32 at least.
-    Raises ValueError when the groups do not divide the ranks."""
+    the groups are replicas). Weights are gathered in compute_dtype, gradients are summed in fp32 at least."""
     if how == "none" or WORLD == 1:
         return model
     inside = shard_ranks or LOCAL_WORLD
-    if how == "hybrid" and WORLD % inside:
-        raise ValueError(f"shard=hybrid: groups of {inside} ranks do not divide {WORLD}")
     mesh = (init_device_mesh(device.type, (WORLD,)) if how == "full" else
             init_device_mesh(device.type, (WORLD // inside, inside), mesh_dim_names=("replicas", "shards")))
     # the rotary tables are inputs of a block and stay in fp32
@@ -41,6 +46,8 @@ def shard_model(model, how, device, compute_dtype, shard_ranks=0):
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its parts are needed at both ends
+    for block, after in zip(model.layers, model.layers[1:]):  # gather the next block while one computes; backward does anyway
+        block.set_modules_to_forward_prefetch([after])
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -75,3 +82,14 @@ def add_up_gradients(parameters, bucket=2 ** 26):
         dist.all_reduce(flat)
         for g, total in zip(grads, flat.split([g.numel() for g in grads])):
             g.copy_(total.view_as(g))
+
+
+def check_replicas(parameters):
+    """Raise ValueError unless all ranks hold the same parameters, as replicas must, by their sum."""
+    if WORLD == 1:
+        return
+    total = torch.stack([p.detach().sum(dtype=torch.float64) for p in parameters]).sum()
+    extremes = torch.stack([total, -total])
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    if extremes[0] != -extremes[1]:
+        raise ValueError(f"replicas drifted apart: their trained weights add up to {-extremes[1].item()} to {extremes[0].item()}")

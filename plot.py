@@ -38,13 +38,15 @@ out_dir = 'figures'
 figures = ()             # some of the names below; none = all that there is data for
 learning = ('gsm8k_strict_match', 'humaneval_pass@1', 'loss val')   # metrics of what was learned: the first that a run has
 forgetting = ('forgetting',)                                        # and forgot; 'loss NAME' is train.py's val_data
+labels = ()              # METRIC=WORDS for the axes
 x = 'auto'               # of curves; auto = epochs from one epoch on, else tokens
 block = -1               # spectra: of this block; -1 = the middle one
 formats = ('png', 'pdf')
 dpi = 300
 _choices = {'x': ('auto', 'tokens', 'epoch', 'step'), 'formats': ('png', 'pdf', 'svg'),
-            'figures': ('learning', 'forgetting', 'pareto', 'ranks', 'targets', 'learning_rates', 'alphas', 'regularisers',
-                        'pass_at_k', 'diversity', 'training', 'effective_rank', 'spectra', 'directions', 'noise', 'speed')}
+            'figures': ('story', 'learning', 'forgetting', 'pareto', 'ranks', 'targets', 'learning_rates', 'alphas',
+                        'regularisers', 'pass_at_k', 'diversity', 'training', 'effective_rank', 'spectra', 'directions',
+                        'noise', 'speed')}
 
 # Okabe and Ito's colours, told apart by colour-blind readers; ranks go from light to dark, markers differ as well
 FULL, BASE, CHANCE = "#D55E00", "#555555", "#999999"
@@ -139,9 +141,13 @@ def read_run(folder):
     for line in log:
         for name, loss in (line["val"].items() if isinstance(line.get("val"), dict) else ()):
             keep(line, f"loss {name}", loss)
+    name = folder.name
     for line in read_jsonl(folder / "results.jsonl"):
         keep(line, str(line.get("metric")), line.get("value"), line.get("stderr"))
-    return Run(folder.name, config, dict(metrics), log, places)
+        judged = line.get("settings") if isinstance(line.get("settings"), dict) else {}
+        if not config and judged.get("model") and not judged.get("adapter"):
+            name = Path(judged["model"]).name  # as the runs that started from it call it
+    return Run(name, config, dict(metrics), log, places)
 
 
 # ----------------------------------------------------------------------------- runs become points
@@ -247,7 +253,8 @@ def falls(metric):
 
 
 def title_of(metric):
-    return NAMES.get(metric, metric) + (" (less is better)" if falls(metric) else "")
+    named = NAMES | dict(label.split("=", 1) for label in labels)
+    return named.get(metric, metric) + (" (less is better)" if falls(metric) else "")
 
 
 def method_name(rank):
@@ -381,18 +388,23 @@ def curves(points, bases, metrics):
         return None
     fig, axes = grid(len(panels))
     for ax, ((dataset, base), (some, metric)) in zip(axes, panels.items()):
-        mains = main_settings([p for p in some if metric in p.values])
-        lines = {rank: [p for p in curve_of(some, setting) if metric in p.values] for rank, setting in mains}
-        kind = length_axis(ax, [p for line in lines.values() for p in line], x)
-        for rank, line in lines.items():
-            style = look(rank, lines)
-            xs, pairs = [p.place[kind] for p in line], [p.values[metric] for p in line]
-            draw(ax, xs, pairs, **style)
-            name_end(ax, xs[-1], pairs[-1][0], method_name(rank), style["color"])
-        at_base(ax, bases.get((base, metric)))
+        curve_panel(ax, some, metric, bases.get((base, metric)))
         ax.set_title(dataset)
-        ax.set_ylabel(title_of(metric))
     return fig
+
+
+def curve_panel(ax, points, metric, base):
+    """A metric by length, a line for each rank, the base as (value, half an interval) or None."""
+    mains = main_settings([p for p in points if metric in p.values])
+    lines = {rank: [p for p in curve_of(points, setting) if metric in p.values] for rank, setting in mains}
+    kind = length_axis(ax, [p for line in lines.values() for p in line], x)
+    for rank, line in lines.items():
+        style = look(rank, lines)
+        xs, pairs = [p.place[kind] for p in line], [p.values[metric] for p in line]
+        draw(ax, xs, pairs, **style)
+        name_end(ax, xs[-1], pairs[-1][0], method_name(rank), style["color"])
+    at_base(ax, base)
+    ax.set_ylabel(title_of(metric))
 
 
 def sizes_of(points, kind):
@@ -418,37 +430,78 @@ def plane(points, bases, series_of):
     below = len(panels) == 1  # a legend at the side would leave too little of one column
     fig, axes = grid(len(panels), height=2.6)
     for ax, ((dataset, base), (learn, forget, series)) in zip(axes, panels.items()):
-        shown = [p for _, _, line in series for p in line]
-        kind = "tokens" if all(p.place.get("tokens") for p in shown) else "step"
-        sizes = sizes_of(shown, kind)
-        for name, style, line in series:
-            xs, ys = zip(*[(p.values[forget][0], p.values[learn][0]) for p in line])
-            ax.plot(xs, ys, color=style["color"], lw=0.8, alpha=0.6)
-            ax.scatter(xs, ys, [sizes[p.place[kind]] for p in line], color=style["color"], marker=style["marker"],
-                       alpha=0.85, linewidths=0.4, edgecolors="white", zorder=3)
-            for p, at, y in zip(line, xs, ys):
-                ax.errorbar(at, y, p.values[learn][1] or 0, p.values[forget][1] or 0, ecolor=style["color"],
-                            elinewidth=0.5, alpha=0.5)
-        start = bases.get((base, forget)), bases.get((base, learn))
-        if all(start):
-            ax.scatter(start[0][0], start[1][0], 40, color=BASE, marker="*", zorder=4)
-        for metric, line_at, value in ((forget, ax.axvline, start[0]), (learn, ax.axhline, start[1])):
-            if value:
-                line_at(value[0], color=BASE, ls="--", lw=0.8, zorder=1)
-        if falls(forget):
-            ax.invert_xaxis()
-        if falls(learn):
-            ax.invert_yaxis()
-        ax.set(title=dataset, xlabel=title_of(forget), ylabel=title_of(learn))
-        handles = [plt.Line2D([], [], ls="", **style, label=name) for name, style, _ in series]
-        handles += [plt.Line2D([], [], ls="", color=BASE, marker="*", label="base")] * bool(all(start))
-        handles += [plt.Line2D([], [], ls="", color="#bbbbbb", marker="o", markersize=sizes[v] ** 0.5, label=f"{short(v)} {kind}")
-                    for v in (list(sizes)[::max(1, len(sizes) - 1)] if len(sizes) > 1 else [])]
+        handles = plane_panel(ax, learn, forget, series, bases.get((base, learn)), bases.get((base, forget)))
+        ax.set_title(dataset)
         if below:
             fig.set_figheight(2.4 + 0.16 * -(-len(handles) // 2))
             fig.legend(handles=handles, loc="outside lower center", ncols=2, handletextpad=0.3)
         else:
             ax.legend(handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), handletextpad=0.3, borderpad=0)
+    return fig
+
+
+def plane_panel(ax, learn, forget, series, base_learn, base_forget):
+    """Learning (up) against forgetting (right is less of it), as in `plane`; returns the handles of a legend."""
+    shown = [p for _, _, line in series for p in line]
+    kind = "tokens" if all(p.place.get("tokens") for p in shown) else "step"
+    sizes = sizes_of(shown, kind)
+    for name, style, line in series:
+        xs, ys = zip(*[(p.values[forget][0], p.values[learn][0]) for p in line])
+        ax.plot(xs, ys, color=style["color"], lw=0.8, alpha=0.6)
+        ax.scatter(xs, ys, [sizes[p.place[kind]] for p in line], color=style["color"], marker=style["marker"],
+                   alpha=0.85, linewidths=0.4, edgecolors="white", zorder=3)
+        for p, at, y in zip(line, xs, ys):
+            ax.errorbar(at, y, p.values[learn][1] or 0, p.values[forget][1] or 0, ecolor=style["color"],
+                        elinewidth=0.5, alpha=0.5)
+    if base_learn and base_forget:
+        ax.scatter(base_forget[0], base_learn[0], 40, color=BASE, marker="*", zorder=4)
+    for value, line_at in ((base_forget, ax.axvline), (base_learn, ax.axhline)):
+        if value:
+            line_at(value[0], color=BASE, ls="--", lw=0.8, zorder=1)
+    if falls(forget):
+        ax.invert_xaxis()
+    if falls(learn):
+        ax.invert_yaxis()
+    ax.set(xlabel=title_of(forget), ylabel=title_of(learn))
+    handles = [plt.Line2D([], [], ls="", **style, label=name) for name, style, _ in series]
+    handles += [plt.Line2D([], [], ls="", color=BASE, marker="*", label="base")] * bool(base_learn and base_forget)
+    return handles + [plt.Line2D([], [], ls="", color="#bbbbbb", marker="o", markersize=sizes[v] ** 0.5, label=f"{short(v)} {kind}")
+                      for v in (list(sizes)[::max(1, len(sizes) - 1)] if len(sizes) > 1 else [])]
+
+
+def story(points, bases, contents):
+    """The paper in one picture, of the dataset with most points: learning and forgetting by length, both on a plane, and the
+    effective rank of what each method changed (contents: of spectrum.py), the longest run of each."""
+    panels = [(some, pick(learning, some), pick(forgetting, some), base) for (_, base), some in datasets_of(points).items()]
+    panels = [panel for panel in panels if panel[1] and panel[2]]
+    if not panels or not contents:
+        return None
+    some, learn, forget, base = max(panels, key=lambda panel: len(panel[0]))
+    fig, (learned, forgot, both, ranks_of_change) = grid(4, height=2.5)
+    for ax, metric, title in ((learned, learn, "What was learned"), (forgot, forget, "What was forgotten")):
+        curve_panel(ax, some, metric, bases.get((base, metric)))
+        ax.set_title(title)
+    mains = main_settings(some)
+    series = [(method_name(rank), look(rank, [r for r, _ in mains]), curve_of(some, setting)) for rank, setting in mains]
+    plane_panel(both, learn, forget, series, bases.get((base, learn)), bases.get((base, forget)))
+    both.set_title("Both: better further up and right")
+
+    longest = {}  # rank of LoRA, 0 = full -> (tokens, mean effective rank of D, mean of chance)
+    for content in contents:
+        share = "0.9" if "0.9" in content["matrices"][0]["effective_rank"] else max(content["matrices"][0]["effective_rank"])
+        for i, made in enumerate(content["checkpoints"]):
+            rows = [r for r in content["matrices"] if r["matrix"] == "D" and r["checkpoint"] == i]
+            found = (made.get("tokens") or 0, statistics.mean(r["effective_rank"][share] for r in rows),
+                     statistics.mean(r["random_rank"][share] for r in rows))
+            longest[made["lora_rank"] or 0] = max(found, longest.get(made["lora_rank"] or 0, found))
+    order = sorted(longest, key=lambda rank: rank or math.inf)
+    for at, rank in enumerate(order):
+        ranks_of_change.bar(at, longest[rank][1], color=look(rank, longest)["color"], width=0.6)
+        ranks_of_change.plot([at - 0.4, at + 0.4], [longest[rank][2]] * 2, color=CHANCE, ls="--", lw=1)
+        ranks_of_change.annotate(f"{longest[rank][1]:.3g}", (at, longest[rank][1]), (0, 2), textcoords="offset points",
+                                 ha="center", fontsize=7)
+    ranks_of_change.set_xticks(range(len(order)), [method_name(rank) for rank in order])
+    ranks_of_change.set(title="Rank of the change", ylabel=f"rank for {float(share):.0%} of its squares\n(dashed: a random matrix)")
     return fig
 
 
@@ -876,6 +929,8 @@ def is_whole(spectrum):
 if __name__ == "__main__":
     with one_line_errors():
         configure(globals())
+        if wrong := [label for label in labels if "=" not in label]:
+            raise ValueError(f"labels: expected METRIC=WORDS, found {wrong[0]!r}")
         named = [Path(path) for pattern in runs for path in sorted(glob.glob(pattern)) or [pattern]]
         folders = [path for path in named if path.is_dir()]
         problems.update(f"{path}: no such folder, left out" for path in named if not path.exists())
@@ -892,6 +947,7 @@ if __name__ == "__main__":
                     "targets": lambda: targets(points, bases), "learning_rates": lambda: learning_rates(points, bases),
                     "alphas": lambda: alphas(points, bases), "regularisers": lambda: regularisers(points, bases),
                     "pass_at_k": lambda: pass_at_k(read), "diversity": lambda: diversity(read),
+                    "story": lambda: story(points, bases, [c for _, c in loaded if c["kind"] == "spectrum"]),
                     "training": lambda: training(read), "speed": lambda: speed(read, tables)}
         several = sum(content["kind"] == "spectrum" for _, content in loaded) > 1
         for path, content in loaded:

@@ -13,6 +13,7 @@ out_dir then holds, for SPLIT in train and val (raw little-endian arrays without
     SPLIT.mask.bin   ift only, uint8 a token: 1 where it is a target (response, EOS), 0 for BOS, prompt and padding
     meta.json        kind, dtype, seq_len, special ids, counts, every knob, and the sha256 of all that went in and out
 A cpt row is a window of the stream BOS document EOS BOS document EOS ...; an ift row is whole examples, then padding.
+With packing='paper' the rows of train are paper_epochs epochs, one after the other, in the order in which they are to be read.
 
 The work is cut into blocks, and what becomes of a block is kept in out_dir.work until the whole is done: a run that was
 killed goes on with the blocks that are missing, and neither that nor the number of workers changes a byte of the output.
@@ -25,10 +26,12 @@ import multiprocessing
 import os
 import platform
 import re
+import shutil
 import signal
+import struct
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -40,8 +43,9 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure, knob_table
-from records import (CHATS, eval_ngrams, expand, id_of, ngrams, parse, pystdlib, read_records, read_template,
-                     toy_math, turns_of, unescape)
+from packing import pack_best_fit, pack_no_wrap, pack_paper
+from records import (CHATS, eval_ngrams, expand, ngrams, parse, read_records, read_template, text_of, turns_of,
+                     unescape)
 from runtime import fsync_folder, one_line_errors
 from tokenizer import load_tokenizer
 
@@ -49,9 +53,8 @@ from tokenizer import load_tokenizer
 # what goes in
 preset = ''                  # a dataset of the paper by name, see PRESETS below; knobs given beside it win over its own
 source = ()                  # files (.parquet .jsonl .json .txt, the last three also .gz), globs, folders of source files,
-                             # hf://datasets/OWNER/NAME@REVISION/GLOB, and toy_math and pystdlib, which are made here
-val_source = ()              # the same for val; () = hold out a part of source
-val_fraction = 0.05          # that part, by a hash of the text (ift: of the prompt), in whatever order; 0 = no val
+                             # hf://datasets/OWNER/NAME@REVISION/GLOB
+val_fraction = 0.05          # held out for val, by a hash of the text (ift: of the prompt), in whatever order; 0 = no val
 kind = 'cpt'                 # 'cpt' = documents as one stream | 'ift' = prompts and responses, only responses learned
 text_field = 'text'          # cpt: the field of a record that holds the document
 prompt_field = 'prompt'      # ift: the field that holds the prompt
@@ -67,13 +70,13 @@ max_tokens = 0               # train: a sample of the documents, by hash, that j
 decontaminate = ()           # files of eval sets: a document that shares 13 words in a row with a record of them is dropped
 id_field = ''                # a field that no two records may have the same; '' = not checked
 on_bad_record = 'error'      # 'error' = stop and name file:record | 'skip' = count it and go on
-toy_records = 10000          # how many problems toy_math makes
-toy_seed = 1                 # and from which seed
 # how it becomes tokens
 tokenizer = ''               # tokenizer.model or tokenizer.json, or the folder that holds it
 seq_len = 1024               # tokens a row
 add_bos = True               # BOS before each document or prompt
 add_eos = True               # EOS after each document or response
+double_bos = False           # cpt: BOS twice, as llm-foundry has it where bos_text adds to what the tokenizer puts there
+no_wrap = False              # cpt, llm-foundry's: what a row leaves of its last document is lost, the next row starts a new one
 train_on_prompt = False      # ift: prompts are targets as well
 train_on_prompt_from = 0     # and then only those of so many tokens or more
 train_on_turns = 'last'      # ift: 'last' = only the last response of a conversation is a target, as in the paper | 'all'
@@ -81,34 +84,34 @@ packing = 'best_fit'         # ift: 'best_fit' = fewest rows | 'paper' = llm-fou
 packing_ratio = 0.0          # paper: examples packed into a row on average; 0 = llm-foundry's 'auto'
 packing_seed = 17            # paper: of the order of the examples
 paper_ranks = 32             # paper: GPUs, each of which packs its own share
-paper_batch = 6              # paper: rows a GPU and step. Rows stand in the order of its steps: --shuffle=False in train.py
+paper_batch = 6              # paper: rows a GPU and step; train.py takes them in their order, paper_ranks * paper_batch a step
+paper_epochs = 1             # paper: so many epochs one after the other, each with an order and a packing of its own
 # where it goes
 out_dir = ''                 # a new folder, such as data/gsm8k
-overwrite = False            # replace the data that is there
-keep_records = False         # also write the records of each split as SPLIT.jsonl: val.jsonl is a test set for an eval
 inspect = ''                 # do nothing but show and verify the data of this folder
 # how fast
 workers = 0                  # processes that tokenize; 0 = one a core, but no more than there are blocks
 block_mb = 8.0               # text a block; workers hold about two each
-word_cache = True            # remember the ids of words where that is exact (sentencepiece): several times as fast
 _choices = {'kind': ('cpt', 'ift'), 'on_bad_record': ('error', 'skip'), 'packing': ('best_fit', 'paper', 'none'),
             'train_on_turns': ('last', 'all')}
 # knobs that change no byte of the output
-_free = {'workers', 'block_mb', 'overwrite', 'inspect', 'word_cache'}
+_free = {'workers', 'block_mb', 'inspect'}
 
-# Datasets of the paper, each with its licence, size as published and tokens as in the paper. The time is an estimate from
-# 3 bytes a token and 5 MB/s a core, which is what a core of a server does; a run prints its own. Revisions are pinned.
+# Datasets of the paper, each with its licence, size as published, tokens as in the paper, and time: an estimate from 3 bytes
+# a token and 5 MB/s a core, which is what a core of a server does; a run prints its own. Revisions are pinned.
 PRESETS = {
-    # code cpt: gated (terms of The Stack, licences of the files), Python subset; the paper takes 20B tokens of it. 40 GB of
-    # tokens, and as much again in out_dir.work while it runs; 3.5 hours of one core
+    # code cpt: gated (terms of The Stack, each file under its own licence), 12,866,649 files of 60.5 GB, of which the paper
+    # takes 20B tokens (were there fewer, all); 40 GB, and as much again in out_dir.work while it runs; 3.5 hours of one core
     "starcoder_python": dict(
         source=("hf://datasets/bigcode/starcoderdata@9fc30b578cedaec69e47302df72cf00feed7c8c4/python/*.parquet",),
         text_field="content", kind="cpt", seq_len=4096, max_tokens=20_000_000_000, val_fraction=0.0005),
-    # math cpt: ODC-By 1.0, 6,315,233 documents in 27 GB of parquet; 14.7B tokens, which training repeats to 20B; 2.5 hours
+    # math cpt: ODC-By 1.0, 6,315,233 documents in 27 GB of parquet; 14.7B tokens, which training repeats to 20B
+    # (max_tokens=20e9 in train.py); 2.5 hours of one core
     "openwebmath": dict(
         source=("hf://datasets/open-web-math/open-web-math@fde8ef8de2300f5e778f56261843dab89f230815/data/*.parquet",),
         text_field="text", kind="cpt", seq_len=4096, val_fraction=0.0005),
-    # code ift: Apache-2.0, 111,183 records; 72.97M tokens and 193 steps an epoch in the paper; a minute
+    # code ift: Apache-2.0, 111,183 records; 72.97M tokens and 193 steps an epoch in the paper; a minute. As there:
+    # --packing=paper --paper_epochs=8
     "magicoder": dict(
         source=("hf://datasets/ise-uiuc/Magicoder-Evol-Instruct-110K@b0079beaa0361d82412520b873715bee59cc7dd4/*.jsonl",),
         prompt_field="instruction", response_field="response", kind="ift", seq_len=4096, val_fraction=0.0),
@@ -116,7 +119,8 @@ PRESETS = {
     "metamathqa": dict(
         source=("hf://datasets/meta-math/MetaMathQA@aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18/MetaMathQA-395K.json",),
         prompt_field="query", response_field="response", kind="ift", seq_len=1024, paper_batch=24, val_fraction=0.0),
-    # chat ift: ODC-By, about 326,000 conversations, the tokens of which the paper does not say; some minutes
+    # chat ift: ODC-By 1.0 and the licences of its parts, some not for commerce; 326,154 conversations, 1.2 GB of text, so
+    # about 400M tokens (the paper does not say); 5 minutes
     "tulu_v2": dict(
         source=("hf://datasets/allenai/tulu-v2-sft-mixture@6248b175d2ccb5ec7c4aeb22e6d8ee3b21b2c752/data/*.parquet",),
         template="tulu", kind="ift", seq_len=4096, val_fraction=0.0)}
@@ -156,29 +160,15 @@ def word_by_word(tok):
             WordCache(tok, np.uint32).encode(probe) == np.array(tok.encode(probe), np.uint32).tobytes())
 
 
-def make_encoder(tok, dtype, word_cache):
-    """-> function: text -> its ids as bytes of dtype, without BOS and EOS."""
-    cache, count = WordCache(tok, dtype) if word_cache and word_by_word(tok) else None, itertools.count()
+def make_encoder(tok, dtype):
+    """-> function: text -> its ids as bytes of dtype, without BOS and EOS; from a WordCache where that is exact."""
+    cache = WordCache(tok, dtype) if word_by_word(tok) else None
 
     def encode(text):
         if cache is None or "▁" in text:  # sentencepiece's own blank
             return np.array(tok.encode(text), dtype).tobytes()
-        ids = cache.encode(text)
-        if next(count) % 64 == 0 and len(text) < 100_000 and ids != np.array(tok.encode(text), dtype).tobytes():
-            raise ValueError(f"word_cache: this tokenizer ({tok.name}) does not work word by word; say --word_cache=False")
-        return ids
-
+        return cache.encode(text)
     return encode
-
-
-def key_of(digest):
-    """The first 64 bits of a sha256."""
-    return int.from_bytes(digest[:8], "big")
-
-
-def goes_to_val(digest, fraction):
-    """Whether a text is held out: a pure function of its sha256, so that the order of the records does not matter."""
-    return key_of(digest) < fraction * 2**64
 
 
 def encode_turns(encode, turns, seq_len, bos=b"", eos=b"", itemsize=2, bos_each=False, learn_all=False, prompt_from=None):
@@ -199,135 +189,122 @@ def encode_turns(encode, turns, seq_len, bos=b"", eos=b"", itemsize=2, bos_each=
     return ids, b"\0" + mask[1:], reason
 
 
-DOCUMENT = np.dtype([("length", "<u4"), ("lost", "<u4"), ("chars", "<u4"), ("number", "<u4"), ("key", "<u8"), ("id", "<u8"),
-                     ("val", "?")])  # what a block knows of each of its documents; number is its record's
+# What is known of each document: its tokens, those cut off, the number of its record, two hashes, whether it is held out, and
+# why it is left out
+DOCUMENT = np.dtype([("length", "<u4"), ("lost", "<u4"), ("number", "<u4"), ("key", "<u8"), ("id", "<u8"), ("val", "?"),
+                     ("why", "u1")])
+WHY = ("", "empty", "no room", "contaminated", "repeated id", "not sampled")
 
 
-def encode_block(job, name, side, items):
+def hashes(text):
+    """Four numbers below 2^64 that are a text's sha256."""
+    return struct.unpack(">4Q", hashlib.sha256(text.encode()).digest())
+
+
+def encode_block(job, name, items):
     """The records of a block -> the arrays of its shard. Raises ValueError with file:record for a bad record."""
-    ids, masks, documents, copies, bad, text_bytes = [], [], [], [], [], 0
-    dropped, hits = {"train": Counter(), "val": Counter()}, set()
+    ids, masks, documents, bad, text_bytes = [], [], [], [], 0
     for number, raw in items:
         try:
             record = parse(raw)
-            turns, identity = turns_of(record, job), id_of(record, job.id_field) if job.id_field else b""
+            turns, identity = turns_of(record, job), text_of(record, job.id_field, (str, int)) if job.id_field else ""
         except ValueError as error:
             bad.append(f"{name}{'/' if isinstance(number, str) else ':'}{number}: {error}")
             if job.on_bad_record == "error":
                 raise ValueError(bad[0]) from None
             continue
         texts = [text for turn in turns for text in turn]
-        digest = hashlib.sha256((texts[0] or texts[1]).encode()).digest()
-        val = side == "val" or not side and goes_to_val(digest, job.val_fraction)
-        if job.kind == "ift":
-            encoded, mask, reason = encode_turns(
-                job.encode, turns, job.seq_len, job.bos, job.eos, job.dtype.itemsize, job.template == "llama2",
-                job.train_on_turns == "all", job.train_on_prompt_from if job.train_on_prompt else None)
-        else:
-            encoded, mask, reason = job.bos + job.encode(texts[1]) + job.eos, b"", "" if texts[1].strip() else "empty"
-        if not reason and job.eval_ngrams:
-            found = {job.eval_ngrams[gram] for text in texts for gram in ngrams(text) if gram in job.eval_ngrams}
-            reason, hits = "contaminated" if found else "", hits | found
-        if reason:
-            dropped["val" if val else "train"][reason] += 1
-            continue
+        side, key, *_ = hashes(texts[0] or texts[1])  # the prompt, or the document
+        encoded, mask, why = encode_turns(
+            job.encode, turns, job.seq_len, job.bos, job.eos, job.dtype.itemsize, job.template == "llama2",
+            job.train_on_turns == "all", job.train_on_prompt_from if job.train_on_prompt else None)
         length = len(encoded) // job.dtype.itemsize
-        kept = min(length, job.seq_len) if job.kind == "ift" else length
+        if job.kind == "cpt":
+            mask, why = b"", "" if length and texts[1].strip() else "empty"
+        if not why and any(gram in job.eval_ngrams for text in texts * bool(job.eval_ngrams) for gram in ngrams(text)):
+            why = "contaminated"
+        kept = 0 if why else length if job.kind == "cpt" else min(length, job.seq_len)
         ids.append(encoded[:kept * job.dtype.itemsize])
         masks.append(mask[:kept])
-        copies += [json.dumps(record, default=str) + "\n"] if job.keep_records else []
         text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-        documents.append((kept, length - kept, sum(map(len, texts)), number if isinstance(number, int) else 0,
-                          key_of(digest[8:]), key_of(hashlib.sha256(identity).digest()), val))
-    info = {"name": name, "source": name + side, "records": len(items), "bad": len(bad), "bad_first": bad[:5], "dropped": dropped,
-            "hits": sorted(hits), "text_bytes": text_bytes}
+        documents.append((kept, length - kept, number if isinstance(number, int) else 0, key, hashes(identity)[0],
+                          side < job.val_fraction * 2**64, WHY.index(why)))
+    info = {"name": name, "records": len(items), "bad": len(bad), "bad_first": bad[:5], "text_mb": text_bytes / 1e6}
     return {"documents": np.array(documents, DOCUMENT), "ids": np.frombuffer(b"".join(ids), job.dtype),
-            "mask": np.frombuffer(b"".join(masks), np.uint8), "copies": np.frombuffer("".join(copies).encode(), np.uint8),
-            "info": np.frombuffer(json.dumps(info).encode(), np.uint8)}
+            "mask": np.frombuffer(b"".join(masks), np.uint8), "info": json.dumps(info)}
 
 # -----------------------------------------------------------------------------
 # Blocks, and the processes that encode them
 
 def blocks(sources, job, bar_used):
-    """Yield (name of the source, side, [(number, raw)]), a function of the input and block_mb alone; bar_used(n) hears
-    of the bytes read."""
-    for source, side in sources:
+    """Yield (name of the source, [(number, raw)]), a function of the input and block_mb alone; bar_used(n) hears of the
+    bytes read."""
+    for source in sources:
         items, weight, before = [], 0, 0
-        records = read_records(source, job.text_field, job.txt_split, None if job.keep_records else job.fields)
+        records = read_records(source, job.text_field, job.txt_split, job.fields)
         for number, raw, used in itertools.islice(records, job.max_records or None):
             items.append((number, raw))
             weight += len(raw) if isinstance(raw, bytes) else used - before
             bar_used(used - before)
             before = used
             if weight >= job.block_mb * 1e6:
-                yield source.name, side, items
+                yield source.name, items
                 items, weight = [], 0
         if items:
-            yield source.name, side, items
+            yield source.name, items
         bar_used(source.size() - before)
 
 
-def write_shard(job, path, *block):
-    """Encode a block and store it under `path`, whole or not at all; returns (seconds that took, MB of text)."""
-    started, (name, _, items) = time.perf_counter(), block
-    try:
-        shard = encode_block(job, *block)
-    except MemoryError:
-        raise OSError(f"{name}: memory ran out at the records from {items[0][0]} to {items[-1][0]}; lower --workers, or "
-                      "--block_mb if these are many") from None
+def write_shard(path, *block):
+    """Encode a block and store it under `path`, whole or not at all; returns the MB of its text."""
+    shard = encode_block(_job, *block)
     part = f"{path}.{os.getpid()}.part"  # of a run that was killed a worker may still write for a moment
     with open(part, "wb") as file:
         np.savez(file, **shard)
         file.flush()
         os.fsync(file.fileno())
     os.rename(part, path)
-    return np.array([time.perf_counter() - started, json.loads(shard["info"].tobytes())["text_bytes"] / 1e6])
+    return json.loads(shard["info"])["text_mb"]
 
 
-def start_worker(job):
-    """In each process: keep the job, leave Ctrl-C to the parent, and end when the parent is gone, even by kill -9."""
-    global _job
-    _job, parent = job, os.getppid()
+def start_worker():
+    """In each process: leave Ctrl-C to the parent, and end when the parent is gone, even by kill -9."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(0.5)
+    def end_with_parent():
+        multiprocessing.parent_process().join()
         os._exit(1)
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def write_shard_here(path, *block):
-    return write_shard(_job, path, *block)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def encode_blocks(sources, job, work, workers):
-    """Write the shards that are missing in `work`; returns (number of all shards, [seconds of work, MB of text] of these).
-    The blocks are read here and encoded by the workers, at most two a worker at a time."""
-    total, done, count = sum(source.size() for source, _ in sources), np.zeros(2), 0
-    pool, waiting = None, deque()
+    """Write the shards that are missing in `work`; returns (number of all shards, MB of text in these). The blocks are read
+    here and encoded by the workers, at most two a worker at a time."""
+    global _job  # which the processes inherit
+    _job, pool, waiting, count, text_mb = job, None, deque(), 0, 0.0
     if workers > 1:
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker, (job,))
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker)
         pool.submit(int).result()  # all processes start now, before anything else runs here
-
     try:
-        with tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None, desc="tokenize") as bar:
+        with tqdm(total=sum(source.size() for source in sources), unit="B", unit_scale=True, leave=False, disable=None,
+                  desc="tokenize") as bar:
             for count, block in enumerate(blocks(sources, job, bar.update), 1):
                 path = f"{work}/{count:06d}.npz"
-                if not os.path.exists(path):
-                    if not pool:
-                        done += write_shard(job, path, *block)
-                        continue
-                    waiting.append(pool.submit(write_shard_here, path, *block))
-                    if len(waiting) > 2 * workers:
-                        done += waiting.popleft().result()
-            done += sum((future.result() for future in waiting), np.zeros(2))
+                if os.path.exists(path):
+                    continue
+                if pool:
+                    waiting.append(pool.submit(write_shard, path, *block))
+                else:
+                    text_mb += write_shard(path, *block)
+                if len(waiting) > 2 * workers:
+                    text_mb += waiting.popleft().result()
+            text_mb += sum(future.result() for future in waiting)
     except BrokenProcessPool:
         raise OSError("a worker process died (was it killed for want of memory?); the same command goes on") from None
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
-    return count, done
+    return count, text_mb
 
 # -----------------------------------------------------------------------------
 # Shards to splits
@@ -339,242 +316,113 @@ def shards(work, count, desc):
             yield shard
 
 
-def sample_limit(work, count, most):
-    """The key below which the train documents of all shards just reach `most` tokens; 2^64 if they do not. Keys are
-    hashes, so this is a random sample that neither the order of the files nor of the records changes."""
-    prefix, below = 0, 0  # the first bits of the last key that is in, and the tokens of all keys below them
-    for shift in (48, 32, 16, 0):  # 16 bits more: count the tokens for each of their 65,536 values
-        tokens = np.zeros(65536, np.int64)
-        for shard in shards(work, count, "sample"):
-            documents = shard["documents"][~shard["documents"]["val"]]
-            high, bits = documents["key"] >> np.uint64(shift), documents["key"] >> np.uint64(shift) & np.uint64(0xFFFF)
-            here = high >> np.uint64(16) == prefix
-            tokens += np.bincount(bits[here].astype(np.int64), documents["length"][here], 65536).astype(np.int64)
-        reached = below + np.cumsum(tokens)
-        if reached[-1] < most:
-            return 2**64
-        last = int(np.searchsorted(reached, most))
-        prefix, below = prefix << 16 | last, int(reached[last] - tokens[last])
-    return prefix + 1
+def leave_out_repeated(documents, place_of, id_field, on_bad_record):
+    """Mark the documents whose id was seen before; on 'error' a ValueError names the first, by place_of(document)."""
+    kept = np.flatnonzero(documents["why"] == 0)
+    _, first, inverse = np.unique(documents["id"][kept], return_index=True, return_inverse=True)
+    repeated = np.flatnonzero(first[inverse] != np.arange(len(kept)))
+    if len(repeated) and on_bad_record == "error":
+        again, before = repeated[0], first[inverse[repeated[0]]]
+        raise ValueError(f"{place_of(kept[again])}: {id_field} is the same as that of {place_of(kept[before])}")
+    documents["why"][kept[repeated]] = WHY.index("repeated id")
 
 
-def repeated_ids(work, count, id_field, on_bad_record):
-    """For each shard which of its documents have an id that was seen before; ValueError names the first, on 'error'."""
-    seen, places = [], []
-    for shard in shards(work, count, "ids"):
-        seen.append(shard["documents"]["id"])
-        name = json.loads(shard["info"].tobytes())["name"]
-        places.append((name, shard["documents"]["number"]))
-    keys = np.concatenate(seen)
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    repeated = first[inverse] != np.arange(len(keys))
-    if repeated.any() and on_bad_record == "error":
-        flat = [f"{name}:{number}" for name, numbers in places for number in numbers]
-        at = int(np.flatnonzero(repeated)[0])
-        raise ValueError(f"{flat[at]}: {id_field} is the same as that of {flat[first[inverse[at]]]}")
-    return np.split(repeated, np.cumsum([len(part) for part in seen])[:-1])
+def leave_out_unsampled(documents, most):
+    """Mark the train documents beyond those of the lowest keys that reach `most` tokens. Keys are hashes, so what is left is
+    a random sample that neither the order of the files nor of the records changes."""
+    train = np.flatnonzero((documents["why"] == 0) & ~documents["val"])
+    keys = documents["key"][train]
+    order = np.argsort(keys)
+    last = np.searchsorted(np.cumsum(documents["length"][train][order], dtype=np.int64), most)
+    if last < len(train):
+        documents["why"][train[keys > keys[order[last]]]] = WHY.index("not sampled")
 
 
-class Split:
-    """Train or val in the making: its documents go to files as they come, end to end."""
-
-    def __init__(self, folder, name, dtype, masked, copied=False):
-        self.folder, self.name, self.dtype, self.total = folder, name, dtype, 0
-        self.path = f"{folder}/{name}.{'stream' if masked else 'bin'}"
-        self.ids, self.starts = open(self.path, "wb"), open(f"{folder}/{name}.docs.bin", "wb")
-        self.mask = open(self.path + ".mask", "wb") if masked else None
-        self.copies = open(f"{folder}/{name}.jsonl", "wb") if copied else None
-        self.counts, self.dropped = Counter(documents=0, truncated=0, lost=0, chars=0), Counter()
-        self.histogram = np.zeros(40, np.int64)  # documents of 2^k to 2^(k+1) - 1 tokens
-
-    def add(self, shard, here):
-        """Write those documents of a shard that the mask `here` names."""
-        documents, tokens = shard["documents"][here], np.repeat(here, shard["documents"]["length"])
-        lengths = documents["length"].astype(np.int64)
-        ends = self.total + np.cumsum(lengths)
-        self.starts.write((ends - lengths).astype("<u8").tobytes())
-        self.ids.write(shard["ids"][tokens].tobytes())
-        if self.mask:
-            self.mask.write(shard["mask"][tokens].tobytes())
-        if self.copies:
-            lines = shard["copies"].tobytes().splitlines(True)
-            self.copies.write(b"".join(itertools.compress(lines, here)))
-        self.total += int(lengths.sum())
-        self.histogram += np.bincount(np.frexp(lengths)[1] - 1, minlength=40)
-        self.counts.update(documents=len(lengths), truncated=int((documents["lost"] > 0).sum()),
-                           lost=int(documents["lost"].sum()), chars=int(documents["chars"].sum()))
-
-    def close(self):
-        for file in filter(None, (self.ids, self.starts, self.mask, self.copies)):
-            file.close()
-
-    def lengths(self):
-        return np.diff(np.append(np.fromfile(self.starts.name, "<u8"), np.uint64(self.total))).tolist()
-
-    def summary(self, **more):
-        """The counts for meta.json."""
-        last = int(np.flatnonzero(self.histogram)[-1]) + 1
-        return {**self.counts, **more, "dropped": self.dropped.total(), "dropped_why": dict(+self.dropped),
-                "lengths": self.histogram[:last].tolist(), "sha256": file_sha256(f"{self.folder}/{self.name}.bin")}
+def write_stream(path, kept, work, count, masked):
+    """The tokens of the documents that `kept` names, end to end; masked: their masks as PATH.mask."""
+    at = 0
+    with open(path, "wb") as ids_file, open(f"{path}.mask" if masked else os.devnull, "wb") as mask_file:
+        for shard in shards(work, count, "write"):
+            lengths = shard["documents"]["length"]
+            chosen = np.repeat(kept[at:at + len(lengths)], lengths)
+            at += len(lengths)
+            if chosen.any():
+                ids_file.write(shard["ids"][chosen].tobytes())
+                mask_file.write(shard["mask"][chosen].tobytes() if masked else b"")
 
 
-def fill_splits(splits, work, count, limit=2**64, repeated=None):
-    """Deal the documents of all shards to the splits, in their order: those of train whose key is below `limit`, and none
-    that `repeated` names. Returns what the blocks counted."""
-    total = {"records": Counter(), "bad": 0, "bad_first": [], "hits": set()}
-    for number, shard in enumerate(map(dict, shards(work, count, "write"))):  # dict: each array is read once
-        documents, info = shard["documents"], json.loads(shard["info"].tobytes())
-        total["records"][info["source"]] += info["records"]
-        total["bad"] += info["bad"]
-        total["bad_first"] = (total["bad_first"] + info["bad_first"])[:5]
-        total["hits"] |= {*info["hits"]}
-        again = repeated[number] if repeated else np.zeros(len(documents), bool)
-        sampled = documents["val"] | (documents["key"] < limit)
-        for name, split in splits.items():
-            here = documents["val"] == (name == "val")
-            split.dropped.update(info["dropped"][name])
-            split.dropped.update({"repeated id": int((here & again).sum()), "not sampled": int((here & ~again & ~sampled).sum())})
-            split.add(shard, here & sampled & ~again)
-    for split in splits.values():
-        split.close()
-    return total
+def write_split(name, documents, work, count, folder, job):
+    """Write the files of train or val; returns the counts for meta.json. ValueError if they make no row."""
+    mine = documents["val"] == (name == "val")
+    kept = mine & (documents["why"] == 0)
+    lengths, whys = documents["length"][kept].astype(np.int64), np.bincount(documents["why"][mine & ~kept], minlength=len(WHY))
+    total, starts, path = int(lengths.sum()), np.cumsum(lengths) - lengths, f"{folder}/{name}"
+    if not total or job.kind == "cpt" and total < job.seq_len:
+        remedy = {"train": "see source and the fields",
+                  "val": "documents are held out whole: give txt_split or --val_fraction=0"}[name]
+        raise ValueError(f"{name}: {len(lengths)} documents, {total} tokens make no row of {job.seq_len} ({whys.sum()} dropped); "
+                         f"{remedy}")
+    lost = documents["lost"][kept]
+    counts = {"truncated": int((lost > 0).sum()), "lost": int(lost.sum()),
+              "dropped": int(whys.sum()), "dropped_why": {why: int(n) for why, n in zip(WHY, whys) if n},
+              "lengths": np.bincount(np.frexp(lengths)[1] - 1).tolist()}  # documents of 2^k to 2^(k+1) - 1 tokens
+    if job.kind == "cpt" and not job.no_wrap:
+        write_stream(f"{path}.bin", kept, work, count, masked=False)
+        n_rows, tail = divmod(total, job.seq_len)
+        os.truncate(f"{path}.bin", (total - tail) * job.dtype.itemsize)
+        starts = starts[starts < total - tail]
+        starts.astype("<u8").tofile(f"{path}.docs.bin")
+        counts |= {"rows": n_rows, "documents": len(starts), "targets": total - tail, "padding": 0, "lost": tail}
+    else:
+        rows, more = pack(name, lengths.tolist(), job)
+        write_stream(f"{path}.stream", kept, work, count, job.kind == "ift")
+        counts |= write_rows(path, rows, [*starts.tolist(), total], job) | more
+        counts["lost"] += (total - counts["rows"] * job.seq_len) * (job.kind == "cpt")
+    return {"tokens": counts["rows"] * job.seq_len, **counts, "sha256": file_sha256(f"{path}.bin")}
 
 
-def finish_cpt(split, seq_len):
-    """Cut the stream to whole rows; returns the counts for meta.json."""
-    rows, lost = divmod(split.total, seq_len)
-    os.truncate(split.path, rows * seq_len * split.dtype.itemsize)
-    documents = int(np.searchsorted(np.memmap(split.starts.name, "<u8", "r"), rows * seq_len))
-    os.truncate(split.starts.name, 8 * documents)
-    return split.summary(tokens=rows * seq_len, rows=rows, documents=documents, targets=rows * seq_len, padding=0, lost=lost)
-
-
-def finish_ift(split, rows, seq_len, pad, **more):
-    """Write the examples of each row, then padding, with their masks; returns the counts for meta.json."""
-    starts = np.append(np.fromfile(split.starts.name, "<u8"), np.uint64(split.total)).tolist()
-    stream, stream_mask = np.memmap(split.path, split.dtype, "r"), np.memmap(split.path + ".mask", np.uint8, "r")
-    docs, targets, filled = [], 0, 0
-    with open(f"{split.folder}/{split.name}.bin", "wb") as ids_file, \
-            open(f"{split.folder}/{split.name}.mask.bin", "wb") as mask_file:
+def write_rows(path, rows, borders, job):
+    """Write PATH.bin, .docs.bin and .mask.bin: rows of documents of PATH.stream, which goes, each cut or padded to seq_len;
+    borders: where documents begin in the stream, and its end. Returns counts."""
+    ids_of, docs, targets, padding = np.memmap(f"{path}.stream", job.dtype, "r"), [], 0, 0
+    masked = job.kind == "ift"
+    mask_of = np.memmap(f"{path}.stream.mask", np.uint8, "r") if masked else np.broadcast_to(np.uint8(1), len(ids_of))
+    with open(f"{path}.bin", "wb") as ids_file, open(f"{path}.mask.bin" if masked else os.devnull, "wb") as mask_file:
         for number, row in enumerate(tqdm(rows, desc="rows", leave=False, disable=None)):
-            ids, mask, at = np.full(seq_len, pad, split.dtype), np.zeros(seq_len, np.uint8), 0
-            for example in row:
-                docs.append(number * seq_len + at)
-                start, stop = starts[example:example + 2]
-                end = at + stop - start
-                ids[at:end], mask[at:end] = stream[start:stop], stream_mask[start:stop]
-                at = end
-            if at < seq_len:
-                docs.append(number * seq_len + at)
-            targets, filled = targets + int(mask.sum()), filled + at
+            ids, mask, at = np.full(job.seq_len, job.pad, job.dtype), np.zeros(job.seq_len, np.uint8), 0
+            for document in row:
+                docs.append(number * job.seq_len + at)
+                start, stop = borders[document:document + 2]
+                stop = min(stop, start + job.seq_len - at)
+                ids[at:at + stop - start], mask[at:at + stop - start] = ids_of[start:stop], mask_of[start:stop]
+                at += stop - start
+            if at < job.seq_len:
+                docs.append(number * job.seq_len + at)
+            targets, padding = targets + int(mask.sum()), padding + job.seq_len - at
             ids_file.write(ids.tobytes())
             mask_file.write(mask.tobytes())
-    np.array(docs, "<u8").tofile(split.starts.name)
-    os.unlink(split.path)
-    os.unlink(split.path + ".mask")
-    packed = sum(map(len, rows))
-    return split.summary(tokens=len(rows) * seq_len, rows=len(rows), documents=packed, targets=targets,
-                         padding=len(rows) * seq_len - filled, unpacked=split.counts["documents"] - packed, **more)
-
-# -----------------------------------------------------------------------------
-# Packing: lengths in [1, seq_len] -> rows, each a list of examples
-
-def pack_best_fit(lengths, seq_len):
-    """Every example once, in few rows; each row ascending, rows in the order of their first example.
-
-    Best-fit decreasing: the longest example first, each into the fullest row that has room. Rows are filed under the
-    space they have left, and the bits of one integer say which spaces exist, so no example ever searches.
-    """
-    rows, by_space, exist = [], [[] for _ in range(seq_len + 1)], 0
-    for example in sorted(range(len(lengths)), key=lambda i: -lengths[i]):  # ties stay in order
-        length = lengths[example]
-        fitting = exist >> length
-        space = length + (fitting & -fitting).bit_length() - 1 if fitting else seq_len
-        if fitting:
-            row = by_space[space].pop()
-            exist ^= (not by_space[space]) << space
-        else:
-            rows.append(row := [])
-        row.append(example)
-        by_space[space - length].append(row)
-        exist |= 1 << (space - length)
-    return sorted(map(sorted, rows))
+    np.array(docs, "<u8").tofile(f"{path}.docs.bin")
+    for stream in Path(path).parent.glob("*.stream*"):
+        stream.unlink()
+    return {"rows": len(rows), "documents": sum(map(len, rows)), "targets": targets, "padding": padding}
 
 
-def pack_first_fit(examples, lengths, seq_len, batch, leftover=()):
-    """One call of llm-foundry 0.9's packer: (the `batch` fullest rows, the others), as [(tokens, [example])].
-
-    Longest first, each into the first row that has room, which then moves to the end of the line; what is left over from
-    the call before stands in that line. The last examples get rows of their own if rows would be missing otherwise.
-    """
-    rows = [(size, list(row)) for size, row in leftover]
-    examples = sorted(examples, key=lambda i: -lengths[i])
-    for number, example in enumerate(examples):
-        may_join = len(examples) - number > batch - len(rows)
-        at = next((i for i, (size, _) in enumerate(rows) if size + lengths[example] <= seq_len), None) if may_join else None
-        size, row = (0, []) if at is None else rows.pop(at)
-        rows.append((size + lengths[example], row + [example]))
-    rows.sort(key=lambda row: -row[0])
-    return rows[:batch], rows[batch:]
-
-
-def packed_share(examples, lengths, seq_len, batch, ratio):
-    """(rows, leftover) of packing examples int(ratio * batch) at a time; a last group of fewer than `batch` is left out."""
-    rows, leftover, group = [], [], int(ratio * batch)
-    for at in range(0, len(examples), group):
-        if len(part := examples[at:at + group]) >= batch:
-            full, leftover = pack_first_fit(part, lengths, seq_len, batch, leftover)
-            rows += full
-    return rows, leftover
-
-
-def auto_ratio(examples, lengths, seq_len, batch):
-    """llm-foundry's packing_ratio 'auto': the highest of 20 ratios from 1 to seq_len / 100 before the first that leaves
-    anything over, tried on the first 100 groups' worth of examples."""
-    ratios = [round(ratio, 1) for ratio in np.linspace(1, max(1, seq_len / 100), 20).tolist()]
-    examples, best = examples[:100 * int(ratios[-1] * batch)], 1.0
-    for ratio in ratios:
-        if packed_share(examples, lengths, seq_len, batch, ratio)[1]:
-            break
-        best = ratio
-    return best
-
-
-def pack_paper(lengths, seq_len, ranks, batch, ratio, seed):
-    """An epoch of the paper's stack -> (rows in the order of its steps, ranks * batch each; ratio).
-
-    Examples are shuffled and dealt to the ranks, which drop a last one that not all get, and each rank packs
-    int(ratio * batch) of its own a step; a last incomplete group is dropped. Ratio 0: 'auto', the least of all ranks."""
-    order = np.random.Generator(np.random.Philox(key=[seed, 0])).permutation(len(lengths)).tolist()
-    shares = [order[rank::ranks][:len(lengths) // ranks] for rank in range(ranks)]
-    ratio = ratio or min(auto_ratio(share, lengths, seq_len, batch)
-                         for share in tqdm(shares, desc="packing_ratio", leave=False, disable=None))
-    group = int(ratio * batch)
-    steps = len(shares[0]) // group
-    packed = [packed_share(share[:steps * group], lengths, seq_len, batch, ratio)[0] for share in shares]
-    rows = [row for step in range(steps) for rows in packed for _, row in rows[step * batch:(step + 1) * batch]]
-    return rows, ratio
-
-
-def finish(split, job, pad):
-    """A filled split -> its final files; returns the counts for meta.json. ValueError if it makes no row."""
-    if not split.total or job.kind == "cpt" and split.total < job.seq_len:
-        remedy = {"train": "see source and the fields", "val": "documents are held out whole: give val_source, txt_split or "
-                  "--val_fraction=0"}[split.name]
-        raise ValueError(f"{split.name}: {split.counts['documents']} documents, {split.total} tokens make no row of "
-                         f"{job.seq_len} ({split.dropped.total()} dropped); {remedy}")
+def pack(name, lengths, job):
+    """The documents in each row of a split, and what meta.json says of that. ValueError if paper_ranks is too high."""
     if job.kind == "cpt":
-        return finish_cpt(split, job.seq_len)
-    lengths = split.lengths()
+        return pack_no_wrap(lengths, job.seq_len), {}
     if job.packing == "none":
-        return finish_ift(split, [[example] for example in range(len(lengths))], job.seq_len, pad)
-    if job.packing == "best_fit" or split.name == "val":  # of val no steps are made
-        return finish_ift(split, pack_best_fit(lengths, job.seq_len), job.seq_len, pad)
-    rows, ratio = pack_paper(lengths, job.seq_len, job.paper_ranks, job.paper_batch, job.packing_ratio, job.packing_seed)
+        return [[example] for example in range(len(lengths))], {}
+    if job.packing == "best_fit" or name == "val":  # of val no steps are made
+        return pack_best_fit(lengths, job.seq_len), {}
+    rows, ratio = pack_paper(lengths, job.seq_len, job.paper_ranks, job.paper_batch, job.packing_ratio, job.packing_seed,
+                             job.paper_epochs)
     if not rows:
         raise ValueError(f"packing: {len(lengths)} examples make no step of {job.paper_ranks} GPUs with "
                          f"{int(ratio * job.paper_batch)} each; lower --paper_ranks")
-    return finish_ift(split, rows, job.seq_len, pad, packing_ratio=ratio, steps=len(rows) // (job.paper_ranks * job.paper_batch))
+    return rows, {"packing_ratio": ratio, "epochs": job.paper_epochs,
+                  "steps": len(rows) // (job.paper_ranks * job.paper_batch * job.paper_epochs),
+                  "unpacked": len(lengths) * job.paper_epochs - sum(map(len, rows))}
 
 # -----------------------------------------------------------------------------
 # What is in a folder
@@ -613,18 +461,15 @@ def print_report(meta):
     for entry in meta["decontaminated"]:
         print(f"decontamination: {entry['path']}: {entry['records']:,} records, {entry['short']:,} of them too short to be "
               "found by 13 words")
-    if meta["decontaminated"]:
-        print(f"decontamination: {meta['eval_records_found']:,} eval records were found in the data")
     for name, counts in meta["splits"].items():
-        used = counts["tokens"] - counts["padding"]
         why = ", ".join(f"{count:,} {reason}" for reason, count in counts["dropped_why"].items()) or "none"
         print(f"{name}: {counts['documents']:,} documents in {counts['rows']:,} rows of {meta['seq_len']}; "
-              f"{counts['tokens']:,} tokens, {counts['targets']:,} of them targets, {used / counts['tokens']:.2%} filled, "
-              f"{counts['chars'] / (used + counts['lost']):.2f} chars a token; {counts['dropped']:,} documents dropped ({why}), "
+              f"{counts['tokens']:,} tokens, {counts['targets']:,} of them targets, "
+              f"{1 - counts['padding'] / counts['tokens']:.2%} filled; {counts['dropped']:,} documents dropped ({why}), "
               f"{counts['truncated']:,} truncated, {counts['lost']:,} tokens cut off")
         if "steps" in counts:
-            print(f"{name}: packing_ratio {counts['packing_ratio']}: {counts['steps']:,} steps of "
-                  f"{counts['rows'] // counts['steps']} rows an epoch; {counts['unpacked']:,} documents left over")
+            print(f"{name}: packing_ratio {counts['packing_ratio']}: {counts['epochs']:,} epochs of {counts['steps']:,} steps of "
+                  f"{counts['rows'] // counts['steps'] // counts['epochs']} rows; {counts['unpacked']:,} documents left over")
         most = max(counts["lengths"])
         for power, count in enumerate(counts["lengths"]):
             if count:
@@ -655,87 +500,45 @@ def file_sha256(path):
 # -----------------------------------------------------------------------------
 # The folder
 
-_ours = re.compile(r"(train|val)\.(bin|docs\.bin|mask\.bin|jsonl|stream|stream\.mask)|(meta|plan)\.json|\d+\.npz(\.\d+\.part)?")
-
-
-def remove(folder):
-    """Delete a folder of ours if it is there; OSError, and nothing is deleted, if it holds a file that is not ours."""
-    if os.path.isdir(folder):
-        check_ours(folder)
-        for name in os.listdir(folder):
-            os.unlink(f"{folder}/{name}")
-        os.rmdir(folder)
-
-
-def check_ours(folder):
-    if foreign := [name for name in os.listdir(folder) if not _ours.fullmatch(name)]:
-        raise FileExistsError(f"out_dir: {folder} holds {min(foreign)}, which is not of this script; not replaced")
-
-
-def check_free(out, overwrite):
-    """Refuse an out_dir that is there already; a kill between the two renames below left out.old, which comes back."""
-    if os.path.exists(out + ".old") and not os.path.exists(out):
-        os.rename(out + ".old", out)
-    if os.path.exists(out) and os.listdir(out) and not overwrite:
-        raise FileExistsError(f"out_dir: {out} is there already; --overwrite=True replaces it")
-    if os.path.exists(out):
-        check_ours(out)
-
-
-def open_work(work, plan):
-    """Make or enter the folder for shards, throw away those of another plan, and keep a second run out of it: returns a file
-    that must stay open. Raises OSError if there is another run."""
-    os.makedirs(work, exist_ok=True)
-    check_ours(work)
-    lock = open(f"{work}/plan.json", "a+")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, and its workers do not inherit it
-    except OSError:
-        raise FileExistsError(f"out_dir: another run is at work in {work}") from None
-    lock.seek(0)
-    found = list(Path(work).glob("*.npz"))
-    if lock.read() != plan:
-        for path in Path(work).glob("*.npz*"):
-            path.unlink()
-        lock.truncate(0)
-        print(plan, end="", file=lock, flush=True)
-    elif found:
-        print(f"going on with {len(found)} finished blocks of {work}")
-    return lock
-
-
 @contextmanager
 def written_whole(out, plan):
-    """Yield (a folder out.tmp to write into, a folder out.work for shards). The first gets the name `out`, in place of
-    what was there, only when the block has ended well; the second outlives an error or a kill, and is used again by
-    a run of the same plan. Raises OSError, also for a full disk."""
-    tmp, old, work = out + ".tmp", out + ".old", out + ".work"
-    lock = open_work(work, json.dumps(plan, indent=1))
-    try:
-        remove(old)
-        remove(tmp)
-        os.makedirs(tmp)
-        yield tmp, work
-        fsync_folder(tmp)
-        if os.path.exists(out):
-            os.rename(out, old)
-        os.rename(tmp, out)
-        remove(old)
-        remove(work)
-    except BaseException as error:
-        if os.path.exists(old) and not os.path.exists(out):
-            os.rename(old, out)
-        remove(tmp)
-        if len(list(Path(work).glob("*.npz"))) < 16:  # soon made again, so no litter after a mistake
-            remove(work)
-        if isinstance(error, KeyboardInterrupt):
-            print("stopped; the same command goes on")
-            raise SystemExit(130) from None
-        if isinstance(error, OSError) and error.errno and not error.filename:  # a failed write does not say where
-            raise OSError(error.errno, error.strerror, tmp) from None
-        raise
-    finally:
-        lock.close()
+    """Yield (a folder out.work/new to write into, the folder out.work for shards). The first gets the name `out` only when
+    the block has ended well; the second outlives an error or a kill, and is used again by a run of the same plan, but by no
+    two at once. Raises OSError, also for a full disk."""
+    work, plan = f"{out}.work", json.dumps(plan, indent=1)
+    if os.path.exists(work) and os.listdir(work) and not os.path.exists(f"{work}/plan.json"):
+        raise FileExistsError(f"out_dir: {work} is not of this script, which needs that name")
+    os.makedirs(work, exist_ok=True)
+    with open(f"{work}/plan.json", "a+") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, and its workers do not inherit it
+        except OSError:
+            raise FileExistsError(f"out_dir: another run is at work in {work}") from None
+        lock.seek(0)
+        done = list(Path(work).glob("*.npz"))
+        if lock.read() != plan:
+            for path in Path(work).glob("*.npz*"):
+                path.unlink()
+            lock.truncate(0)
+            print(plan, end="", file=lock, flush=True)
+        elif done:
+            print(f"going on with {len(done)} finished blocks of {work}")
+        try:
+            shutil.rmtree(f"{work}/new", ignore_errors=True)
+            os.makedirs(f"{work}/new")
+            yield f"{work}/new", work
+            fsync_folder(f"{work}/new")
+            os.rename(f"{work}/new", out)  # in place of an empty folder, if there is one
+            shutil.rmtree(work)
+        except BaseException as error:
+            if len(list(Path(work).glob("*.npz"))) < 16:  # soon made again, so no litter after a mistake
+                shutil.rmtree(work)
+            if isinstance(error, KeyboardInterrupt):
+                print("stopped; the same command goes on")
+                raise SystemExit(130) from None
+            if isinstance(error, OSError) and error.errno and not error.filename:  # a failed write does not say where
+                raise OSError(error.errno, error.strerror, f"{work}/new") from None
+            raise
 
 # -----------------------------------------------------------------------------
 if __name__ == "__main__":
@@ -746,18 +549,17 @@ if __name__ == "__main__":
             inspect_folder(inspect)
             raise SystemExit(0)
         print(knob_table(globals()))
+        for knob, least in {"seq_len": 2, "workers": 0, "max_records": 0, "max_tokens": 0, "packing_seed": 0, "paper_ranks": 1,
+                            "paper_batch": 1, "paper_epochs": 1, "train_on_prompt_from": 0}.items():
+            if config[knob] < least:
+                raise ValueError(f"{knob}: expected {least} or more, found {config[knob]}")
         for knob, fine, expected in [("preset", preset in ("", *PRESETS), f"one of {', '.join(PRESETS)}"),
                                      ("source", source, "at least one file"), ("out_dir", out_dir, "a folder's name"),
                                      ("tokenizer", tokenizer, "a tokenizer file or its folder"),
-                                     ("seq_len", seq_len >= 2, "2 or more"), ("workers", workers >= 0, "0 or more"),
                                      ("block_mb", block_mb > 0, "more than 0"), ("suffixes", suffixes, "such as .py"),
-                                     ("max_records", max_records >= 0, "0 or more"),
-                                     ("max_tokens", max_tokens >= 0, "0 or more"),
                                      ("packing_ratio", packing_ratio == 0 or packing_ratio >= 1, "0 or from 1 up"),
-                                     ("paper_ranks", paper_ranks >= 1, "1 or more"),
-                                     ("paper_batch", paper_batch >= 1, "1 or more"),
-                                     ("packing_seed", packing_seed >= 0, "0 or more"),
-                                     ("train_on_prompt_from", train_on_prompt_from >= 0, "0 or more"),
+                                     ("double_bos", kind == "cpt" and add_bos or not double_bos, "kind=cpt with add_bos"),
+                                     ("no_wrap", kind == "cpt" or not no_wrap, "kind=cpt"),
                                      ("template", kind == "ift" or template not in CHATS, "kind=ift with messages"),
                                      ("val_fraction", 0 <= val_fraction < 1, "0 <= fraction < 1")]:
             if not fine:
@@ -767,27 +569,26 @@ if __name__ == "__main__":
             if wanted and special is None:
                 raise ValueError(f"{knob}: {tokenizer} has no such token; say --{knob}=False")
         out = os.path.normpath(out_dir)
-        check_free(out, overwrite)
+        if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
+            raise FileExistsError(f"out_dir: {out} is there already; delete it or name another")
 
         # 1: what is asked for, and of what
         dtype = np.dtype("<u2" if tok.vocab_size <= 65536 else "<u4")
-        bos, eos = (np.array([special] * wanted, dtype).tobytes()
-                    for special, wanted in ((tok.bos_id, add_bos), (tok.eos_id, add_eos)))
+        bos, eos = (np.array([special] * times, dtype).tobytes()
+                    for special, times in ((tok.bos_id, add_bos + double_bos), (tok.eos_id, add_eos)))
         knobs = {**config, "response_prefix": unescape(response_prefix), "txt_split": unescape(txt_split)}
-        job = SimpleNamespace(**knobs, dtype=dtype, bos=bos, eos=eos, encode=make_encoder(tok, dtype, word_cache))
+        job = SimpleNamespace(**knobs, dtype=dtype, bos=bos, eos=eos, pad=tok.eos_id or 0, encode=make_encoder(tok, dtype))
         job.fields = [messages_field] if template in CHATS else [response_field] * (kind == "ift")  # and those of the template
         if template not in CHATS:
             job.template_text, job.template_fields = read_template(template, text_field if kind == "cpt" else prompt_field)
             job.fields += job.template_fields.values()
         job.fields += [id_field] * bool(id_field)
-        made = {"toy_math": lambda: toy_math(toy_records, toy_seed), "pystdlib": pystdlib}
-        sources = [(found, "train" if val_source else "") for found in expand(source, made, suffixes)]
-        sources += [(found, "val") for found in expand(val_source, made, suffixes, "val_source")]
-        size = sum(found.size() for found, _ in sources)
+        sources = expand(source, suffixes)
+        size = sum(found.size() for found in sources)
         with tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=None, desc="checksums") as bar:
-            entries = [{"path": found.name, "sha256": found.sha256(bar.update), "bytes": found.size(), "records": 0,
-                        **({"revision": found.revision} if found.revision else {})} for found, _ in sources]
-        evals = expand(decontaminate, {}, suffixes, "decontaminate")
+            entries = [{"path": found.name, "sha256": found.sha256(bar.update), "bytes": found.size(),
+                        **({"revision": found.revision} if found.revision else {})} for found in sources]
+        evals = expand(decontaminate, suffixes, "decontaminate")
         job.eval_ngrams, eval_counts = eval_ngrams(evals)
         versions = {"python": platform.python_version(),
                     **{name: version(name) for name in ("numpy", "sentencepiece", "tiktoken")}}
@@ -802,28 +603,36 @@ if __name__ == "__main__":
             cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
             processes = workers or max(1, min(cores, int(size / (block_mb * 1e6))))
             started = time.perf_counter()
-            count, (busy, text_mb) = encode_blocks(sources, job, work, processes)
+            count, text_mb = encode_blocks(sources, job, work, processes)
             seconds = time.perf_counter() - started
 
-            # 3: shards to the rows of each split
-            splits = {name: Split(folder, name, dtype, kind == "ift", keep_records)
-                      for name in (["train", "val"] if val_source or val_fraction else ["train"])}
-            total = fill_splits(splits, work, count, sample_limit(work, count, max_tokens) if max_tokens else 2**64,
-                                repeated_ids(work, count, id_field, on_bad_record) if id_field else None)
-            pad = 0 if tok.eos_id is None else tok.eos_id
+            # 3: what of them goes in
+            tables, infos = zip(*((shard["documents"], json.loads(str(shard["info"])))
+                                  for shard in shards(work, count, "documents")))
+            documents, ends = np.concatenate(tables), np.cumsum([len(table) for table in tables])
+            if id_field:
+                leave_out_repeated(documents, lambda i: f"{infos[np.searchsorted(ends, i, 'right')]['name']}:"
+                                                        f"{documents['number'][i]}", id_field, on_bad_record)
+            if max_tokens:
+                leave_out_unsampled(documents, max_tokens)
+            for entry in entries:
+                entry["records"] = sum(info["records"] for info in infos if info["name"] == entry["path"])
+
+            # 4: shards to the rows of each split
             meta = {"format": 1, "kind": kind, "dtype": dtype.name, "seq_len": seq_len, "vocab_size": tok.vocab_size,
                     "bos_id": tok.bos_id, "eos_id": tok.eos_id, "tokenizer_sha256": tok.sha256, "tokenizer_name": tok.name,
-                    "source": [{**entry, "records": total["records"][entry["path"] + side]}
-                               for entry, (_, side) in zip(entries, sources)],
-                    "skipped": total["bad"], "skipped_first": total["bad_first"],
+                    "source": entries,
+                    "skipped": sum(info["bad"] for info in infos),
+                    "skipped_first": [line for info in infos for line in info["bad_first"]][:5],
                     "decontaminated": [{"path": path, "records": n, "short": short} for path, n, short in eval_counts],
-                    "eval_records_found": len(total["hits"]), "settings": settings, "versions": versions,
-                    "splits": {name: finish(split, job, pad) for name, split in splits.items()}}
+                    "settings": settings, "versions": versions,
+                    "splits": {name: write_split(name, documents, work, count, folder, job)
+                               for name in ["train"] + ["val"] * (val_fraction > 0)}}
             hashed = {f"{name}.bin": counts["sha256"] for name, counts in meta["splits"].items()}  # tokens: read once
             meta["files"] = {name: hashed.get(name) or file_sha256(f"{folder}/{name}") for name in sorted(os.listdir(folder))}
             meta["examples"] = examples_of(folder, "train", meta, tok)
             Path(folder, "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
         print_report(meta)
-        print(f"tokenized {text_mb:,.1f} MB of text in {seconds:,.1f} s with {processes} processes: "
-              f"{text_mb / seconds:.1f} MB/s, {text_mb / busy if busy else 0:.1f} MB/s of each while it worked\n-> {out_dir}")
+        print(f"tokenized {text_mb:,.1f} MB of text in {seconds:,.1f} s with {processes} processes: {text_mb / seconds:.1f} MB/s")
+        print(f"-> {out_dir}")

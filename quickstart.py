@@ -1,30 +1,30 @@
 """
-Quickstart: the paper's comparison in small. In under ten minutes on two CPU cores it pretrains a tiny Llama on one
-domain (the Python source that every installation carries), finetunes it on another (word problems in GSM8K's form) in
-full and with LoRA, and tells what each learned and what it forgot.
+Quickstart: the paper in small. In under ten minutes on two CPU cores it pretrains a tiny Llama on one domain (the Python
+source that every installation carries), finetunes it on another (word problems in GSM8K's form) in full and with LoRA at
+three ranks, for two durations, asks what each learned and forgot, and draws it as one picture.
 
     python quickstart.py
-    python quickstart.py --lora_ranks=1,64            # two rows more: what is there already is not made again
+    python quickstart.py --lora_ranks=1,16,256            # what is there already is not made again
 
-Every step is a command of this codebase, printed before it runs: the same ones, with other folders, do the 7B study.
-When it was stopped, the same command goes on where it stood.
+Every step is a command of this codebase, printed before it runs: the same ones, with other folders, do the 7B study. The
+list of runs that it writes, OUT_DIR/runs.py, is what study.py takes. When it was stopped, the same command goes on.
 """
 import json
-import math
 import os
+import random
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tokenize
 from itertools import islice
 from pathlib import Path
 
 import sentencepiece
-from safetensors import safe_open
 
 from configurator import configure
-from prepare_data import pystdlib, toy_math
 from runtime import one_line_errors
 
 # -----------------------------------------------------------------------------
@@ -32,10 +32,11 @@ from runtime import one_line_errors
 data_dir = 'data/quickstart'
 out_dir = 'out/quickstart'
 # source domain: Python, and a few word problems without GSM8K's notation, for Llama had read such things as well
-max_records = 0              # read at most so many documents of each; 0 = all
+max_modules = 0              # read at most so many modules; 0 = all. One in 20 is held out
 source_problems = 2000
 # target domain
-target_problems = 10000      # 5% of them are held out
+target_problems = 9500
+held_out_problems = 500
 # model and tokenizer, made from nothing
 vocab_size = 1024
 hidden_size = 128
@@ -49,21 +50,87 @@ base_steps = 1000
 base_batch = 8               # rows a step
 base_learning_rate = 3e-3
 # finetuning, with Lion as in the paper
-steps = 600
+steps = (150, 600)           # durations, each a run with its own schedule
 batch = 2
 full_learning_rate = 1e-4
-gentle_learning_rate = 5e-5  # full finetuning once more, to compare LoRA with a run that learns as much as it
 lora_learning_rate = 3e-4
-lora_ranks = (16, 4)
+lora_ranks = (4, 16, 64)
+# what is measured
 eval_rows = 100              # held-out rows of each domain that a loss is the mean of
+choice_items = 400           # lines of held-out Python, whose end is to be told from three others
+solve_items = 100            # held-out word problems to solve
+_free = {'data_dir', 'out_dir', 'lora_ranks', 'steps'}  # may differ when the script is started again on the same folders
 
-_free = {'data_dir', 'out_dir', 'lora_ranks'}  # may differ when the script is started again on the same folders
+
+# ----------------------------------------------------------------------------- the two domains
+def toy_math(count, seed):
+    """Yield `count` word problems in GSM8K's form, {"question", "answer"}: 1 to 3 steps, each with its
+    <<expression=value>>, then '#### value'. A pure function of (count, seed)."""
+    rng = random.Random(seed)
+    names = "Ava Ben Chloe Dan Ella Finn Grace Hugo Iris Jack Kira Leo Mia Noah".split()
+    things = "apples marbles stickers shells books coins pencils cookies stamps buttons".split()
+    events = {"+": ("{friend} gives {name} {b} more.", "{name} buys {b} more.", "In the garden {name} finds {b} more."),
+              "-": ("{name} gives {b} of them to {friend}.", "{b} of them get lost.", "{name} sells {b} of them."),
+              "*": ("A week later {name} has {b} times as many.", "A machine turns each of them into {b}."),
+              "/": ("{name} makes {b} equal piles and keeps one.", "{name} keeps one of {b} equal shares.")}
+    for _ in range(count):
+        name, friend = rng.sample(names, 2)
+        thing, total, answer = rng.choice(things), rng.randint(4, 60), []
+        question = [f"{name} {rng.choice(['has', 'picks up', 'starts with'])} {total} {thing}."]
+        for _ in range(rng.randint(1, 3)):
+            divisors = [d for d in range(2, 10) if total % d == 0]
+            op = rng.choice("++" + "--" * (total > 1) + "*" * (total <= 60) + "/" * bool(divisors))
+            b = rng.choice({"+": range(2, 31), "-": range(1, total), "*": range(2, 5), "/": divisors}[op])
+            value = {"+": total + b, "-": total - b, "*": total * b, "/": total // b}[op]
+            question.append(rng.choice(events[op]).format(name=name, friend=friend, b=b))
+            answer.append(f"{rng.choice(['That makes', 'Now there are', f'{name} then has'])} "
+                          f"{total} {op} {b} = <<{total}{op}{b}={value}>>{value} {thing}.")
+            total = value
+        question.append(f"How many {thing} does {name} have {rng.choice(['now', 'in the end', 'after that'])}?")
+        yield {"question": " ".join(question), "answer": "\n".join(answer + [f"#### {total}"])}
+
+
+def pystdlib():
+    """Yield the modules of the running Python's standard library, {"path", "text"}, by path; without tests, bundled
+    applications, tables, and the one module that differs between machines."""
+    root = Path(sysconfig.get_path("stdlib"))
+    left_out = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+    for path in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
+        if not left_out & {*path.split("/")} and "_sysconfigdata" not in path:
+            with tokenize.open(root / path) as file:
+                yield {"path": path, "text": file.read()}
+
+
+def lines_to_finish(texts, count, seed=3):
+    """Yield multiple choice in LLM Foundry's form, {"query", "choices", "gold"}: some lines of code up to a blank inside
+    the last one, and four ways to go on from there, of which three are ends of lines elsewhere."""
+    rng = random.Random(seed)
+    places = []  # (lines before, beginning, end) of lines with a blank near their middle
+    for text in texts:
+        lines = text.split("\n")
+        for i, line in enumerate(lines):
+            words = line.split(" ")
+            middle = len(words) - max(1, len(words) // 2)
+            begin, end = " ".join(words[:middle]), " ".join(words[middle:])
+            if i >= 4 and begin.strip() and 8 <= len(end) <= 40 and end == end.strip():
+                places.append(("\n".join(lines[i - 4:i]), begin, end))
+    rng.shuffle(places)
+    for before, begin, end in places[:count]:
+        others = rng.sample(sorted({e for _, _, e in places} - {end}), 3)
+        gold = rng.randrange(4)
+        yield {"query": f"{before}\n{begin}", "choices": others[:gold] + [end] + others[gold:], "gold": gold}
+
+
+def write_jsonl(path, records):
+    """The path of a file of records, which it makes."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 # ----------------------------------------------------------------------------- steps
-def run(script, **knobs):
-    """Print and run `python script --knob=value ...`; ends this script where that one fails."""
-    argv = [os.path.relpath(Path(__file__).parent / script), *(f"--{name}={value}" for name, value in knobs.items())]
+def run(script, *argv, **knobs):
+    """Print and run `python script argv... --knob=value ...`; ends this script where that one fails."""
+    argv = [os.path.relpath(Path(__file__).parent / script), *map(str, argv), *(f"--{k}={v}" for k, v in knobs.items())]
     print("\n$ python", shlex.join(argv), flush=True)
     process = subprocess.Popen([sys.executable, *argv])
     try:
@@ -77,6 +144,7 @@ def run(script, **knobs):
 def remember_knobs(folder, config):
     """Store what a folder is made with; ValueError if that was something else the last time."""
     path, kept = Path(folder, "quickstart.json"), {name: value for name, value in config.items() if name not in _free}
+    kept = json.loads(json.dumps(kept))
     before = json.loads(path.read_text()) if path.exists() else kept
     if changed := [f"{name}={before.get(name)}, not {kept[name]}" for name in kept if before.get(name) != kept[name]]:
         raise ValueError(f"{folder} was made with {', '.join(changed)}; delete it, or choose other folders")
@@ -89,7 +157,7 @@ def make_shape(folder):
     if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [line for record in islice(pystdlib(), max_records or None) for line in record["text"].split("\n")]
+    lines = [line for record in islice(pystdlib(), max_modules or None) for line in record["text"].split("\n")]
     try:
         with open(folder / "tokenizer.model", "wb") as file:
             sentencepiece.SentencePieceTrainer.train(
@@ -109,44 +177,60 @@ def make_shape(folder):
 def prepare(folder, **knobs):
     """Make a token folder, unless it is there."""
     if not (folder / "meta.json").exists():
-        run("prepare_data.py", out_dir=folder, seq_len=seq_len, **knobs)
+        run("prepare_data.py", out_dir=folder, seq_len=seq_len, val_fraction=0, **knobs)
 
 
-def train(folder, max_steps, **knobs):
-    """Train, unless that is done, or go on from the newest checkpoint; returns the last one."""
-    last = folder / f"step_{max_steps}"
+def pretrain(folder, **knobs):
+    """The base, made unless it is there, or gone on with from its newest checkpoint."""
+    last = folder / f"step_{base_steps}"
     if not last.exists():
         if any(folder.glob("step_*/state/state.json")):
             knobs["resume"] = True
         elif folder.exists():
             shutil.rmtree(folder)  # killed before its first checkpoint
-        run("train.py", out_dir=folder, max_steps=max_steps, eval_rows=eval_rows, log_interval=50, save_interval=200,
+        run("train.py", out_dir=folder, max_steps=base_steps, eval_rows=eval_rows, log_interval=50, save_interval=200,
             keep_last=1, **knobs)
     if not last.exists():
         raise SystemExit(f"\n{folder} was stopped; the same command goes on from its newest checkpoint")
     return last
 
 
+# ----------------------------------------------------------------------------- the study
+def both(data):
+    """What is watched while training: held-out tokens of both domains."""
+    return f"source={data / 'source'},target={data / 'target_test'}"
+
+
+def list_of_runs(base, data):
+    """The text of a config file for study.py."""
+    kinds = [("full", full_learning_rate, "")] + [(f"r{rank}", lora_learning_rate, f" --lora_rank={rank}") for rank in lora_ranks]
+    runs = [f"{name}-{n} --max_steps={n} --learning_rate={rate}{lora}" for n in steps for name, rate, lora in kinds]
+    train = (f"--data={data / 'target'} --val_data={both(data)} --optimizer=lionw "
+             f"--global_batch={batch} --microbatch={batch} --eval_rows={eval_rows} --log_interval=50 --save_interval=200 "
+             "--keep_last=1 --device=cpu")
+    evals = [f"eval_gsm8k.py --test_data={data / 'problems_test.jsonl'} --train_data={data / 'problems_train.jsonl'} --shots=0 "
+             f"--bos=True --max_new_tokens={seq_len // 2} --limit={solve_items} --device=cpu",
+             f"eval_forgetting.py --tasks=hellaswag --styles=gauntlet --hellaswag={data / 'choices.jsonl'} --device=cpu"]
+    listed = "".join(f"    {text!r},\n" for text in runs)
+    return (f'"""For study.py: written by quickstart.py."""\nout_dir = {out_dir!r}\nbase = {str(base)!r}\nmodels = (\'base\',)\n'
+            f"runs = (\n{listed})\ntrain = {train!r}\nevals = (\n" + "".join(f"    {text!r},\n" for text in evals) + ")\n"
+            "spectrum = '--subspaces= --device=cpu'\n"
+            "plot = (\"--figures=story --learning='loss target' --forgetting=hellaswag --x=step \"\n"
+            "        \"--labels='loss target=loss on new word problems,hellaswag=lines of Python finished rightly'\")\n")
+
+
+def last_values(folder):
+    """{metric: value} at the last step of a run or a base, its held-out losses as 'loss NAME'."""
+    values = {}
+    for name, prefix in (("log.jsonl", "loss "), ("results.jsonl", "")):
+        lines = (folder / name).read_text().splitlines() if (folder / name).is_file() else []
+        for line in map(json.loads, lines):
+            values |= {f"{prefix}{k}": v for k, v in line["val"].items()} if "val" in line else {}
+            values |= {line["metric"]: line["value"]} if "metric" in line else {}
+    return values
+
+
 # ----------------------------------------------------------------------------- results
-def read_log(folder):
-    """{domain: (loss before, loss after)}, and the seconds spent in training steps, from a run's log.jsonl."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    losses = [line["val"] for line in lines if "val" in line]
-    trained = [line for line in lines if "seconds" in line]  # each the mean over the steps since the one before
-    steps = [line["step"] - before["step"] for before, line in zip([{"step": 0}, *trained], trained)]
-    seconds = sum(line["seconds"] * n for line, n in zip(trained, steps))
-    return {name: (losses[0][name], losses[-1][name]) for name in losses[0]}, seconds
-
-
-def count_parameters(folder):
-    """Numbers in the weights of a checkpoint: those of the model, or those of its adapter."""
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
-    return count
-
-
 def compare(verb, full, loras):
     """One sentence about the changes of loss, {rank: nats}, of LoRA beside that of full finetuning."""
     shares = ", ".join(f"LoRA r={rank} {change:.3f}" + (f" ({change / full:.0%})" if full > 0 else "")
@@ -162,67 +246,78 @@ def compare(verb, full, loras):
     return f"{verb.capitalize()} (nats a token): full {full:.3f}, {shares}. {verdict}."
 
 
-def compare_at_equal_learning(learned, forgot):
-    """One sentence about the LoRA run that learned most nearly as much as the gentle full one; both {run: nats}."""
-    loras = [name for name in learned if name.startswith("lora")]
-    near = min(loras, key=lambda name: abs(learned[name] - learned["gentle"]))
-    text = (f"At equal learning: full at the gentle learning rate learned {learned['gentle']:.3f} and forgot "
-            f"{forgot['gentle']:.3f}; nearest is {near}, which learned {learned[near]:.3f} and forgot {forgot[near]:.3f}. ")
-    if abs(learned[near] - learned["gentle"]) > 0.05 * abs(learned["gentle"]):
-        return text + "They learned too unequally to be compared."
-    return text + ("So low rank kept more of the source than a smaller learning rate did." if forgot[near] < forgot["gentle"]
-                   else "So a smaller learning rate kept as much of the source as low rank did, or more.")
+def compare_at_equal_learning(full, loras):
+    """Sentences about what full finetuning forgot by the time it had learned as much as each LoRA run.
+
+    full: [(learned, forgot)] by duration; between durations, and before the first, a straight line is drawn."""
+    points, sentences = sorted([(0.0, 0.0), *full]), []
+    for rank, (learned, forgot) in loras.items():
+        between = [(a, b) for a, b in zip(points, points[1:]) if a[0] <= learned <= b[0] and b[0] > a[0]]
+        if not between:
+            sentences.append(f"r={rank} learned {learned:.3f}, more than full finetuning ever did")
+            continue
+        (x0, y0), (x1, y1) = between[0]
+        expected = y0 + (y1 - y0) * (learned - x0) / (x1 - x0)
+        sentences.append(f"r={rank} learned {learned:.3f} and forgot {forgot:.3f}, where full finetuning of that learning forgot "
+                         f"about {expected:.3f}: {'less' if forgot < expected else 'not less'}")
+    return "At equal learning: " + "; ".join(sentences) + "."
 
 
 # ----------------------------------------------------------------------------- the whole
 if __name__ == "__main__":
     with one_line_errors():
         config = configure(globals())
-        if not lora_ranks or min(lora_ranks) < 1:
-            raise ValueError(f"lora_ranks: expected ranks from 1 up, such as 16,4; found {lora_ranks}")
+        if not lora_ranks or min(lora_ranks) < 1 or not steps or min(steps) < 1:
+            raise ValueError(f"lora_ranks and steps: expected numbers from 1 up, such as 4,16; found {lora_ranks} and {steps}")
         data, out = Path(data_dir), Path(out_dir)
         for folder in (data, out):
             remember_knobs(folder, config)
 
-        # 1: a model without weights, and the tokens of both domains
-        shape, problems = out / "shape", data / "problems.jsonl"
+        # 1: a model without weights, the tokens of both domains, questions about the source
+        shape = out / "shape"
         make_shape(shape)
-        records = [{"text": record["question"] + " " + re.sub(r"<<.*?>>|\n####.*", "", record["answer"])}
-                   for record in toy_math(source_problems, seed=2)]
-        problems.write_text("".join(json.dumps(record) + "\n" for record in records))
-        prepare(data / "source", source="pystdlib", tokenizer=shape, max_records=max_records)
-        prepare(data / "pretrain", source=f"pystdlib,{problems}", tokenizer=shape, max_records=max_records)
-        prepare(data / "target", source="toy_math", toy_records=target_problems, toy_seed=1, tokenizer=shape,
-                kind="ift", template="Question: {question}\\nAnswer:", response_field="answer")
+        modules = list(islice(pystdlib(), max_modules or None))
+        held_out = write_jsonl(data / "python_test.jsonl", modules[::20])
+        write_jsonl(data / "python_train.jsonl", (module for i, module in enumerate(modules) if i % 20))
+        write_jsonl(data / "solved.jsonl", ({"text": record["question"] + " " + re.sub(r"<<.*?>>|\n####.*", "", record["answer"])}
+                                            for record in toy_math(source_problems, seed=2)))
+        write_jsonl(data / "problems_train.jsonl", toy_math(target_problems, seed=1))
+        write_jsonl(data / "problems_test.jsonl", toy_math(held_out_problems, seed=3))
+        write_jsonl(data / "choices.jsonl", lines_to_finish([module["text"] for module in modules[::20]], choice_items))
+        prepare(data / "pretrain", source=f"{data / 'python_train.jsonl'},{data / 'solved.jsonl'}", tokenizer=shape)
+        prepare(data / "source", source=held_out, tokenizer=shape)
+        for folder, name in (("target", "train"), ("target_test", "test")):
+            prepare(data / folder, source=data / f"problems_{name}.jsonl", tokenizer=shape, kind="ift",
+                    template="Question: {question}\\nAnswer:", response_field="answer")
 
         # 2: the base
-        both = f"source={data / 'source'},target={data / 'target'}"
-        base = train(out / "base", base_steps, base=shape, scratch=True, data=data / "pretrain", val_data=both,
-                     global_batch=base_batch, microbatch=base_batch, optimizer="adamw",
-                     learning_rate=base_learning_rate)
+        base = pretrain(out / "pretraining", base=shape, scratch=True, data=data / "pretrain", val_data=both(data),
+                        global_batch=base_batch, microbatch=base_batch, optimizer="adamw", learning_rate=base_learning_rate,
+                        device="cpu")
 
-        # 3: finetuning, with everything but the learning rate and LoRA the same
-        runs = {"base": base}
-        kinds = [("full", full_learning_rate, {}), ("gentle", gentle_learning_rate, {}),
-                 *((f"lora-r{rank}", lora_learning_rate, {"lora_rank": rank}) for rank in lora_ranks)]
-        for name, rate, knobs in kinds:
-            runs[name] = train(out / name, steps, base=base, data=data / "target", val_data=both, global_batch=batch,
-                               microbatch=batch, optimizer="lionw", learning_rate=rate, **knobs)
+        # 3: finetuning, evaluations, spectra, the picture
+        (out / "runs.py").write_text(list_of_runs(base, data))
+        run("study.py", out / "runs.py")
 
         # 4: what came of it
-        print(f"\nHeld-out loss, nats a token, before -> after:\n{'':10}{'target':>16}{'learned':>9}{'source':>19}"
-              f"{'forgot':>8}{'trained':>11}{'seconds':>9}")
-        learned, forgot = {}, {}
-        for name, last in runs.items():
-            losses, seconds = read_log(last.parent)
-            (target, target_after), (source, source_after) = losses["target"], losses["source"]
-            learned[name], forgot[name] = target - target_after, source_after - source
-            changes = ("", "") if name == "base" else (f"{learned[name]:.3f}", f"{forgot[name]:.3f}")
-            print(f"{name:10}{target:7.3f} -> {target_after:5.3f}{changes[0]:>9}{source:10.3f} -> {source_after:5.3f}"
-                  f"{changes[1]:>8}{count_parameters(last):11,}{seconds:9.0f}")
-        for verb, changes in (("learned", learned), ("forgot", forgot)):
-            print("\n" + compare(verb, changes["full"], {rank: changes[f"lora-r{rank}"] for rank in lora_ranks}))
-        print("\n" + compare_at_equal_learning(learned, forgot))
-        prompt = "Question: Ava has 12 books. Ben gives Ava 5 more. How many books does Ava have now?\\nAnswer:"
-        print(f"\nRead what they write:\n$ python {os.path.relpath(Path(__file__).parent / 'sample.py')} --model={base} "
-              f"--adapter={runs[name]} --max_new_tokens={seq_len // 2} --prompt='{prompt}'")
+        start = last_values(out / "pretraining") | last_values(out / "base")
+        names = ["base", *(f"{name}-{n}" for n in steps for name in ("full", *(f"r{rank}" for rank in lora_ranks)))]
+        print(f"\n{'':10}{'target loss':>12}{'learned':>9}{'solved':>8}{'source loss':>13}{'forgot':>8}{'lines finished':>16}")
+        change = {}
+        for name in names:
+            values = start if name == "base" else last_values(out / name)
+            learned, forgot = start["loss target"] - values["loss target"], values["loss source"] - start["loss source"]
+            change[name] = learned, forgot
+            learned, forgot = ("", "") if name == "base" else (f"{learned:.3f}", f"{forgot:.3f}")
+            print(f"{name:10}{values['loss target']:12.3f}{learned:>9}{values['gsm8k_strict_match']:8.1%}"
+                  f"{values['loss source']:13.3f}{forgot:>8}{values['hellaswag']:16.1%}")
+        longest = max(steps)
+        for verb, column in (("learned", 0), ("forgot", 1)):
+            print("\n" + compare(verb, change[f"full-{longest}"][column],
+                                 {rank: change[f"r{rank}-{longest}"][column] for rank in lora_ranks}))
+        print("\n" + compare_at_equal_learning([change[f"full-{n}"] for n in steps],
+                                               {rank: change[f"r{rank}-{longest}"] for rank in lora_ranks}))
+        print(f"\nThe picture: {out / 'figures/story.png'}. Read what they write:\n$ python "
+              f"{os.path.relpath(Path(__file__).parent / 'sample.py')} --model={base} "
+              f"--adapter={out / f'r{lora_ranks[-1]}-{longest}' / f'step_{longest}'} --max_new_tokens={seq_len // 2} "
+              "--prompt='Question: Ava has 12 books. Ben gives Ava 5 more. How many books does Ava have now?\\nAnswer:'")

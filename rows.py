@@ -9,7 +9,8 @@ from model import IGNORE
 
 
 class TokenRows:
-    """Rows of one split of a token folder, memory-mapped: tokens, targets, and where documents begin.
+    """Rows of one split of a token folder, memory-mapped: tokens, targets, and where documents begin. Its length is that of
+    an epoch; `packed` is None, or (epochs, steps an epoch) of rows that stand in the order in which they are to be read.
 
     Raises FileNotFoundError or ValueError when files are missing or do not have the size meta.json says."""
 
@@ -31,7 +32,8 @@ class TokenRows:
         self.mask = read("mask.bin", "uint8", counts["tokens"]) if self.meta["kind"] == "ift" else None
         if not (n := len(self.tokens) // self.seq_len):
             raise ValueError(f"{folder}/{split}.bin: {len(self.tokens)} tokens make no row of seq_len={self.seq_len}")
-        self.n = n
+        self.packed = (counts["epochs"], counts["steps"]) if "epochs" in counts else None
+        self.n = n // counts.get("epochs", 1)
         self.sha256 = counts["sha256"]
 
     def __len__(self):
@@ -51,6 +53,21 @@ class TokenRows:
         return tokens, targets, starts
 
 
+class PlannedRows:
+    """Stands for data that is still to be made: n rows (0: not known) of seq_len targets, one document each."""
+
+    packed = None
+
+    def __init__(self, n, seq_len):
+        self.n, self.seq_len = n, seq_len
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return np.zeros(self.seq_len, np.int64), np.zeros(self.seq_len, np.int64), np.zeros(0, np.int64)
+
+
 def read_array(path, dtype, count):
     """A file as a read-only array of `count` items (None: whatever it holds), mapped, not read."""
     if not path.is_file():
@@ -61,9 +78,19 @@ def read_array(path, dtype, count):
     return array
 
 
-def rows_of_step(step, batch, n_rows, seed, shuffle=True):
+def rows_of_step(step, batch, n_rows, seed, shuffle=True, packed=None):
     """Indices of the `batch` rows of a step: a pure function of its arguments. Every row comes once an epoch;
-    epochs are permutations of their own and follow each other without a gap."""
+    epochs are permutations of their own and follow each other without a gap. Where the data is `packed` in an order of its
+    own, that order; ValueError if it has other batches or not so many steps."""
+    if packed:
+        epochs, steps = packed
+        if batch != n_rows // steps:
+            raise ValueError(f"global_batch={batch}: the data has packing='paper', in steps of {n_rows // steps} rows; "
+                             f"say --global_batch={n_rows // steps}")
+        if step >= epochs * steps:
+            raise ValueError(f"step {step + 1}: the data has packing='paper' for {epochs} epochs of {steps} steps; prepare it "
+                             f"with --paper_epochs={step // steps + 1}")
+        return np.arange(step * batch, (step + 1) * batch)
     positions = np.arange(step * batch, (step + 1) * batch)
     rows = positions % n_rows
     if shuffle:

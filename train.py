@@ -3,6 +3,7 @@ Stage 2: finetune a Llama, in full or with LoRA, on token files made by prepare_
 
     python train.py --base=models/llama2-7b --data=data/gsm8k --lora_rank=16 --max_epochs=2 --out_dir=out/gsm8k-r16
     torchrun --nproc_per_node=8 train.py config/NAME.py --learning_rate=1e-5
+    python train.py config/NAME.py --dry_run=True --gpus=32         # what it would take; needs no GPU, weights or data
 
 out_dir/step_N is a model folder (full) or a PEFT adapter folder (LoRA), with state/ beside the weights for
 --resume=True; out_dir/log.jsonl has a line for every step logged and every validation.
@@ -16,20 +17,22 @@ import os
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from checkpoint import checkpoint_state, load_optimizer, lock, newest_checkpoint, save_checkpoint, start_log
+from checkpoint import checkpoint_state, checkpoints, load_optimizer, lock, newest_checkpoint, save_checkpoint, start_log
 from configurator import configure, knob_table
 from lion import DecoupledAdamW, DecoupledLionW
 from lora import apply_lora, apply_saved_lora, choose_kernel, init_adapters, load_adapter_weights
 from model import IGNORE, Llama, LlamaConfig, whole
-from parallel import add_up, add_up_gradients, is_sharded, leave, shard_model
-from rows import TokenRows, rows_of_step, stack
-from runtime import (LOCAL_WORLD, RANK, WORLD, append_jsonl, device_name, join_ranks, matmul_flops, one_line_errors,
-                     peak_flops, peak_memory, pick_device, pick_dtype, print0, versions)
+from parallel import add_up, add_up_gradients, check_replicas, is_sharded, leave, shard_model
+from plan import compare_with_paper, flops_of_batch, predict_memory, shape_of
+from rows import PlannedRows, TokenRows, rows_of_step, stack
+from runtime import (LOCAL_WORLD, PEAK_TFLOPS, RANK, WORLD, append_jsonl, device_name, join_ranks, matmul_flops,
+                     one_line_errors, peak_flops, peak_memory, pick_device, pick_dtype, print0, versions)
 
 # -----------------------------------------------------------------------------
 # what
@@ -39,6 +42,7 @@ data = ''                    # token folder made by prepare_data.py
 val_data = ()                # more sets to watch: NAME=FOLDER, ... (their val.bin, else train.bin)
 out_dir = ''                 # run folder, made new
 resume = False               # go on from the newest complete checkpoint of out_dir
+auto_resume = False          # resume if out_dir holds a checkpoint, else start: for torchrun --max_restarts, sbatch --requeue
 resume_from = ''             # start out_dir from this checkpoint (step_N) of another run: its weights, momenta, step
 # LoRA
 lora_rank = 0                # 0 = full finetuning
@@ -54,8 +58,8 @@ microbatch = 4               # rows at once; memory grows with it, the result do
 seq_len = 0                  # tokens a row; 0 = the data's (only cpt data can be cut otherwise)
 max_steps = 0
 max_epochs = 0.0
-max_tokens = 0.0             # rounded up to whole steps
-shuffle = True               # False: rows in file order, epoch after epoch
+max_tokens = 0.0             # rounded to whole steps
+shuffle = True               # False: rows in file order, epoch after epoch, as those with packing='paper' always are
 seed = 1337                  # of row order, adapter init and dropout
 # optimizer
 optimizer = 'lionw'          # lionw | adamw, both decoupled: weight_decay is not multiplied by the learning rate
@@ -63,6 +67,7 @@ learning_rate = 1e-4
 beta1 = 0.9
 beta2 = 0.95
 weight_decay = 0.0
+attention_dropout = 0.0      # share of attention probabilities set to zero
 grad_clip = 1.0              # largest global L2 norm of the gradient; 0 = off
 loss_norm = 'token'          # token: every target of a batch weighs the same | paper: mean of microbatch means
 doc_mask = True              # documents in a row do not see each other; False = the paper's
@@ -81,6 +86,7 @@ eval_interval = 0            # steps between validations; 0 = before the first a
 eval_rows = 64               # rows of each validation set, evenly spaced; 0 = all
 save_interval = 0            # steps between checkpoints; 0 = one at the end
 keep_last = 2                # complete checkpoints to keep; 0 = all
+async_save = False           # write from copies in the CPU's memory while training goes on; rank 0 holds all trained weights
 checkpoint_at = ()           # save there and keep: steps, or tokens where 1e6 or more, such as 500,0.25e9,1e9
 max_skipped = 5              # steps in a row that may be skipped because loss or gradient is not finite
 # machine
@@ -91,6 +97,13 @@ shard = 'auto'               # none: replicas | full: over all ranks (FSDP2) | h
 shard_ranks = 0              # hybrid: ranks of a group; 0 = those of a node
 activation_checkpointing = 'none'   # none | block: keep only each block's input | selective: keep products, redo the rest
 compile = False              # torch.compile of each block: minutes at the start, then faster
+memory_gb = 0.0              # of a rank, that shard=auto counts on; 0 = what the device has (dry_run: 80)
+# planning
+dry_run = False              # print what the run would take, and end
+gpus = 1                     # dry_run: ranks of the run
+gpu = 'H100'                 # dry_run: their name in runtime.PEAK_TFLOPS
+mfu = 0.4                    # share of the GPUs' FLOP/s that predicted times assume
+data_rows = 0                # dry_run while data is still to be made: its rows, if known
 
 _types = {'checkpoint_at': float, 'lora_alpha': float, 'warmup_steps': int, 'cooldown_steps': int}
 _choices = {'optimizer': ('lionw', 'adamw'), 'loss_norm': ('token', 'paper'),
@@ -98,9 +111,10 @@ _choices = {'optimizer': ('lionw', 'adamw'), 'loss_norm': ('token', 'paper'),
             'param_dtype': ('float32', 'bfloat16', 'float64'), 'shard': ('auto', 'none', 'full', 'hybrid'),
             'lora_kernel': ('auto', 'torch', 'triton'), 'activation_checkpointing': ('none', 'block', 'selective')}
 # may differ between a checkpoint and the run that resumes it
-_free = {'out_dir', 'resume', 'resume_from', 'checkpoint_at', 'max_skipped', 'shard', 'shard_ranks',
+_free = {'out_dir', 'resume', 'auto_resume', 'resume_from', 'async_save', 'checkpoint_at', 'max_skipped', 'shard', 'shard_ranks',
          'activation_checkpointing', 'val_data', 'log_interval', 'eval_interval', 'eval_rows', 'save_interval', 'keep_last',
-         'device', 'compile', 'lora_kernel', 'max_steps', 'max_epochs', 'max_tokens'}
+         'device', 'compile', 'lora_kernel', 'max_steps', 'max_epochs', 'max_tokens', 'memory_gb', 'dry_run', 'gpus', 'gpu', 'mfu',
+         'data_rows'}
 
 
 # ----------------------------------------------------------------------------- schedules
@@ -186,56 +200,31 @@ def mean_loss(model, rows, microbatch, device, limit=0):
     return total / count if count else math.nan
 
 
-# ----------------------------------------------------------------------------- accounting
-def flops_of_batch(model, rows, doc_mask=True):
-    """FLOPs of one forward and backward over rows: 2 per weight and token forward, 2 for the gradient of the input,
-    2 for that of the weight when it is trained; attention causal, inside documents; head only where there is a target."""
-    config, trained = model.config, model.embed_tokens.weight.requires_grad
-    tokens, targets = sum(len(t) for t, _, _ in rows), sum(int((t != IGNORE).sum()) for _, t, _ in rows)
-    per_weight = 6 if trained else 4
-    linear = config.num_hidden_layers * sum(n * k for n, k in config.projection_shapes.values())
-    adapters = sum(p.numel() for p in model.parameters() if p.requires_grad) if not trained else 0
-    borders = [np.concatenate([[0], s, [len(t)]]) if doc_mask else np.array([0, len(t)]) for t, _, s in rows]
-    pairs = sum(int((np.diff(b) ** 2).sum()) for b in borders) / 2
-    attention = 3 * 4 * pairs * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    return (tokens * (per_weight * linear + 6 * adapters) + attention +
-            targets * per_weight * config.vocab_size * config.hidden_size)
+# ----------------------------------------------------------------------------- before the run
+def memory_of_rank(device):
+    """Bytes that a rank may use: memory_gb, or what its device has."""
+    if memory_gb or dry_run:
+        return (memory_gb or 80) * 1e9
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // LOCAL_WORLD
 
 
-def predict_memory(model, microbatch, seq_len, compute_bytes, shards=1, checkpointing="none"):
-    """Bytes of one rank by kind: weights, gradients, momenta (each divided by `shards`), what FSDP gathers or casts, and
-    activations. A model on meta will do."""
-    c, parameters = model.config, list(model.parameters())
-    trained = sum(p.nbytes for p in parameters if p.requires_grad)
-    qkv = (c.num_attention_heads + 2 * c.num_key_value_heads) * c.head_dim
-    # kept for backward of a block: two residuals, two normed inputs, qkv, rotated q and k, attention output,
-    # gate and up, their product
-    inside = 4 * c.hidden_size + 2 * qkv + c.num_attention_heads * c.head_dim + 3 * c.intermediate_size
-    products = qkv + 2 * c.hidden_size + 2 * c.intermediate_size
-    kept = {"none": inside, "block": c.hidden_size, "selective": c.hidden_size + products}[checkpointing]
-    per_token = c.num_hidden_layers * kept + (inside if checkpointing != "none" else 0)  # the block that is done again
-    if shards > 1:  # two blocks at a time, and the rest of the model
-        blocks = sum(p.numel() for p in model.layers.parameters())
-        copies = (sum(p.numel() for p in parameters) - blocks + 2 * blocks // c.num_hidden_layers) * compute_bytes
-    else:
-        copies = sum(p.numel() for p in parameters) * compute_bytes if parameters[0].itemsize > compute_bytes else 0
-    return {"weights": sum(p.nbytes for p in parameters) // shards, "gradients": trained // shards,
-            "optimizer": trained * (2 if optimizer == "adamw" else 1) // shards, "compute copies": copies,
-            "activations": per_token * microbatch * seq_len * compute_bytes}
+def choose_sharding(model, seq_len, device, ranks, node):
+    """(how, predicted bytes of a rank by kind): the knob `shard`; for 'auto' replicas if they take under 80% of its memory.
 
-
-def choose_sharding(model, microbatch, seq_len, compute_bytes, device):
-    """(how, ranks of a shard group): the knob `shard`, or for 'auto' replicas if they take under 80% of the memory."""
-    if WORLD == 1:
-        return "none", 1
-    how = shard
+    node: ranks of a node. Raises ValueError when the groups of 'hybrid' do not divide the ranks."""
+    predict = lambda shards: predict_memory(model, optimizer, microbatch, seq_len, global_batch // (microbatch * ranks), ranks,
+                                            shards, compile, device.type)
+    how, has = shard if ranks > 1 else "none", memory_of_rank(device)
     if how == "auto":
-        memory = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else
-                  os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // LOCAL_WORLD)
-        need = sum(predict_memory(model, microbatch, seq_len, compute_bytes, 1, activation_checkpointing).values())
-        how = "none" if need < 0.8 * memory else "full"
-        print0(f"shard: replicas need {need / 1e9:.2f} GB of {memory / 1e9:.2f} GB a rank, so {how}")
-    return how, {"none": 1, "full": WORLD, "hybrid": shard_ranks or LOCAL_WORLD}[how]
+        need = sum(predict(1).values())
+        how = "none" if need < 0.8 * has else "full"
+        print0(f"shard: replicas need {need / 1e9:.2f} GB of {has / 1e9:.2f} GB a rank, so {how}")
+    shards = {"none": 1, "full": ranks, "hybrid": shard_ranks or node}[how]
+    if ranks % shards:
+        raise ValueError(f"shard=hybrid: groups of {shards} ranks do not divide {ranks}")
+    return how, predict(shards)
 
 
 def check_first_step(model, loss, fresh):
@@ -251,12 +240,19 @@ def check_first_step(model, loss, fresh):
 
 
 def count_steps(rows):
-    """Steps of the run from max_steps, max_epochs or max_tokens, exactly one of which is set."""
+    """Steps of the run from max_steps, max_epochs (rounded up) or max_tokens, exactly one of which is set."""
     given = [name for name in ("max_steps", "max_epochs", "max_tokens") if globals()[name] > 0]
     if len(given) != 1:
         raise ValueError(f"give exactly one of max_steps, max_epochs, max_tokens; found {', '.join(given) or 'none'}")
-    steps = max_steps or max_epochs * len(rows) / global_batch or max_tokens / (global_batch * rows.seq_len)
-    return math.ceil(steps - 1e-9)
+    if max_epochs and not len(rows):
+        raise ValueError(f"max_epochs: {data} does not exist yet; to plan in epochs say data_rows, the rows it will have")
+    return (max_steps or math.ceil(max_epochs * len(rows) / global_batch - 1e-9) or
+            step_at(max_tokens, global_batch * rows.seq_len))
+
+
+def step_at(tokens, tokens_a_step):
+    """The step nearest to a number of tokens: 25,431 for the paper's 20e9."""
+    return max(1, round(tokens / tokens_a_step))
 
 
 def learning_rate_at(step, steps):
@@ -266,32 +262,39 @@ def learning_rate_at(step, steps):
         return learning_rate * cosine_with_warmup(t, steps, int(0.1 * steps) if warmup_steps is None else warmup_steps, alpha_f)
     if schedule == "inv_sqrt":
         cooldown = round(0.2 * steps) if cooldown_steps is None else cooldown_steps
-        return learning_rate * inv_sqrt_with_warmup(t, steps, warmup_steps or 0, t_scale, cooldown, alpha_f_decay, alpha_f_cooldown)
+        return learning_rate * inv_sqrt_with_warmup(t, steps, warmup_steps or 0, t_scale, cooldown, alpha_f_decay,
+                                                    alpha_f_cooldown)
     return learning_rate * (min(1.0, t / warmup_steps) if warmup_steps else 1.0)
 
 
-def check_knobs():
+def check_knobs(ranks):
     """Mistakes that can be told before anything is loaded; raises ValueError."""
-    for name in ("base", "data", "out_dir"):
+    for name in ("base",) if dry_run else ("base", "data", "out_dir"):
         if not globals()[name]:
             raise ValueError(f"{name} is not set; see --help")
-    for name in ("global_batch", "microbatch", "log_interval"):
+    for name in ("global_batch", "microbatch", "log_interval", "gpus"):
         if globals()[name] < 1:
             raise ValueError(f"{name} must be at least 1, found {globals()[name]}")
-    if global_batch % (microbatch * WORLD):
-        ranks = f" on {WORLD} ranks" if WORLD > 1 else ""
-        raise ValueError(f"microbatch={microbatch}{ranks} does not divide global_batch={global_batch}; the nearest that does is "
-                         f"{max(1, round(global_batch / (microbatch * WORLD))) * microbatch * WORLD}")
+    if global_batch % (microbatch * ranks):
+        raise ValueError(f"microbatch={microbatch}{f' on {ranks} ranks' if ranks > 1 else ''} does not divide global_batch="
+                         f"{global_batch}; the nearest that does is "
+                         f"{max(1, round(global_batch / (microbatch * ranks))) * microbatch * ranks}")
+    if dry_run and gpu not in dict(PEAK_TFLOPS):
+        raise ValueError(f"gpu={gpu}: not one of {', '.join(dict(PEAK_TFLOPS))}")
     if resume and resume_from:
         raise ValueError("resume goes on in out_dir, resume_from starts a new out_dir: say one of them")
     if scratch and (lora_rank or adapter):
         raise ValueError("scratch: LoRA needs a pretrained base; say scratch=False or lora_rank=0")
     if lora_rank and adapter:
         raise ValueError("adapter: it brings its own rank; say lora_rank=0")
+    if not 0 <= attention_dropout < 1:
+        raise ValueError(f"attention_dropout must be at least 0 and below 1, found {attention_dropout}")
     if lora_rank < 0 or grad_clip < 0 or learning_rate <= 0:
         raise ValueError("lora_rank and grad_clip must not be negative, learning_rate must be positive")
-    if not resume and (Path(out_dir) / "log.jsonl").exists():
+    if not (resume or auto_resume or dry_run) and (Path(out_dir) / "log.jsonl").exists():
         raise ValueError(f"out_dir: {out_dir} holds a run; go on with --resume=True or choose another folder")
+    if compile and activation_checkpointing == "selective":
+        raise ValueError("activation_checkpointing=selective: a compiled block hides its products; say block, or compile=False")
     if compile and device == "cpu" and not shutil.which("g++"):
         raise ValueError("compile=True on a CPU needs a C++ compiler (g++); say --compile=False")
 
@@ -301,29 +304,39 @@ if __name__ == "__main__":
     with one_line_errors():
         config = configure(globals())
         print0(knob_table(globals()))
-        check_knobs()
-        device = join_ranks(pick_device(device))
-        compute_dtype = pick_dtype(dtype, device)
-        train_rows = TokenRows(data, "train", seq_len, doc_mask)
-        held_out = {"val": data} if "val" in train_rows.meta["splits"] else {}
-        held_out.update(entry.split("=", 1) if "=" in entry else (Path(entry).name, entry) for entry in val_data)
-        watched = {name: TokenRows(folder, "val" if (Path(folder) / "val.bin").exists() else "train", seq_len, doc_mask)
-                   for name, folder in held_out.items()}
-        shape = LlamaConfig.from_json(base)
-        for rows in (train_rows, *watched.values()):
-            check_tokenizer(base, rows.meta, shape.vocab_size)
+        ranks, node = (gpus, min(gpus, 8)) if dry_run else (WORLD, LOCAL_WORLD)
+        check_knobs(ranks)
+        device = torch.device("meta") if dry_run else join_ranks(pick_device(device))
+        before, peaks = 0.0 if dry_run else peak_memory(device), []
+        compute_dtype = pick_dtype("bfloat16" if dry_run and dtype == "auto" else dtype, device)
+        shape = shape_of(base) if dry_run else LlamaConfig.from_json(base)
+        watched = {}
+        if dry_run and not (Path(data) / "meta.json").is_file():
+            if not seq_len:
+                raise ValueError(f"seq_len is not set, and {data or 'data'} does not exist yet to tell it")
+            train_rows = PlannedRows(data_rows, seq_len)
+            print0(f"{data or 'data'} does not exist yet: assuming " +
+                   (f"data_rows={data_rows:,}, " if data_rows else "") + f"rows of {seq_len} tokens, every token a target")
+        else:
+            train_rows = TokenRows(data, "train", seq_len, doc_mask)
+            held_out = {"val": data} if "val" in train_rows.meta["splits"] else {}
+            held_out.update(entry.split("=", 1) if "=" in entry else (Path(entry).name, entry) for entry in val_data)
+            watched = {name: TokenRows(folder, "val" if (Path(folder) / "val.bin").exists() else "train", seq_len, doc_mask)
+                       for name, folder in held_out.items()}
+            for rows in (train_rows, *watched.values()):
+                check_tokenizer(base, rows.meta, shape.vocab_size)
         if train_rows.seq_len > shape.max_position_embeddings:
             raise ValueError(f"seq_len={train_rows.seq_len} is longer than the model's max_position_embeddings="
                              f"{shape.max_position_embeddings}")
         steps = count_steps(train_rows)
         started_from, state = None, {"step": 0, "tokens": 0, "skipped": 0}
-        if resume or resume_from:
-            started_from = Path(resume_from) if resume_from else newest_checkpoint(out_dir)
+        goes_on = not dry_run and (resume or auto_resume and checkpoints(out_dir))
+        if goes_on or resume_from and not dry_run:
+            started_from = newest_checkpoint(out_dir) if goes_on else Path(resume_from)
             new_run = {"learning_rate", "schedule", "warmup_steps", "alpha_f", "t_scale", "alpha_f_decay", "cooldown_steps",
                        "alpha_f_cooldown"}
-            state = checkpoint_state(started_from, config, train_rows.sha256, _free | (new_run if resume_from else set()))
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        held = lock(out_dir) if RANK == 0 else None
+            # "skipped" is missing in older checkpoints
+            state |= checkpoint_state(started_from, config, train_rows.sha256, _free | (set() if goes_on else new_run))
 
         # model: frozen weights in the compute dtype, trained ones in fp32 (param_dtype for full finetuning). It is made
         # on meta, sharded, and then each rank reads its part
@@ -335,13 +348,42 @@ if __name__ == "__main__":
         elif is_lora:
             apply_lora(model, lora_rank, 2 * lora_rank if lora_alpha is None else lora_alpha, lora_dropout,
                        lora_targets, rslora)
+        model.compute_dtype = compute_dtype
+        model.activation_checkpointing = activation_checkpointing
+        for block in model.layers:
+            block.self_attn.dropout = attention_dropout
+        how, memory = choose_sharding(model, train_rows.seq_len, device, ranks, node)
+
+        # what is going to happen
+        tokens_a_step = global_batch * train_rows.seq_len
+        epochs = steps * global_batch / len(train_rows) if len(train_rows) else 0
+        last = rows_of_step(steps - 1, global_batch, len(train_rows) or global_batch, seed, shuffle, train_rows.packed)
+        flops = flops_of_batch(model, [train_rows[i] for i in last], doc_mask)
+        peak = dict(PEAK_TFLOPS)[gpu] * 1e12 if dry_run else peak_flops(device)
+        rate = mfu * ranks * (peak or matmul_flops(device, compute_dtype))
+        print0(f"{base}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+               f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,} trained" +
+               (f", LoRA r={model.lora['rank']} alpha={model.lora['alpha']} on {' '.join(model.lora['targets'])}" if is_lora
+                else ", in full"))
+        print0(f"{data or 'data'}: {f'{len(train_rows):,}' if epochs else 'an unknown number of'} rows of {train_rows.seq_len}; "
+               f"{steps:,} steps of {global_batch} rows = {tokens_a_step:,} tokens, together {steps * tokens_a_step:,} tokens" +
+               (f" = {epochs:.3g} epochs" if epochs else ""))
+        print0((gpu if dry_run else device_name(device)) + (f", {ranks} ranks, shard={how}" if ranks > 1 else "") +
+               f", {str(compute_dtype)[6:]}: predicted memory of a rank " +
+               ", ".join(f"{name} {size / 1e9:.3f}" for name, size in memory.items()) +
+               f", together {sum(memory.values()) / 1e9:.3f} GB; predicted time "
+               f"{(steps - state['step']) * flops / rate / 3600:.2f} h at {rate / 1e12:.4g} TFLOP/s, {mfu:.0%} of the peak")
+        if sum(memory.values()) > memory_of_rank(device):
+            print0(f"WARNING: that is more than the {memory_of_rank(device) / 1e9:.2f} GB of a rank; a smaller microbatch, "
+                   "activation_checkpointing=block or shard=full need less")
+        if dry_run:
+            print0("\n".join(compare_with_paper(lora_rank or 64)))
+            raise SystemExit(0)
         if is_lora:
             for line in choose_kernel(model, lora_kernel, microbatch * train_rows.seq_len, compute_dtype, device, compile):
                 print0(line)
-        model.compute_dtype = compute_dtype
-        model.activation_checkpointing = activation_checkpointing
-        how, shards = choose_sharding(model, microbatch, train_rows.seq_len, compute_dtype.itemsize, device)
-        memory = predict_memory(model, microbatch, train_rows.seq_len, compute_dtype.itemsize, shards, activation_checkpointing)
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        held = lock(out_dir) if RANK == 0 else None
         shard_model(model, how, device, compute_dtype, shard_ranks).to_empty(device=device)
         torch.manual_seed(seed)
         if scratch and not started_from:
@@ -362,27 +404,11 @@ if __name__ == "__main__":
             for block in model.layers:
                 block.compile()
 
-        # what is going to happen
-        count = sum(p.numel() for p in model.parameters())
-        tokens_a_step = global_batch * train_rows.seq_len
-        flops = flops_of_batch(model, [train_rows[i] for i in rows_of_step(0, global_batch, len(train_rows), seed, shuffle)],
-                               doc_mask)
-        peak = peak_flops(device)
-        rate = 0.4 * WORLD * (peak or matmul_flops(device, compute_dtype))
-        print0(f"{base}: {count:,} parameters, {sum(p.numel() for p in trained):,} trained" +
-               (f", LoRA r={model.lora['rank']} alpha={model.lora['alpha']} on {' '.join(model.lora['targets'])}" if is_lora else ", in full"))
-        print0(f"{data}: {len(train_rows):,} rows of {train_rows.seq_len}; {steps:,} steps of {global_batch} rows = "
-               f"{steps * tokens_a_step:,} tokens = {steps * global_batch / len(train_rows):.3g} epochs")
-        print0(f"{device_name(device)}" + (f", {WORLD} ranks, shard={how}" if WORLD > 1 else "") +
-               f", {str(compute_dtype)[6:]}: predicted memory of a rank " +
-               ", ".join(f"{name} {size / 1e9:.2f}" for name, size in memory.items()) +
-               f", together {sum(memory.values()) / 1e9:.2f} GB; predicted time {(steps - state['step']) * flops / rate / 3600:.2f} h "
-               f"at {rate / 1e12:.3g} TFLOP/s")
         log = Path(out_dir) / "log.jsonl"
         if RANK == 0:
-            start_log(log, state["step"])
+            start_log(log, state["step"] if started_from else -1)
             (Path(out_dir) / "config.json").write_text(json.dumps({"config": config, "versions": versions()}, indent=1))
-        keep = {math.ceil(at / tokens_a_step - 1e-9) if at >= 1e6 else int(at) for at in checkpoint_at}
+        keep = {step_at(at, tokens_a_step) if at >= 1e6 else int(at) for at in checkpoint_at}
 
         stop = []  # signals that arrived: the run ends after the step in hand, with a checkpoint
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -399,15 +425,18 @@ if __name__ == "__main__":
         elif state["step"] >= steps:
             print0(f"{started_from}: the run is complete")
         window, started, skipped_in_a_row = [], time.perf_counter(), 0
+        pool, saving = ThreadPoolExecutor(1) if async_save else None, None
         for step in range(first := state["step"], steps):
             clock = time.perf_counter()
-            batch = rows_of_step(step, global_batch, len(train_rows), seed, shuffle)
+            batch = rows_of_step(step, global_batch, len(train_rows), seed, shuffle, train_rows.packed)
             lr = optim.param_groups[0]["lr"] = learning_rate_at(step, steps)
             loss = backward_batch(model, train_rows, batch, microbatch, device, loss_norm, doc_mask, seed, step)
             if not is_sharded(model):
                 add_up_gradients(trained)
             norm = whole(torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)).item()
-            loss, stops = add_up(loss.item(), len(stop), device=device)  # all ranks stop, or none
+            peak_here = (peak_memory(device) - before) * 1e9
+            # all ranks stop, or none
+            loss, stops, *peaks = add_up(loss.item(), len(stop), *(peak_here * (r == RANK) for r in range(WORLD)), device=device)
             done = step + 1
             if not (math.isfinite(loss) and math.isfinite(norm)):  # sums over ranks: all of them see it
                 skipped_in_a_row += 1
@@ -429,23 +458,32 @@ if __name__ == "__main__":
             if (done % log_interval == 0 or done == steps) and not skipped_in_a_row:
                 seconds = sum(window) / len(window)
                 speed, tflops = tokens_a_step / seconds, flops / seconds / 1e12
-                mfu = f"{tflops * 1e12 / peak / WORLD:.1%}" if peak else "n/a"
+                share = f"{tflops * 1e12 / peak / WORLD:.1%}" if peak else "n/a"
                 eta = (steps - done) * seconds
                 print0(f"step {done}/{steps} {done / steps:4.0%}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:.3f}  "
-                       f"{speed:,.0f} tok/s  {tflops:.2f} TFLOP/s  MFU {mfu}  "
+                       f"{speed:,.0f} tok/s  {tflops:.2f} TFLOP/s  MFU {share}  "
                        f"ETA {eta // 3600:.0f}:{eta % 3600 // 60:02.0f}:{eta % 60:02.0f}")
                 append_jsonl(log, {"step": done, "tokens": state["tokens"], "epoch": done * global_batch / len(train_rows),
                                    "loss": loss, "lr": lr, "grad_norm": norm, "seconds": seconds, "tok_per_s": speed,
                                    "peak_gb": peak_memory(device)})
                 window = []
+            if saving and saving.done():
+                saving = saving.result()  # None, or what went wrong
             if done == steps or eval_interval and done % eval_interval == 0:
                 validate(done)
             if done == steps or stops or done in keep or save_interval and done % save_interval == 0:
-                state.update(step=done, config=config, data=train_rows.sha256, versions=versions())
-                print0(f"saved {save_checkpoint(model, optim, out_dir, state, base, keep_last, keep)}")
+                state.update(step=done, steps=steps, config=config, data=train_rows.sha256, versions=versions())
+                if saving:
+                    saving.result()
+                if not is_sharded(model):
+                    check_replicas(trained)
+                saving = save_checkpoint(model, optim, out_dir, state, base, keep_last, keep, pool)
             if stops:
                 name = signal.Signals(stop[0]).name if stop else "a signal to another rank"
                 print0(f"stopped by {name} after step {done}; --resume=True goes on")
                 break
-        print0(f"{time.perf_counter() - started:.0f} s, peak memory {peak_memory(device):.2f} GB")
+        if saving:
+            saving.result()
+        print0(f"{time.perf_counter() - started:.0f} s, peak memory {peak_memory(device):.2f} GB; of each rank, above its start: "
+               f"{', '.join(f'{peak / 1e9:.3f}' for peak in peaks)} GB")
         leave()

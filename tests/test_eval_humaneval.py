@@ -9,6 +9,7 @@ from conftest import golden, need, run_here
 
 from eval_humaneval import STOPS, check_samples, pass_at_k, prompt_of, read_samples, run_program, scores, truncate_at_stop
 from evals import read_items, read_records
+from model import Llama
 from sandbox import Sandbox
 
 
@@ -140,10 +141,13 @@ def results(folder):
     return {r["metric"]: r for r in map(json.loads, (folder / "results.jsonl").read_text().splitlines())}
 
 
-def test_samples_are_drawn_whatever_the_batch_and_run_only_if_allowed(tmp_path):
-    short = ["--limit=3", "--n_samples=4", "--temperature=0.8", "--max_length=240"]
-    done = run(tmp_path, *short, "--batch_size=4")
+def test_samples_are_drawn_whatever_the_batch_and_run_only_if_allowed(tmp_path, monkeypatch):
+    short, together, generate = ["--limit=3", "--n_samples=4", "--temperature=0.8", "--max_length=240"], [], Llama.generate
+    monkeypatch.setattr(Llama, "generate", lambda self, prompts, *a, **k: together.append(len(prompts)) or
+                        generate(self, prompts, *a, **k))
+    done = run(tmp_path, *short, "--batch_size=8")
     assert done.returncode == 0, done.stderr
+    assert together == [3]
     assert "not run: that needs --allow_code_execution=True" in done.stdout and "BOS (id 1) in front" in done.stdout
     records = read_records(tmp_path / "a/eval_humaneval.jsonl")
     assert [r["task_id"] for r in records.values()] == ["HumanEval/0", "HumanEval/1", "HumanEval/2"]

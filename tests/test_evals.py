@@ -15,6 +15,7 @@ from evals import (cut_left, evaluate, load_for_eval, read_items, read_records, 
                    write_result)
 from lora import apply_lora, save_adapter
 from model import Llama
+from records import Source
 
 
 def subject_in(folder):
@@ -88,11 +89,10 @@ def test_items_of_every_format_are_the_same(tmp_path):
     (tmp_path / "i.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n\n")
     (tmp_path / "i.json").write_text(json.dumps(records, indent=2))
     (tmp_path / "i.jsonl.gz").write_bytes(gzip.compress((tmp_path / "i.jsonl").read_bytes()))
-    (tmp_path / "i.csv").write_text('q,a\n"a,\n""b""",1\nü,2\n')
-    for name in ("i.jsonl", "i.json", "i.jsonl.gz", "i.csv"):
+    for name in ("i.jsonl", "i.json", "i.jsonl.gz"):
         assert read_items(str(tmp_path / name), ("q", "a")) == records
-    with pytest.raises(ValueError, match=r"record 1: expected q, z; found q, a, without z"):
-        read_items(str(tmp_path / "i.csv"), ("q", "z"))
+    with pytest.raises(ValueError, match=r"i.json, record 1: expected q, z; found q, a, without z"):
+        read_items(str(tmp_path / "i.json"), ("q", "z"))
 
 
 def test_parquet(tmp_path):
@@ -103,32 +103,27 @@ def test_parquet(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [("", "holds no records"), ("{}", "without q"), ("[1]", "found int"),
-                                           ("{", "not readable"), ("\x00", "not readable")])
+                                           ("{", "record 1: not JSON"), ('[{"q": 1}, {', "record 2: cannot be read"),
+                                           ("\x00", "record 1: not JSON")])
 def test_files_of_the_wrong_shape_are_refused(tmp_path, text, message):
     (tmp_path / "i.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_items(str(tmp_path / "i.json"), ("q",))
-    with pytest.raises(FileNotFoundError, match="no such file; expected .jsonl"):
-        read_items(str(tmp_path / "absent.json"), ("q",))
+    with pytest.raises(FileNotFoundError, match="test_data: .*absent.json: no such file; expected .parquet"):
+        read_items(str(tmp_path / "absent.json"), ("q",), "test_data")
+    (tmp_path / "i.csv").write_text("q\n1\n")
+    with pytest.raises(ValueError, match="expected .parquet, .txt, .json or .jsonl"):
+        read_items(str(tmp_path / "i.csv"), ("q",))
 
 
-def test_hub_without_network_names_the_way_by_hand(monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-
-    def offline(*args, **kwargs):
-        raise ConnectionError("no route")
-    monkeypatch.setattr(hub, "hf_hub_download", offline)
-    with pytest.raises(ValueError, match="ConnectionError.; download https://huggingface.co/datasets/a/b/resolve/main/c/d.json"):
-        read_items("hf://datasets/a/b/c/d.json", ())
-
-
-def test_hub_file_is_read(monkeypatch, tmp_path):
-    hub = pytest.importorskip("huggingface_hub")
-    (tmp_path / "d.jsonl").write_text('{"q": 1}')
-    asked = []
-    monkeypatch.setattr(hub, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(tmp_path / "d.jsonl"))
-    assert read_items("hf://datasets/a/b/c/d.jsonl", ("q",)) == [{"q": 1}]
-    assert asked == [(("a/b", "c/d.jsonl"), {"repo_type": "dataset"})]
+def test_a_file_of_the_hub_is_read_where_prepare_datas_sources_come_from(monkeypatch, tmp_path):
+    (tmp_path / "x").write_text('{"q": 1}')
+    asked, found = [], [Source("hf://datasets/a/b@1/c.jsonl", tmp_path / "x")]
+    monkeypatch.setattr("evals.from_hub", lambda *what: asked.append(what) or found)
+    assert read_items("hf://datasets/a/b/c.jsonl", ("q",), "test_data") == [{"q": 1}]
+    assert asked == [("hf://datasets/a/b/c.jsonl", "test_data")]
+    with pytest.raises(ValueError, match="hf://datasets/a/b@1/c.jsonl, record 1: expected z"):
+        read_items("hf://datasets/a/b/c.jsonl", ("z",))
 
 
 def test_cut_left():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, golden, need, run_stage
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_model import CUTS, close, edit_bytes, edit_config, edit_tensors, loss_of, one_line, tiny, tokens_like
 from test_model import one_thread  # noqa: F401 (a fixture of the whole file)
 from torch.utils.flop_counter import FlopCounterMode

@@ -4,7 +4,7 @@ import math
 import re
 import shutil
 from collections import defaultdict
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM
 
-from attention import BlockAttention
+from attention import BlockAttention, causal_attention, document_attention
 from model import (IGNORE, ChunkedCrossEntropy, Llama, LlamaConfig, RMSNorm, Rotary, SwiGLU, rotary_frequencies,
                    sample_ids)
 
@@ -253,7 +253,7 @@ def test_block_attention_is_attention(monkeypatch, length, kv_heads):
             assert (got - want).norm() < 0.02 * want.norm()
 
 
-def test_bf16_on_a_cpu_takes_block_attention_for_training_alone(monkeypatch):
+def test_bf16_on_a_cpu_takes_block_attention_for_training_and_long_prompts(monkeypatch):
     taken, model, tokens = [], tiny(torch.bfloat16), tokens_like(2, 12)
     monkeypatch.setattr(BlockAttention, "apply", lambda *qkv: taken.append(qkv[0].shape) or fused(*qkv))
     with torch.no_grad():
@@ -262,6 +262,30 @@ def test_bf16_on_a_cpu_takes_block_attention_for_training_alone(monkeypatch):
     for docs in (None, torch.tensor([0, 5, 12, 24])):
         model(tokens, tokens, docs)[1].backward()
     assert taken == 2 * [(2, 4, 12, 8)] + 2 * [(1, 4, 5, 8), (1, 4, 7, 8), (1, 4, 12, 8)]
+    taken.clear()
+    monkeypatch.setattr("attention.BLOCK", 12)
+    with torch.no_grad():
+        model(tokens)
+    assert taken == 2 * [(2, 4, 12, 8)]
+
+
+@pytest.mark.parametrize("docs", [None, (0, 5, 12, 24)])
+def test_attention_dropout_zeroes_its_share_of_probabilities_in_training_alone(docs):
+    q, k = (torch.randn(2, 12, heads, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(heads)) for heads in (4, 2))
+    v = torch.eye(24, dtype=torch.float64).view(2, 12, 1, 24).expand(2, 12, 2, 24)  # so that the output is the probabilities
+    attend = lambda p: (causal_attention(q, k, v, p) if docs is None else document_attention(q, k, v, torch.tensor(docs), p))
+    torch.manual_seed(0)
+    plain, kept = attend(0.0), torch.stack([attend(0.25) for _ in range(200)])
+    assert torch.all((kept == 0) | ((kept - plain / 0.75).abs() < 1e-12))
+    seen = plain > 0
+    assert abs((kept[:, seen] == 0).double().mean() - 0.25) < 0.01
+
+    model, tokens = tiny(), tokens_like(1, 20)
+    evaluated = model.eval()(tokens)[0]
+    for block in model.layers:
+        block.self_attn.dropout = 0.5
+    torch.testing.assert_close(model.eval()(tokens)[0], evaluated, rtol=0, atol=0)
+    assert not torch.allclose(model.train()(tokens)[0], evaluated)
 
 
 @pytest.fixture(params=[(1, 1), (61, 61), (3 * 61, 2 * 61), (7 * 61, 10 ** 9), (10 ** 9, 61), (10 ** 9, 10 ** 9)],
@@ -605,7 +629,58 @@ def test_a_prompt_is_read_once_for_all_its_samples():
     model.layers[0].register_forward_pre_hook(lambda module, args: reads.append(args[0].shape))
     prompts = [p for p in RAGGED if len(p) > 1]
     model.generate(prompts, 4, n=5, batch_size=2, temperature=1.0)
-    assert sum(rows for rows, length, _ in reads if length > 1) == len(prompts)
+    assert sum(rows * length for rows, length, _ in reads if length > 1) == sum(map(len, prompts))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_a_seed_and_a_length_of_its_own_make_a_prompt_as_if_alone(batch_size):
+    model, seeds, lengths, seen = tiny(), [3, 3, 9, 2 ** 40, 0, 1, 7], [12, 5, 0, 9, 20, 1, 12], {}
+    alone = [model.generate([p], new, n=3, seed=seed, **SAMPLED)[0] for p, seed, new in zip(RAGGED, seeds, lengths)]
+    out = model.generate(RAGGED, lengths, n=3, seed=seeds, batch_size=batch_size, **SAMPLED,
+                         on_prompt=lambda p, rows: seen.setdefault(p, [list(ids) for ids in rows]))
+    assert out == alone and seen == dict(enumerate(alone))
+    assert [[len(ids) for ids in rows] for rows in out] == [[length] * 3 for length in lengths]
+    for wrong in (dict(max_new_tokens=[1, 2]), dict(max_new_tokens=4, seed=[1])):
+        with pytest.raises(ValueError, match="7 prompts, but"):
+            model.generate(RAGGED, **wrong)
+
+
+def test_prompts_are_read_behind_each_other_in_pieces(monkeypatch):
+    model, read = tiny(torch.float64), []
+    monkeypatch.setattr(model, "_read_prompts", partial(model._read_prompts, max_tokens=20))
+    model.layers[0].register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    assert model.generate(RAGGED, 20) == [model.generate([prompt], 20)[0] for prompt in RAGGED]
+    assert [length for length in read if length > 1][:3] == [8, 15, 30]  # 7 + 1, 13 + 2, 30 alone
+
+
+def test_weights_in_onednns_order_are_used_for_more_than_one_token_and_left_again(monkeypatch):
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        pytest.skip("needs AVX512")
+    for kind in ("mha", "llama3-tied"):
+        model, fp32, plain = tiny(torch.bfloat16, **KINDS[kind]), tiny(torch.float32, **KINDS[kind]), []
+        model.compute_dtype = fp32.compute_dtype = torch.bfloat16  # the second has master weights in fp32
+        monkeypatch.setattr("model.F.linear", lambda x, w: plain.append(x.shape) or torch.matmul(x, w.T))
+        states = []
+        out = model.generate(RAGGED, 9, on_token=lambda *_: states.append(model.packed is not None))
+        assert all(states) and not plain
+        model.generate(RAGGED, 1)
+        assert plain
+        assert fp32.generate(RAGGED, 9) == out
+        with pytest.raises(ZeroDivisionError):
+            model.generate(RAGGED, 9, stop=lambda ids: 1 / 0)
+        assert all(module.packed is None for module in model.modules() if hasattr(module, "packed"))
+        monkeypatch.undo()
+
+
+def test_logits_of_packed_weights_are_those_of_bf16(traced):
+    model, exact = tiny(torch.bfloat16), tiny(torch.float32)
+    exact.load_state_dict(model.state_dict())  # the same weights, rounded
+    out, logits, _ = traced(model, RAGGED, 20, batch_size=4)
+    for (p, s), steps in logits.items():
+        whole = torch.tensor([RAGGED[p] + out[p][s][:-1]])
+        want = exact(whole)[0][0, len(RAGGED[p]) - 1:]
+        ours, theirs = torch.stack(steps).float() - want, model(whole)[0][0, len(RAGGED[p]) - 1:].float() - want
+        assert ours.norm() < 1.5 * theirs.norm() + 0.02 * want.norm()
 
 
 def test_no_new_tokens_and_no_prompts():

@@ -274,6 +274,18 @@ def test_spectra_show_the_files_numbers():
     assert len({line.get_color() for line in several.axes[0].lines[:3]}) == 3  # light to dark by length
 
 
+def test_story_is_the_four_panels_with_the_files_numbers(tmp_path):
+    points, bases = load(study(tmp_path / "runs"))
+    contents = [spectrum_json(checkpoints=((None, 100), (16, 100))), spectrum_json(checkpoints=((None, 50),))]
+    learned, forgot, both, ranks = plot.story(points, bases, contents).axes
+    assert line_with(learned, FULL) == ([1, 2, 4], pytest.approx([0.1, 0.2, 0.4]))
+    assert len(both.collections) >= 3 and [t.get_text() for t in ranks.get_xticklabels()] == ["LoRA r=16", "full"]
+    want = [np.mean([r["effective_rank"]["0.9"] for r in contents[0]["matrices"] if r["matrix"] == "D" and r["checkpoint"] == i])
+            for i in (1, 0)]
+    assert [bar.get_height() for bar in ranks.patches] == pytest.approx(want)
+    assert plot.story(points, bases, []) is None
+
+
 # ----------------------------------------------------------------------------- the script, with bad input too
 def test_script_draws_every_figure_there_is_data_for(tmp_path):
     study(tmp_path / "runs", lengths=(10, 20))
@@ -286,7 +298,7 @@ def test_script_draws_every_figure_there_is_data_for(tmp_path):
     process = run_plot(tmp_path / "fig", runs=tmp_path / "runs" / "*", spectra=f"{tmp_path}/s.json,{tmp_path}/n.json",
                        benches=tmp_path / "b.json")
     assert process.returncode == 0, process.stderr
-    names = {"learning", "forgetting", "pareto", "ranks", "speed", "effective_rank", "spectra", "directions", "noise"}
+    names = {"story", "learning", "forgetting", "pareto", "ranks", "speed", "effective_rank", "spectra", "directions", "noise"}
     assert {p.name for p in (tmp_path / "fig").iterdir()} == {f"{n}.png" for n in names}
     assert "no data for: targets" in process.stdout
     pdfs = []

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_prepare_data import documents_of, prepare, tokenizer_file, write_jsonl  # noqa: F401 (fixtures)
 
 import prepare_data
-from prepare_data import auto_ratio, pack_first_fit, pack_paper, packed_share
+from packing import auto_ratio, pack_first_fit, pack_no_wrap, pack_paper, packed_share
 from records import array_items, expand, parse, read_records, split_text, tulu_turns
 from tokenizer import load_tokenizer
 
@@ -66,6 +66,25 @@ def test_magicoder_has_193_steps():
         assert sorted(here) == sorted(order[rank::32][step * 18:step * 18 + 18].tolist())
 
 
+def test_each_epoch_is_packed_anew():
+    """As the paper's sampler and packer do: another order, other rows, and the first epoch the same as alone."""
+    lengths = np.random.default_rng(0).integers(5, 60, 500).tolist()
+    rows, ratio = pack_paper(lengths, 64, 4, 3, 0, seed=17, epochs=3)
+    epochs = [rows[at:at + len(rows) // 3] for at in range(0, len(rows), len(rows) // 3)]
+    assert len(epochs) == 3 and epochs[0] == pack_paper(lengths, 64, 4, 3, 0, seed=17)[0] and len(epochs[0]) % 12 == 0
+    assert len({json.dumps(sorted(map(sorted, epoch))) for epoch in epochs}) == 3
+    for number, epoch in enumerate(epochs):  # each a packing of its own shuffle, by the same ratio
+        order = np.random.Generator(np.random.Philox(key=[17, number])).permutation(500)
+        group = int(ratio * 3)
+        first = [example for row in epoch[:3] for example in row]
+        assert len(set(example for row in epoch for example in row)) == 125 // group * group * 4
+        assert sorted(first) == sorted(order[0::4][:group].tolist())
+
+
+def test_no_wrap_leaves_what_is_over():
+    assert pack_no_wrap([3, 2, 9, 1, 3, 4, 1], 4) == [[0, 1], [2], [3, 4], [5]] and pack_no_wrap([3], 4) == []
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=300), st.integers(1, 4), st.integers(1, 5), st.floats(1, 6),
        st.integers(0, 9))
@@ -90,7 +109,7 @@ def test_loss_of_packed_documents_is_their_loss_alone(prepare, tmp_path, packing
     write_jsonl(tmp_path / "a.jsonl", records)
     model, losses = Llama.from_pretrained(base, dtype=torch.float32, device="cpu"), []
     for kind, extra in [(packing, {"paper_ranks": 2, "paper_batch": 1, "packing_ratio": 4.0}), ("none", {})]:
-        status, out, err = prepare(source="a.jsonl", kind="ift", tokenizer=base, seq_len=256, packing=kind, overwrite=1, **extra)
+        status, out, err = prepare(source="a.jsonl", kind="ift", tokenizer=base, seq_len=256, packing=kind, anew=True, **extra)
         assert status == 0, err
         rows = TokenRows(tmp_path / "data")
         targets = sum(int((rows[i][1] >= 0).sum()) for i in range(len(rows)))
@@ -105,12 +124,32 @@ def test_paper_packing_run(prepare, tmp_path):
                                seq_len=64)
     assert status == 0, err
     meta = json.loads((tmp_path / "data/meta.json").read_text())["splits"]["train"]
-    assert "16 steps of 6 rows an epoch; 8 documents left over" in out and (meta["rows"], meta["unpacked"]) == (96, 8)
+    assert "1 epochs of 16 steps of 6 rows; 8 documents left over" in out and (meta["rows"], meta["unpacked"]) == (96, 8)
     assert meta["documents"] == 192 and (meta["steps"], meta["packing_ratio"]) == (16, 2.0)
     shown = [ids for ids, mask in documents_of(tmp_path / "data") if any(mask)]
     assert len({tuple(ids) for ids in shown}) == 192
-    status, out, err = prepare(source="a.jsonl", kind="ift", packing="paper", paper_ranks=64, overwrite=True)
+    status, out, err = prepare(source="a.jsonl", kind="ift", packing="paper", paper_ranks=64, anew=True)
     assert status == 2 and "--paper_ranks" in err
+
+
+def test_train_reads_the_papers_epochs_in_their_order(prepare, tmp_path):
+    """Three epochs on disk, read step by step with train.py's defaults; other batches, or more epochs, are refused."""
+    from rows import TokenRows, rows_of_step
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"question {i}", "response": "yes" * (i % 2 + 1)} for i in range(100)])
+    knobs = {"source": "a.jsonl", "kind": "ift", "packing": "paper", "paper_ranks": 2, "paper_batch": 3, "packing_ratio": 2,
+             "seq_len": 64}
+    assert prepare(**knobs)[0] == 0
+    first = np.fromfile("data/train.bin", "<u2")
+    status, out, err = prepare(**knobs, paper_epochs=3, anew=True)
+    assert status == 0 and "3 epochs of 8 steps of 6 rows; 12 documents left over" in out, err
+    stored, rows = np.fromfile("data/train.bin", "<u2"), TokenRows("data")
+    assert len(rows) == 48 and rows.packed == (3, 8) and (stored[:48 * 64] == first).all() and len(stored) == 3 * len(first)
+    read = [i for step in range(24) for i in rows_of_step(step, 6, len(rows), 1337, True, rows.packed)]
+    assert read == list(range(144)) and (rows[143][0] == stored[143 * 64:]).all()
+    with pytest.raises(ValueError, match="global_batch=4: the data has packing='paper', in steps of 6 rows"):
+        rows_of_step(0, 4, len(rows), 1337, True, rows.packed)
+    with pytest.raises(ValueError, match="step 32: .* for 3 epochs of 8 steps; prepare it with --paper_epochs=4"):
+        rows_of_step(31, 6, len(rows), 1337, True, rows.packed)
 
 
 # ---- presets and templates
@@ -170,7 +209,7 @@ def test_named_templates(prepare, tmp_path, tokenizer_file):
     write_jsonl(tmp_path / "a.jsonl", [{"query": "2+2?", "response": "4"}])
     for name, before, after in [("alpaca", "Below is an instruction", "2+2?\n\n### Response:"), ("none", "2+2?", ""),
                                 ("magicoder", "You are an exceptionally", "@@ Instruction\n2+2?\n\n@@ Response\n")]:
-        assert prepare(source="a.jsonl", kind="ift", template=name, prompt_field="query", seq_len=512, overwrite=True)[0] == 0
+        assert prepare(source="a.jsonl", kind="ift", template=name, prompt_field="query", seq_len=512, anew=True)[0] == 0
         [shown] = json.loads((tmp_path / "data/meta.json").read_text())["examples"]
         assert shown.startswith(f"[<BOS>{before}") and shown.endswith(f"{after}]« 4<EOS>»")
 
@@ -182,7 +221,7 @@ def test_tulu_turns_and_which_are_learned(prepare, tmp_path):
         ("<|system|>\nBe kind.\n<|user|>\nHi\n<|assistant|>\n", "Hello."), ("\n<|user|>\nBye\n<|assistant|>\n", "See you.")]
     write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}])
     for turns, learned in [("last", ["See you."]), ("all", ["Hello.", "See you."])]:
-        status, out, err = prepare(source="a.jsonl", kind="ift", template="tulu", train_on_turns=turns, seq_len=128, overwrite=1)
+        status, out, err = prepare(source="a.jsonl", kind="ift", template="tulu", train_on_turns=turns, seq_len=128, anew=True)
         assert status == 0, err
         [shown] = json.loads((tmp_path / "data/meta.json").read_text())["examples"]
         assert re.findall("« ?(.*?)<EOS>»", shown) == learned
@@ -190,7 +229,7 @@ def test_tulu_turns_and_which_are_learned(prepare, tmp_path):
                          ([{"role": "bot", "content": ""}], "expected roles"),
                          ([{"role": "user"}], "expected a field 'content'")]:
         write_jsonl(tmp_path / "a.jsonl", [{"messages": bad}])
-        status, out, err = prepare(source="a.jsonl", kind="ift", template="tulu", overwrite=True)
+        status, out, err = prepare(source="a.jsonl", kind="ift", template="tulu", anew=True)
         assert status == 2 and "a.jsonl:1: " in err and message in err, err
 
 
@@ -199,7 +238,7 @@ def test_train_on_prompt(prepare, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", records)
     for name, knobs in [("no", {}), ("all", {"train_on_prompt": 1}),
                         ("long", {"train_on_prompt": 1, "train_on_prompt_from": 30})]:
-        assert prepare(source="a.jsonl", kind="ift", packing="none", seq_len=128, overwrite=True, **knobs)[0] == 0
+        assert prepare(source="a.jsonl", kind="ift", packing="none", seq_len=128, anew=True, **knobs)[0] == 0
         learned[name] = [sum(mask) for _, mask in documents_of(tmp_path / "data") if any(mask)]
         lengths = [len(ids) for ids, mask in documents_of(tmp_path / "data") if any(mask)]
     assert learned["all"] == [length - 1 for length in lengths]  # nothing stands before BOS
@@ -217,7 +256,7 @@ def write_parquet(path, records, **options):
 def records_in(path, **options):
     """(place, record or message) of what a source yields."""
     found = []
-    for number, raw, used in read_records(expand([str(path)], {}, (".py",))[0], **options):
+    for number, raw, used in read_records(expand([str(path)], (".py",))[0], **options):
         try:
             found.append((number, parse(raw)))
         except ValueError as error:
@@ -243,11 +282,14 @@ def test_parquet_mistakes(prepare, tmp_path):
     content = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(content[:-100])
     status, out, err = prepare(source="a.parquet")
-    assert status == 2 and re.search(r"a.parquet:1: cannot be read: .*[Pp]arquet", err) and err.count("\n") == 1, err
+    assert status == 2 and re.search(r"a.parquet:1: cannot be read from here on: .*[Pp]arquet", err) and err.count("\n") == 1, err
     (tmp_path / "a.parquet").write_bytes(b"")
     assert "a.parquet:1: " in prepare(source="a.parquet")[2]
     write_parquet(tmp_path / "a.parquet", [{"text": b"\xff\xfe"}])
     assert "a.parquet:1: 'utf-8' codec can't decode" in prepare(source="a.parquet")[2]
+    write_parquet(tmp_path / "a.parquet", [{"text": None}, {"text": "words " * 50}, {"text": None}])
+    status, out, err = prepare(source="a.parquet", on_bad_record="skip")
+    assert status == 0 and "2 bad records skipped" in out and "a.parquet:3: expected text in field 'text', found NoneType" in out
 
 
 ITEMS = [{"a": "é\n" * 40}, 5, "x]", [1, [2]], {"text": "[{,"}, None, 1.5e3, {}]
@@ -285,16 +327,16 @@ def test_a_folder_of_source_files(prepare, tmp_path, tokenizer_file):
     sha = json.loads((tmp_path / "data/meta.json").read_text())["source"][0]["sha256"]
     names = ["a.py", "b/one.py", "b/two.py"]
     assert sha == hashlib.sha256("".join(name + files[name] for name in names).encode()).hexdigest()
-    assert "src: 1 records" in prepare(source="src", suffixes=".txt", seq_len=2, overwrite=True)[1]
+    assert "src: 1 records" in prepare(source="src", suffixes=".txt", seq_len=2, anew=True)[1]
     (tmp_path / "src/b/one.py").write_bytes(b"\xff")
-    assert "src/b/one.py: 'utf-8' codec can't decode" in prepare(source="src", overwrite=True)[2]
+    assert "src/b/one.py: 'utf-8' codec can't decode" in prepare(source="src", anew=True)[2]
 
 
 # ---- the hub, imitated on this machine: its API and its files as huggingface_hub asks for them
 
 @pytest.fixture
 def hub(tmp_path):
-    """Runs prepare_data.py against a local hub that holds {path: bytes}; returns a function, and what was asked of it."""
+    """Runs Python against a local hub that holds {path: bytes}; returns a function, and what was asked of it."""
     asked, files, gated, sha = [], {}, set(), "0123456789abcdef" * 2 + "01234567"
 
     class Hub(http.server.BaseHTTPRequestHandler):
@@ -327,47 +369,51 @@ def hub(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
-    def run(tokenizer_file, source, **env):
-        return run_stage(ROOT / "prepare_data.py", f"--source={source}", f"--tokenizer={tokenizer_file}", "--out_dir=d",
-                         "--val_fraction=0", "--seq_len=32", "--overwrite=True", cwd=tmp_path, **{
-                             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": tmp_path / "cache",
-                             "HF_TOKEN": "", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "no_proxy": "*", **env})
+    def run(*argv, **env):
+        return run_stage(*argv, cwd=tmp_path, **{
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": tmp_path / "cache", "HF_TOKEN": "",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "no_proxy": "*", **env})
     yield run, files, gated, asked, sha
     server.shutdown()
+
+
+FETCH = ("import sys; from records import expand\n"  # as prepare_data.py does, without the seconds that importing torch takes
+         "try:\n    print(*(source.name for source in expand(sys.argv[1:], ())))\n"
+         "except ValueError as error:\n    sys.exit(str(error))")
 
 
 def test_hub_dataset(hub, tokenizer_file, tmp_path):
     run, files, gated, asked, sha = hub
     line = b'{"text": "some words that make a document of a few tokens or more, for a row"}\n'
     files.update({"me/set/data/a.jsonl": line * 3, "me/set/data/b.jsonl.gz": gzip.compress(line * 2), "me/set/README.md": b"x"})
-    done = run(tokenizer_file, "hf://datasets/me/set@main/data/*.jsonl*")
+    done = run(ROOT / "prepare_data.py", "--source=hf://datasets/me/set@main/data/*.jsonl*", f"--tokenizer={tokenizer_file}",
+               "--out_dir=d", "--val_fraction=0", "--seq_len=32", HF_TOKEN="hf_secret")
     assert done.returncode == 0, done.stderr
+    assert {token for *_, token, _ in asked} == {"Bearer hf_secret"} and "hf_secret" not in (tmp_path / "d/meta.json").read_text()
     entries = json.loads((tmp_path / "d/meta.json").read_text())["source"]
     names = [f"hf://datasets/me/set@{sha}/data/{name}" for name in ("a.jsonl", "b.jsonl.gz")]
     assert [entry["path"] for entry in entries] == names
     assert [(entry["records"], entry["revision"]) for entry in entries] == [(3, sha), (2, sha)]
     assert entries[0]["sha256"] == hashlib.sha256(line * 3).hexdigest()
     del asked[:]
-    assert run(tokenizer_file, f"hf://datasets/me/set@{sha}/data/*.jsonl").returncode == 0
+    done = run("-c", FETCH, f"hf://datasets/me/set@{sha}/data/*.jsonl")
+    assert done.stdout.split() == names[:1], done.stderr
     assert not any(method == "GET" and "/resolve/" in path for method, path, *_ in asked)  # nothing is fetched twice
     gated.add("me/set")
-    done = run(tokenizer_file, "hf://datasets/me/set/data/a.jsonl", HF_HOME=tmp_path / "other")
-    assert done.returncode == 2 and "accept its terms at https://huggingface.co/datasets/me/set and set HF_TOKEN" in done.stderr
+    done = run("-c", FETCH, "hf://datasets/me/set/data/a.jsonl", HF_HOME=tmp_path / "other")
+    assert done.returncode and "accept its terms at https://huggingface.co/datasets/me/set and set HF_TOKEN" in done.stderr
     assert "hf download me/set --repo-type dataset" in done.stderr and done.stderr.count("\n") == 1
-    done = run(tokenizer_file, "hf://datasets/me/set/data/a.jsonl", HF_HOME=tmp_path / "other", HF_TOKEN="hf_secret")
-    assert done.returncode == 0 and ("Bearer hf_secret" in {token for *_, token, _ in asked}), done.stderr
-    assert "hf_secret" not in (tmp_path / "d/meta.json").read_text()
 
 
 @pytest.mark.parametrize("source, env, message", [
     ("hf://datasets/me/none", {}, "no such dataset or revision"),
     ("hf://datasets/me/set/*.parquet", {}, "no file matches '*.parquet'; the dataset holds data/a.jsonl"),
-    ("hf://datasets/me/set", {"HF_HUB_OFFLINE": "1"}, "the hub cannot be reached (OfflineModeIsEnabled"),
-    ("hf://datasets/me/set", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached")])
-def test_hub_mistakes(hub, tokenizer_file, source, env, message):
+    ("hf://datasets/me/set", {"HF_HUB_OFFLINE": "1"}, "cannot be fetched from the hub (OfflineModeIsEnabled"),
+    ("hf://datasets/me/set", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be fetched from the hub")])
+def test_hub_mistakes(hub, source, env, message):
     run, files, *_ = hub
     files["me/set/data/a.jsonl"] = b'{"text": "x"}\n'
-    done = run(tokenizer_file, source, **env)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
-    if "hub cannot" in message:
+    done = run("-c", FETCH, source, **env)
+    assert done.returncode and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
+    if "cannot be fetched" in message:
         assert "--source='DIR/*'" in done.stderr

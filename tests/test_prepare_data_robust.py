@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prepare_data import documents_of, prepare, tokenizer_file, write_jsonl  # noqa: F401 (fixtures)
 
-from prepare_data import WordCache, make_encoder, sample_limit, word_by_word
-from records import ngrams, pystdlib, toy_math
+from prepare_data import DOCUMENT, WHY, WordCache, leave_out_unsampled, make_encoder, word_by_word
+from quickstart import pystdlib, toy_math
+from records import ngrams
 from tokenizer import load_tokenizer
 
 WORDS = "the a cat sat on mat def return x = 1 2024 é 😀 naïve </s> ▁ \t \n  \r\n".split(" ")
@@ -53,14 +54,19 @@ def flags(**knobs):
     return [f"--{name}={value}" for name, value in knobs.items()]
 
 
+def run_anew(**knobs):
+    """A run in this process, without the data of the one before."""
+    shutil.rmtree("data", ignore_errors=True)
+    return run_here("prepare_data.py", *flags(**knobs))
+
+
 # ---- the same bytes, whoever does the work and however often it is interrupted
 
-@pytest.mark.parametrize("knobs", [{"keep_records": True}, {"kind": "ift", "max_tokens": 9000}])
+@pytest.mark.parametrize("knobs", [{}, {"no_wrap": True, "id_field": "id"}, {"kind": "ift", "max_tokens": 9000}])
 def test_workers_and_blocks_change_nothing(corpus, tmp_path, knobs):
     outputs = []
     for workers, block_mb in [(1, 100), (1, 0.01), (3, 0.01), (2, 0.03)]:
-        knobs = {**corpus, **knobs, "workers": workers, "block_mb": block_mb, "overwrite": True}
-        done = run_here("prepare_data.py", *flags(**knobs))
+        done = run_anew(**{**corpus, **knobs, "workers": workers, "block_mb": block_mb})
         assert done.returncode == 0, done.stderr
         outputs.append(contents(tmp_path / "data"))
         assert not (tmp_path / "data.work").exists()
@@ -85,7 +91,7 @@ def test_kill_and_go_on(corpus, tmp_path):
             again = run_here("prepare_data.py", *knobs)
             taken = re.search(r"going on with (\d+) finished", again.stdout)  # a worker may have finished one more
             assert again.returncode == 0 and int(taken[1] if taken else 0) >= done_blocks[-1]
-        assert contents(tmp_path / "data") == wanted and not (tmp_path / "data.tmp").exists()
+        assert contents(tmp_path / "data") == wanted and not (tmp_path / "data.work/new").exists()
         shutil.rmtree(tmp_path / "data.work", ignore_errors=True)  # of a kill between the last rename and its removal
     print("blocks that were done at each kill:", *done_blocks)
 
@@ -102,7 +108,7 @@ def test_a_finished_block_is_not_done_again(corpus, tmp_path):
     done = run_here("prepare_data.py", *flags(**{**corpus, "block_mb": 0.004, "on_bad_record": "skip", "workers": 2}))
     assert done.returncode == 0 and f"going on with {len(blocks)} finished blocks" in done.stdout, done.stderr
     resumed = contents(tmp_path / "data")
-    run_here("prepare_data.py", *flags(**{**corpus, "block_mb": 100, "on_bad_record": "skip", "overwrite": True}))
+    run_anew(**{**corpus, "block_mb": 100, "on_bad_record": "skip"})
     assert contents(tmp_path / "data") == resumed
 
 
@@ -116,7 +122,7 @@ def test_other_input_is_not_mixed_in(corpus, tmp_path):
     done = run_here("prepare_data.py", *flags(**bad))
     assert done.returncode == 0 and "going on" not in done.stdout
     first = contents(tmp_path / "data")
-    assert run_here("prepare_data.py", *flags(**{**bad, "overwrite": True})).returncode == 0
+    assert run_anew(**bad).returncode == 0
     assert contents(tmp_path / "data") == first
 
 
@@ -209,8 +215,8 @@ def test_ids_that_repeat(prepare, tmp_path):
     stats = json.loads((tmp_path / "data/meta.json").read_text())["splits"]["train"]
     assert status == 0 and stats["dropped_why"] == {"repeated id": 3}, err
     assert sum(stats["lengths"]) == 33 and "3 repeated id" in out
-    err = prepare(source="a.jsonl", id_field="uid", overwrite=1)[2]
-    assert "expected text or a number in field 'uid', found no such field" in err
+    err = prepare(source="a.jsonl", id_field="uid", anew=True)[2]
+    assert "expected a field 'uid', found only 'id', 'text'" in err
 
 
 def test_decontamination(prepare, tmp_path):
@@ -224,15 +230,15 @@ def test_decontamination(prepare, tmp_path):
     status, out, err = prepare(source="a.jsonl", kind="ift", decontaminate="eval.jsonl", seq_len=128)
     meta = json.loads((tmp_path / "data/meta.json").read_text())
     assert status == 0 and meta["splits"]["train"]["dropped_why"] == {"contaminated": 1}, err
-    assert meta["decontaminated"] == [{"path": "eval.jsonl", "records": 2, "short": 1}] and meta["eval_records_found"] == 1
-    assert "1 contaminated" in out and "1 eval records were found" in out and "1 of them too short" in out
+    assert meta["decontaminated"] == [{"path": "eval.jsonl", "records": 2, "short": 1}]
+    assert "1 contaminated" in out and "1 of them too short" in out
     assert "question" not in "".join(meta["examples"])
 
 
 def test_decontamination_of_real_sets(prepare, tmp_path):
     """MetaMath's backward set is derived from GSM8K's test questions; GSM8K's train questions are not."""
     test = need("data/gsm8k/test.jsonl")
-    knobs = {"kind": "ift", "tokenizer": need("data/llama2-tokenizer"), "decontaminate": test, "overwrite": 1, "max_records": 300,
+    knobs = {"kind": "ift", "tokenizer": need("data/llama2-tokenizer"), "decontaminate": test, "anew": True, "max_records": 300,
              "seq_len": 1024, "prompt_field": "question", "response_field": "answer"}
     assert prepare(source=need("data/gsm8k/train.jsonl"), **knobs)[0] == 0
     assert json.loads((tmp_path / "data/meta.json").read_text())["splits"]["train"]["dropped"] < 10
@@ -241,37 +247,38 @@ def test_decontamination_of_real_sets(prepare, tmp_path):
     assert status == 2 and "train: 0 documents" in err
 
 
-def test_max_tokens_takes_a_sample_whatever_the_order(prepare, tmp_path):
+def test_max_tokens_takes_a_sample_whatever_the_order(prepare, tokenizer_file, tmp_path):
     records, samples = [{"text": f"document number {i} " + "and words " * (i % 7)} for i in range(500)], []
+    tok = load_tokenizer(tokenizer_file)
     for order in range(2):
         random.Random(order).shuffle(records)
         write_jsonl(tmp_path / "a.jsonl", records)
-        status, out, err = prepare(source="a.jsonl", max_tokens=3000, keep_records=1, overwrite=1, block_mb=0.003)
+        status, out, err = prepare(source="a.jsonl", max_tokens=3000, anew=True, block_mb=0.003, seq_len=2)
         assert status == 0, err
-        samples.append(sorted(open("data/train.jsonl")))
+        samples.append(sorted(tok.decode([i for i in ids if i not in (1, 2)]) for ids, _ in documents_of(tmp_path / "data")))
     stats = json.loads((tmp_path / "data/meta.json").read_text())["splits"]["train"]
     assert samples[0] == samples[1] and 3000 <= stats["tokens"] + stats["lost"] < 3000 + 64
     assert len(samples[0]) + stats["dropped_why"]["not sampled"] == 500
-    assert prepare(source="a.jsonl", max_tokens=10**9, overwrite=1)[0] == 0  # more than there is: all
+    assert prepare(source="a.jsonl", max_tokens=10**9, anew=True)[0] == 0  # more than there is: all
     assert json.loads((tmp_path / "data/meta.json").read_text())["splits"]["train"]["dropped"] == 0
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 2**64 - 1) | st.integers(0, 9), st.integers(1, 50)), min_size=1, max_size=40),
-       st.integers(1, 600))
-def test_sample_limit(tmp_path_factory, documents, most):
-    from prepare_data import DOCUMENT
-    folder, rows = tmp_path_factory.mktemp("sample"), np.zeros(len(documents), DOCUMENT)
-    rows["key"], rows["length"] = [key for key, _ in documents], [length for _, length in documents]
-    np.savez(folder / "000001.npz", documents=rows[:3])
-    np.savez(folder / "000002.npz", documents=rows[3:])
-    limit = sample_limit(folder, 2, most)
-    sampled = [(key, length) for key, length in documents if key < limit]
-    if sum(length for _, length in documents) < most:
-        assert limit == 2**64
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1) | st.integers(0, 9), st.integers(1, 50), st.sampled_from([0, 0, 1]),
+                          st.booleans()), min_size=1, max_size=40), st.integers(1, 600))
+def test_sampling(documents, most):
+    rows = np.array([(length, 0, 0, key, 0, val, why) for key, length, why, val in documents], DOCUMENT)
+    leave_out_unsampled(rows, most)
+    out = rows["why"] == WHY.index("not sampled")
+    free = [i for i, (_, _, why, val) in enumerate(documents) if not why and not val]
+    sampled = [documents[i][:2] for i in free if not out[i]]
+    assert set(np.flatnonzero(out)) <= set(free)
+    if sum(documents[i][1] for i in free) < most:
+        assert not out.any()
     else:  # without the documents of the highest key it would be too few
         top = max(key for key, _ in sampled)
         assert sum(n for _, n in sampled) >= most > sum(n for key, n in sampled if key < top)
+        assert all(documents[i][0] > top for i in np.flatnonzero(out))
 
 
 # ---- bad input
@@ -304,10 +311,10 @@ def test_bad_records_are_named_in_order_by_any_worker(corpus, tmp_path):
     lines[40], lines[100] = '{"text": 5}', "nonsense"
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     for workers in (1, 3):
-        knobs = {**corpus, "workers": workers, "block_mb": 0.002, "overwrite": True}
-        done = run_here("prepare_data.py", *flags(**knobs))
+        knobs = {**corpus, "workers": workers, "block_mb": 0.002}
+        done = run_anew(**knobs)
         assert done.returncode == 2 and "a.jsonl:41: expected text in field 'text', found int" in done.stderr, done.stderr
-        done = run_here("prepare_data.py", *flags(**{**knobs, "on_bad_record": "skip"}))
+        done = run_anew(**{**knobs, "on_bad_record": "skip"})
         meta = json.loads((tmp_path / "data/meta.json").read_text())
         assert meta["skipped"] == 2 and [line[:12] for line in meta["skipped_first"]] == ["a.jsonl:41: ", "a.jsonl:101:"]
         assert sum(entry["records"] for entry in meta["source"]) == 400
@@ -328,7 +335,7 @@ def test_words_are_encoded_as_in_their_text(tokenizer_file, text):
         want = tok.encode(text)
     except ValueError:
         return  # half a surrogate pair
-    assert np.frombuffer(make_encoder(tok, np.dtype("<u2"), True)(text), "<u2").tolist() == want
+    assert np.frombuffer(make_encoder(tok, np.dtype("<u2"))(text), "<u2").tolist() == want
 
 
 def test_words_of_llama2_on_real_text():
@@ -353,7 +360,7 @@ def test_words_are_left_alone_where_tokens_reach_over_them(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     tok = load_tokenizer(tmp_path)
     assert not word_by_word(tok)
-    assert np.frombuffer(make_encoder(tok, "<u2", True)(text[0]), "<u2").tolist() == tok.encode(text[0])
+    assert np.frombuffer(make_encoder(tok, "<u2")(text[0]), "<u2").tolist() == tok.encode(text[0])
     assert not word_by_word(load_tokenizer(need("data/smollm2-135m-instruct")))
 
 
@@ -363,7 +370,7 @@ def test_as_fast_as_huggingface_tokenizers(tmp_path, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     path = need("data/llama2-tokenizer/tokenizer.model")
     theirs, _ = llama2_json(tmp_path, path)
-    ours = make_encoder(load_tokenizer(path), np.dtype("<u2"), True)
+    ours = make_encoder(load_tokenizer(path), np.dtype("<u2"))
     texts = {"gsm8k": [json.loads(line)["answer"] for line in open(need("data/gsm8k/train.jsonl"))][:3000],
              "arxiv": [json.loads(line)["text"] for line in open(need("data/arxiv-sample/arxiv.jsonl"))][:10],
              "python": [record["text"] for record in pystdlib()][:40]}

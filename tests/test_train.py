@@ -1,4 +1,5 @@
 """train.py: schedules and whole runs against the original Trainer, exact resume, loss weighting, bad input."""
+import contextlib
 import json
 import os
 import resource
@@ -274,6 +275,17 @@ def test_sigterm_saves_and_exits_0_and_resume_goes_on(setting):
     assert [s for s, _ in checkpoints(folder / "out")] == [step, step + 2]
 
 
+@contextlib.contextmanager
+def limited_file_size(limit):
+    """What a full disk does to a program, for files beyond `limit` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_half_written_checkpoint_is_ignored_and_full_disk_keeps_the_last(tmp_path):
     model = apply_lora(tiny_model(), 2, 4)
     optim = train.DecoupledLionW([p for p in model.parameters() if p.requires_grad])
@@ -281,13 +293,8 @@ def test_half_written_checkpoint_is_ignored_and_full_disk_keeps_the_last(tmp_pat
     save(1)
     (tmp_path / "step_7.tmp").mkdir()
     (tmp_path / "step_8").mkdir()  # complete by name only
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(OSError, match="step_2 could not be saved.*newest complete checkpoint is step_1"):
-            save(2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with limited_file_size(1000), pytest.raises(OSError, match="step_2 could not be saved.*newest complete checkpoint is step_1"):
+        save(2)
     assert [s for s, _ in checkpoints(tmp_path)] == [1] and not (tmp_path / "step_2").exists()
     for step in (3, 4):
         save(step)
@@ -317,6 +324,7 @@ def refused(setting, *more, wanted):
     (["--lora_rank=4", "--lora_targets=q_proj,w_proj"], "w_proj"),
     (["--lora_rank=4", "--scratch=True"], "scratch"),
     (["--lora_rank=4", "--lora_kernel=triton", "--device=cpu"], "lora_kernel=triton: the kernels need a GPU"),
+    (["--compile=True", "--activation_checkpointing=selective"], "compile=False"),
     (["--global_batch=0"], "global_batch"),
     (["--device=cuda:0"], "no GPU"),
     (["--resume=True"], "no complete checkpoint"),

@@ -1,0 +1,45 @@
+"""
+For study.py: the paper's own adapters and models (LoRA-TMLR-2024 on the hub) on HumanEval, GSM8K and forgetting.
+
+    python study.py config/published.py --only=base,metamath-r16
+    python study.py config/published.py --launch='torchrun --nproc_per_node=8'
+
+meta-llama/Llama-2-7b-hf is gated: accept its licence there and set HF_TOKEN. 13.5 GB of base, 27 GB for each model that
+was finetuned in full, up to 2.6 GB for an adapter. HumanEval runs programs that a model wrote; sandbox.py says how.
+Values are the paper's tables S1 to S8. Of the IFT sets the paper does not say how many epochs the main branch holds (others
+are branches, NAME@BRANCH), so the values of 1 and of 16 epochs stand there, and the best one between.
+"""
+_hub = 'hf://LoRA-TMLR-2024/'
+out_dir = 'out/published'
+base = 'hf://meta-llama/Llama-2-7b-hf'
+models = ('base',) + tuple(f'{_name} {_hub}{_repo}' for _name, _repo in (
+    ('magicoder-r16', 'magicoder-lora-rank-16-alpha-32'), ('magicoder-r64', 'magicoder-lora-rank-64-alpha-128'),
+    ('magicoder-r256', 'magicoder-lora-rank-256-alpha-512'), ('magicoder-full', 'magicoder-full-finetuning-lr-5e-05'),
+    ('metamath-r16', 'metamath-lora-rank-16-alpha-32'), ('metamath-r64', 'metamath-lora-rank-64-alpha-128'),
+    ('metamath-r256', 'metamath-lora-rank-256-alpha-512'), ('metamath-full', 'metamath-full-finetuning-lr-1e-05'),
+    ('starcoder-r16', 'starcoder-lora-rank-16-20B-tokens'), ('starcoder-r64', 'starcoder-lora-rank-64-20B-tokens'),
+    ('starcoder-r256', 'starcoder-lora-rank-256-20B-tokens'), ('starcoder-full', 'starcoder-full-finetuning-lr-1e-05-20B-tokens'),
+    ('openwebmath-r16', 'openwebmath-lora-rank-16-20B-tokens'), ('openwebmath-r64', 'openwebmath-lora-rank-64-20B-tokens'),
+    ('openwebmath-r256', 'openwebmath-lora-rank-256-20B-tokens'),
+    ('openwebmath-full', 'openwebmath-full-finetuning-lr-1e-05-20B-tokens')))
+evals = ('eval_gsm8k.py', 'eval_humaneval.py --allow_code_execution=True', 'eval_forgetting.py')
+spectrum = 'none'
+plot = 'none'
+expected = (
+    'base humaneval_pass@1=.138 gsm8k_strict_match=.145 forgetting=.671',
+    'magicoder-r16 humaneval_pass@1=.197,.358,.324 forgetting=.653,.652,.609',
+    'magicoder-r64 humaneval_pass@1=.249,.417,.405 forgetting=.652,.632,.510',
+    'magicoder-r256 humaneval_pass@1=.299,.498,.466 forgetting=.655,.631,.517',
+    'magicoder-full humaneval_pass@1=.302,.497,.416 forgetting=.595,.446,.414',
+    'metamath-r16 gsm8k_strict_match=.447,.580,.569 forgetting=.628,.616,.596',
+    'metamath-r64 gsm8k_strict_match=.527,.624,.595 forgetting=.617,.608,.568',
+    'metamath-r256 gsm8k_strict_match=.557,.634,.594 forgetting=.613,.584,.567',
+    'metamath-full gsm8k_strict_match=.604,.642,.599 forgetting=.598,.590,.559',
+    'starcoder-r16 humaneval_pass@1=.162 forgetting=.635',
+    'starcoder-r64 humaneval_pass@1=.196 forgetting=.626',
+    'starcoder-r256 humaneval_pass@1=.224 forgetting=.617',
+    'starcoder-full humaneval_pass@1=.263 forgetting=.545',
+    'openwebmath-r16 gsm8k_strict_match=.158 forgetting=.637',
+    'openwebmath-r64 gsm8k_strict_match=.163 forgetting=.627',
+    'openwebmath-r256 gsm8k_strict_match=.202 forgetting=.616',
+    'openwebmath-full gsm8k_strict_match=.293 forgetting=.618')

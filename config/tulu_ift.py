@@ -1,0 +1,44 @@
+"""
+Chat IFT: the Tulu-v2 mixture, about 326,000 conversations. Learned: MT-bench, GSM8K, MMLU. LoRA with --lora_rank=256.
+
+    python prepare_data.py --preset=tulu_v2 --packing=paper --paper_epochs=6 \\
+        --tokenizer=models/Llama-2-7b-chat-hf --out_dir=data/tulu_v2
+     1 GPU   python train.py config/tulu_ift.py --lora_rank=256
+     8 GPUs  torchrun --nproc_per_node=8 train.py config/tulu_ift.py
+    32 GPUs  torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=NODE0:29500 train.py config/tulu_ift.py
+
+The paper does not say the steps of an epoch. --dry_run=True prints hours and memory for your GPUs; 6 epochs on 8 H100
+at 45% of their peak, if a guess at the rows is right: 10 h and 33 GB a GPU in full, 8 h and 40 GB with r=256, and a third
+more time for activation checkpointing.
+One run; its checkpoints after 2 and 4 epochs are "hot", the schedule goes on to 6.
+
+The paper's values (its tables S10 to S13; base MT-bench 2.74, GSM8K .145, forgetting .671), after 2, 4, 6 epochs:
+              MT-bench             MMLU              GSM8K             forgetting
+    full      5.825 5.838 5.862    .507 .504 .502    .324 .291 .303    .660 .652 .621
+    r=256     5.788 5.834 5.894    .502 .496 .492    .296 .335 .301    .653 .649 .629
+    r=64      5.597 5.725 5.944    .503 .509 .504    .285 .270 .295    .649 .655 .647
+    r=16      5.681 5.997 5.712    .491 .502 .504    .251 .275 .280    .650 .657 .657
+"""
+import json
+from pathlib import Path
+
+base = base or 'models/Llama-2-7b-hf'
+data = data or 'data/tulu_v2'
+data_rows = data_rows or 120_000    # for --dry_run before the data are there: a guess
+max_epochs = max_epochs or (0.0 if max_steps or max_tokens else 6.0)
+_name = 'tulu_ift_' + (f'r{lora_rank}' if lora_rank else 'full') + (f'_{max_epochs:g}ep' if max_epochs else '')
+out_dir = out_dir or f'out/{_name}'
+learning_rate = 1e-4 if lora_rank else 5e-6
+weight_decay = 0.0
+doc_mask = False             # packed examples see each other
+loss_norm = 'paper'          # mean of the means of microbatches
+seq_len = 4096
+global_batch = 192
+microbatch = 6               # part of the result with loss_norm='paper'
+activation_checkpointing = 'block'
+schedule = 'cosine'          # to 1% of the peak, a tenth of the run as warmup
+save_interval = 100
+compile = True
+if (Path(data) / 'meta.json').is_file():
+    _rows = json.loads((Path(data) / 'meta.json').read_text())['splits']['train']['rows']
+    checkpoint_at = checkpoint_at or tuple(_epochs * _rows // global_batch for _epochs in (2, 4))  # those two are kept

@@ -1,0 +1,113 @@
+"""--dry_run: what a run takes, told without data, weights or a GPU."""
+import re
+
+import pytest
+import torch
+from conftest import ROOT, run_here, run_stage
+
+from lora import apply_lora
+from model import Llama
+from plan import PUBLISHED, compare_with_paper, predict_memory, shape_of
+
+PAPER = ["--base=meta-llama/Llama-2-7b-hf", "--data=nowhere", "--seq_len=4096", "--global_batch=192", "--microbatch=6",
+         "--gpus=32", "--dry_run=True"]
+
+
+def plan(*more):
+    result = run_here("train.py", *PAPER, *more)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def meta(name, rank=0):
+    with torch.device("meta"):
+        model = Llama(PUBLISHED[name]).to(torch.bfloat16 if rank else torch.float32)
+    model.compute_dtype = torch.bfloat16
+    return apply_lora(model, rank, 2 * rank) if rank else model
+
+
+def test_shapes_have_the_published_numbers_of_parameters():
+    counts = {"Llama-2-7b-hf": 6_738_415_616, "Llama-2-13b-hf": 13_015_864_320, "Llama-2-70b-hf": 68_976_648_192,
+              "Llama-3.1-8B": 8_030_261_248, "Llama-3.1-70B": 70_553_706_496, "Llama-3.1-405B": 405_853_388_800}
+    assert {name: sum(p.numel() for p in meta(name).parameters()) for name in PUBLISHED} == counts
+
+
+def test_the_papers_steps_and_trained_parameters():
+    """25,431 steps for 20B tokens; 193 an epoch of Magicoder in the paper's packing; 2,498,560 r adapter parameters."""
+    out = plan("--max_tokens=20e9", "--lora_rank=16")
+    assert "25,431 steps of 192 rows" in out and f"{2_498_560 * 16:,} trained, LoRA r=16" in out
+    assert "nowhere does not exist yet" in out and "an unknown number of rows of 4096" in out
+    out = plan("--max_epochs=16", f"--data_rows={193 * 192}")
+    assert "3,088 steps" in out and "16 epochs" in out and "6,738,415,616 trained, in full" in out
+
+
+def test_a_branch_is_planned_without_its_trunk():
+    out = plan(ROOT / "config/cpt_durations.py", "--max_tokens=4e9", "--out_dir=out/math/4B")
+    assert "step_4069" in out and "5,086 steps" in out
+
+
+def test_hours_follow_from_the_gpu():
+    hours = lambda *more: float(re.search(r"predicted time ([\d.]+) h", plan("--max_tokens=20e9", *more))[1])
+    # 6 FLOPs a weight and token, without the embedding, and 6 T d layers of causal attention
+    flops = 20e9 * (6 * (6_738_415_616 - 32000 * 4096) + 6 * 4096 * 4096 * 32)
+    assert hours() == pytest.approx(flops / (32 * 0.4 * 989e12) / 3600, rel=1e-3)
+    assert hours("--gpu=A100", "--mfu=0.5") == pytest.approx(hours() * 989 / 312 * 0.4 / 0.5, rel=1e-2)
+
+
+def test_the_papers_table_of_memory_stands_beside_ours():
+    lines = {line[:18].strip(): [float(x) for x in re.findall(r"\d+\.\d+", line[18:])] for line in compare_with_paper(64)}
+    assert lines["7B   adam full"][:4:2] == [112, 14] and lines["7B   adam + LoRA"][0] == 15.12
+    assert lines["70B  lion full"][::2][:5] == [840, 105, 52.5, 26.25, 13.12]
+    assert lines["405B lion + LoRA"][::2][0] == 858.6 and lines["405B adam full"][::2][-1] == 25.31
+    assert lines["7B   adam full"][1] == pytest.approx(6.738415616 * 16, abs=0.01)
+    assert lines["7B   lion + LoRA"][1] == pytest.approx(6.738415616 * 2 + 2_498_560 * 64 * 12 / 1e9, abs=0.01)
+    assert len(lines) == 15  # two of remarks, the heads, and 3 models x 2 optimizers x with and without LoRA
+
+
+@pytest.mark.parametrize("more, wanted", [
+    (["--lora_rank=64", "--microbatch=1"], "none"), (["--microbatch=1"], "full"),
+    (["--lora_rank=64", "--microbatch=1", "--memory_gb=16"], "full"), (["--base=Llama-3.1-405B", "--lora_rank=16"], "full")])
+def test_auto_keeps_replicas_where_they_fit(more, wanted):
+    more = [knob for knob in PAPER if knob.split("=")[0] not in {m.split("=")[0] for m in more}] + more
+    result = run_here("train.py", *more, "--max_steps=1")
+    assert f"a rank, so {wanted}" in result.stdout and f"32 ranks, shard={wanted}" in result.stdout, result.stderr
+
+
+def test_memory_falls_with_shards_and_checkpointing():
+    model = meta("Llama-2-7b-hf")
+    need = lambda **how: sum(predict_memory(model, "lionw", 1, 4096, **how).values())
+    assert need(shards=8, ranks=8) < need(shards=2, ranks=2) < need()
+    plain = need(shards=8, ranks=8)
+    model.activation_checkpointing = "selective"
+    selective = need(shards=8, ranks=8)
+    model.activation_checkpointing = "block"
+    assert need(shards=8, ranks=8) < selective < plain
+
+
+@pytest.mark.parametrize("more, wanted", [
+    (["--max_epochs=1"], "say data_rows"), (["--seq_len=0", "--max_steps=1"], "seq_len is not set"),
+    (["--gpu=H1000", "--max_steps=1"], "gpu=H1000: not one of"), (["--base=Llama-2-8b", "--max_steps=1"], "Llama-2-7b-hf"),
+    (["--gpus=5", "--max_steps=1"], "does not divide global_batch=192"),
+    (["--shard=hybrid", "--shard_ranks=5", "--max_steps=1"], "groups of 5 ranks do not divide 32")])
+def test_plans_that_cannot_be(more, wanted):
+    result = run_here("train.py", *[k for k in PAPER if k.split("=")[0] not in {m.split("=")[0] for m in more}], *more)
+    assert result.returncode == 2 and wanted in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    plan("--max_steps=1", f"--out_dir={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folder_with_a_config_goes_before_the_table(tmp_path):
+    (tmp_path / "Llama-2-7b-hf").mkdir()
+    (tmp_path / "Llama-2-7b-hf/config.json").write_text('{"model_type": "llama", "vocab_size": 7, "hidden_size": 8, '
+                                                        '"intermediate_size": 16, "num_hidden_layers": 1, '
+                                                        '"num_attention_heads": 2}')
+    assert shape_of(tmp_path / "Llama-2-7b-hf").vocab_size == 7
+
+
+@pytest.mark.slow
+def test_peak_memory_of_sharded_ranks_is_the_predicted(tmp_path):
+    result = run_stage("tests/rank_memory.py", f"--out_dir={tmp_path}", "--ranks=2", "--shards=full", "--more=--seq_len=128")
+    assert result.returncode == 0 and "2 ranks, full: predicted" in result.stdout, result.stdout + result.stderr

@@ -1,0 +1,130 @@
+"""study.py and config/: the paper's runs in miniature through train, evaluation and plot; what is done is skipped."""
+import json
+
+import pytest
+from conftest import ROOT, need, run_here, run_stage
+
+CONFIGS = ("math_cpt", "code_cpt", "math_ift", "code_ift", "tulu_ift")
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """Token folders {cpt, ift} for stories260k."""
+    folder, base = tmp_path_factory.mktemp("data"), need("data/stories260k")
+    for kind, source, knobs in (("cpt", "tinystories/tinystories_sample.txt", ["--max_tokens=8192"]),
+                                ("ift", "gsm8k/train.jsonl", ["--template=Q: {question}\nA:", "--response_field=answer",
+                                                              "--max_records=60", "--packing=paper", "--paper_ranks=1",
+                                                              "--paper_batch=4", "--paper_epochs=2"])):
+        result = run_here("prepare_data.py", f"--kind={kind}", f"--source={need('data/' + source)}", f"--tokenizer={base}",
+                          "--seq_len=256", "--val_fraction=0", f"--out_dir={folder / kind}", *knobs)
+        assert result.returncode == 0, result.stderr
+    return folder
+
+
+def study(path, text, *argv):
+    path.write_text(text)
+    return run_stage("study.py", path, *argv, timeout=900)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("rank", [0, 16, 256])
+def test_learning_rates_are_the_papers(config, rank):
+    want = {"math_cpt": (1e-5, 4e-5, 4e-5), "code_cpt": (1e-5, 1e-5, 1e-5), "math_ift": (1e-5, 1e-4, 5e-5),
+            "code_ift": (5e-5, 2e-4, 1e-4), "tulu_ift": (5e-6, 1e-4, 1e-4)}[config][(0, 16, 256).index(rank)]
+    help_text = run_here("train.py", ROOT / f"config/{config}.py", f"--lora_rank={rank}", "--help").stdout
+    line, = (line for line in help_text.splitlines() if line[2:].startswith("learning_rate ="))
+    assert line.startswith("  ") and want == 1e-4 or f"-> {want!r}" in line  # 1e-4 is train.py's own
+
+
+@pytest.mark.parametrize("config, knobs, words", [
+    ("math_cpt", [ROOT / "config/cpt_durations.py", "--max_tokens=4e9", "--out_dir=out/math/4B"],
+     ["resume_from = 'out/math/20B/step_4069'", "5,086 steps"]),
+    ("math_cpt", [], ["25,431 steps of 192 rows = 786,432 tokens", "together 19,999,752,192 tokens"]),
+    ("code_cpt", ["--lora_rank=256"], ["25,431 steps", f"{2498560 * 256:,} trained"]),
+    ("math_ift", ["--lora_rank=16"], ["of 768 rows = 786,432 tokens", f"{2498560 * 16:,} trained"]),
+    ("tulu_ift", ["--lora_rank=64"], [f"{2498560 * 64:,} trained", "= 6 epochs"]),
+    *(("code_ift", [f"--max_epochs={n}"], [f"{193 * n:,} steps of 192 rows", "6,738,415,616 trained, in full"]) for n in (1, 4, 16))])
+def test_plan_of_every_config_has_the_papers_steps(config, knobs, words):
+    result = run_here("train.py", ROOT / f"config/{config}.py", "--dry_run=True", "--gpu=H100", "--gpus=32", *knobs)
+    assert result.returncode == 0, result.stderr
+    assert all(word in result.stdout for word in words), result.stdout
+
+
+MINI = ("--global_batch=4", "--microbatch=2", "--max_steps=3", "--save_interval=0", "--seq_len=256", "--device=cpu",
+        "--dtype=float32", "--compile=False")
+
+
+def gsm8k():
+    return ["--limit=2", "--shots=1", "--max_new_tokens=8", f"--test_data={need('data/gsm8k/test.jsonl')}",
+            f"--train_data={need('data/gsm8k/train.jsonl')}", "--device=cpu"]
+
+
+def test_miniature_of_every_config(tmp_path, tokens):
+    """Each of the configs with its own knobs and a tiny model trains, is evaluated, and is drawn."""
+    for i, name in enumerate(CONFIGS):
+        out = tmp_path / name
+        for argv in (["train.py", ROOT / f"config/{name}.py", f"--base={need('data/stories260k')}", f"--out_dir={out}",
+                      f"--data={tokens}/{name[-3:]}", f"--lora_rank={i % 2 * 2}", *MINI],
+                     ["eval_gsm8k.py", f"--model={out}/step_3", *gsm8k()]):
+            result = run_here(*argv)
+            assert result.returncode == 0, result.stderr
+        config = json.loads((out / "config.json").read_text())["config"]
+        assert config["doc_mask"] is False and config["loss_norm"] == ("paper" if "ift" in name else "token")
+        assert config["schedule"] == ("cosine" if "ift" in name else "inv_sqrt") and config["lora_rank"] == i % 2 * 2
+    drawn = run_here("plot.py", f"--runs={tmp_path}/*", f"--out_dir={tmp_path}/figures", "--formats=png", "--dpi=50")
+    assert drawn.returncode == 0 and (tmp_path / "figures/training.png").is_file(), drawn.stderr
+
+
+def test_models_are_evaluated_once_and_printed_beside_what_was_expected(tmp_path):
+    base = need("data/stories260k")
+    text = f"""
+out_dir = {str(tmp_path / 'out')!r}
+base = {str(base)!r}
+models = ('base', 'again {base}')
+evals = ('eval_gsm8k.py {' '.join(gsm8k())}',)
+spectrum = plot = 'none'
+expected = ('base gsm8k_strict_match=.5',)
+"""
+    result = study(tmp_path / "mini.py", text, "--only=0")
+    assert result.returncode == 0 and "expected .5" in result.stdout and "again" not in result.stdout, result.stderr
+    before = (tmp_path / "out" / "study.jsonl").read_text()
+    again = study(tmp_path / "mini.py", text, "--only=base")
+    assert again.returncode == 0 and (tmp_path / "out" / "study.jsonl").read_text() == before, again.stderr
+    assert "to do" not in again.stdout and json.loads(before)["stage"] == "eval_gsm8k.py"
+
+
+def test_an_impossible_run_is_refused_before_the_first_one_starts(tmp_path, tokens):
+    text = (f"out_dir={str(tmp_path / 'out')!r}\nbase={str(need('data/stories260k'))!r}\nspectrum=plot='none'\n"
+            f"train='--data={tokens}/cpt --max_steps=1 --global_batch=2 --microbatch=2'\n"
+            "runs=('good --lora_rank=1', 'bad --lora_rank=1 --scratch=True')\n")
+    result = study(tmp_path / "x.py", text)
+    assert result.returncode == 2 and "bad" in result.stderr and "scratch" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text, message", [
+    ("runs=('a --lora_rank=1', 'a --lora_rank=2')", "no other one has"),
+    ("runs=('a',)\nmodels=('a',)", "share the name a"),
+    ("runs=('a',)\nonly=('b',)", "only: b not found"),
+    ("runs=('a',)\nexpected=('b m=1',)", "no model or run is named b"),
+    ("runs=('a',)\nbase=''", "have to be set"),
+    ("runs=()", "have to be set"),
+])
+def test_bad_lists(tmp_path, text, message):
+    path = tmp_path / "x.py"
+    path.write_text(f"out_dir={str(tmp_path / 'out')!r}\nbase={str(tmp_path)!r}\n{text}\n")
+    result = run_here("study.py", path)
+    assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_fetched_is_one_line(tmp_path):
+    path = tmp_path / "x.py"
+    path.write_text(f"out_dir={str(tmp_path / 'out')!r}\nbase='hf://nobody/nothing'\nmodels=('base',)")
+    result = run_stage("study.py", path, HF_HUB_OFFLINE=1)
+    assert result.returncode == 2 and "cannot be fetched" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_published_models_are_listed_with_what_the_paper_found(tmp_path):
+    result = run_here("study.py", ROOT / "config/published.py", "--only=nothing")
+    assert result.returncode == 2 and "16 openwebmath-full" in result.stderr
