@@ -326,11 +326,16 @@ def sample_ids(logits, temperature, top_p, uniform):
     if top_p >= 1:
         return inverse_cdf(probs, 1.0, uniform)
     # sorting a whole vocabulary is slow and hardly ever needed; which rows need it does not depend on the others
-    p, order = probs.topk(min(256, probs.shape[1]), -1)
-    ids = order.gather(1, inverse_cdf(p, top_p, uniform)[:, None])[:, 0]
-    if (short := p.double().sum(-1) < top_p).any():
-        p, order = probs[short].sort(-1, descending=True)
-        ids[short] = order.gather(1, inverse_cdf(p, top_p, uniform[short])[:, None])[:, 0]
+    vocab, rows = probs.shape[1], torch.arange(len(probs), device=probs.device)
+    ids = torch.empty_like(rows)
+    for count in (256, 8192, vocab):
+        p, order = (probs if len(rows) == len(probs) else probs[rows]).topk(min(count, vocab), -1)
+        enough = (p.double().sum(-1) >= top_p) | (count >= vocab)
+        drawn = inverse_cdf(p[enough], top_p, uniform[rows[enough]])
+        ids[rows[enough]] = order[enough].gather(1, drawn[:, None])[:, 0]
+        rows = rows[~enough]
+        if not len(rows):
+            break
     return ids
 
 
