@@ -11,11 +11,14 @@ its results.jsonl and spectrum.json, out_dir/figures what plot.py draws, out_dir
 it took. A finished step is known by its whole command line: change it, and it is done again.
 """
 import json
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from checkpoint import checkpoints
@@ -77,14 +80,10 @@ def fetch(where, download=True):
                          f"network download {repo} elsewhere and name its folder") from None
 
 
-def train_command(name, words, base):
+def train_command(name, words, base, launch):
     """train.py for a run, going on from its newest checkpoint if there is one."""
-    folder = Path(out_dir) / name
-    if checkpoints(folder):
-        words = [*words, "--resume=True"]
-    elif not dry_run:  # killed before its first checkpoint: nothing to go on from
-        (folder / "log.jsonl").unlink(missing_ok=True)
-    return [*shlex.split(launch), "train.py", *words, *shlex.split(train), f"--base={base}", f"--out_dir={folder}"]
+    return [*shlex.split(launch), "train.py", *words, *shlex.split(train), f"--base={base}", f"--out_dir={Path(out_dir) / name}",
+            "--auto_resume=True"]
 
 
 def is_complete(name):
@@ -112,7 +111,7 @@ def judged(name, words, base, download=True):
 def commands(name, words, base, download=True):
     """Yield (stage, command line) of a model or a run, in order; evaluations are known once it is trained or downloaded."""
     if name in read_list(runs, "runs"):
-        yield "train", train_command(name, words, base)
+        yield "train", train_command(name, words, base, launch)
     for what in judged(name, words, base, download):
         for text in evals:
             yield text.split()[0], [*shlex.split(launch), *shlex.split(text), *what]
@@ -122,11 +121,6 @@ def commands(name, words, base, download=True):
 
 
 # ----------------------------------------------------------------------------- doing it
-def key_of(command):
-    """What tells a step from another: its command line, but for whether it goes on."""
-    return shlex.join(word for word in command if word != "--resume=True")
-
-
 def done_before():
     """{command line: seconds} of study.jsonl."""
     path = Path(out_dir) / "study.jsonl"
@@ -152,16 +146,16 @@ def run(command, quiet=False):
 
 def check_all(entries, base):
     """Refuse a study one of whose commands has an impossible combination of knobs, before any of them starts."""
-    for name, words in entries.items():
-        if name in read_list(runs, "runs") and not checkpoints(Path(out_dir) / name):
-            command = [word for word in train_command(name, words, base) if word not in shlex.split(launch)]
-            if (result := run([*command, "--dry_run=True"], quiet=True))[0]:
-                raise ValueError(f"runs: {name}: {result[1].strip()}")
-            print(f"{name}: {shlex.join(words)}")
+    planned = {f"runs: {name}: {shlex.join(words)}": [*train_command(name, words, base, launch=""), "--dry_run=True"]
+               for name, words in entries.items()
+               if name in read_list(runs, "runs") and not checkpoints(Path(out_dir) / name)}
     others = [f"{script} {words}" for script, words in (("spectrum.py", spectrum), ("plot.py", plot)) if words != "none"]
-    for text in [*evals, *others]:
-        if (result := run([*shlex.split(text), "--help"], quiet=True))[0]:
-            raise ValueError(f"{text}: {result[1].strip()}")
+    planned |= {text: [*shlex.split(text), "--help"] for text in [*evals, *others]}
+    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
+        for text, (status, err) in zip(planned, pool.map(partial(run, quiet=True), planned.values())):
+            if status:
+                raise ValueError(f"{text}: {err.strip()}")
+            print("checked", text)
 
 
 def progress(entries, done, now=()):
@@ -175,8 +169,8 @@ def progress(entries, done, now=()):
         else:
             cells |= dict.fromkeys((text.split()[0] for text in evals), "to do")
         for stage, command in commands(name, words, base, download=False):
-            if key_of(command) in done:
-                cells[stage] = f"{done[key_of(command)] / 60:.1f} min"
+            if shlex.join(command) in done:
+                cells[stage] = f"{done[shlex.join(command)] / 60:.1f} min"
             elif (name, stage) == now:
                 cells[stage] = "running"
         rows.append([name, *cells.values()])
@@ -219,7 +213,7 @@ if __name__ == "__main__":
         try:
             for name, words in entries.items():
                 for stage, command in commands(name, words, base):
-                    if key_of(command) in (done := done_before()):
+                    if shlex.join(command) in (done := done_before()):
                         continue
                     print(f"\n{progress(entries, done, (name, stage))}\n\n{shlex.join(command)}", flush=True)
                     Path(out_dir).mkdir(parents=True, exist_ok=True)
@@ -229,7 +223,7 @@ if __name__ == "__main__":
                         raise ValueError(f"{name}: training was stopped; the same command goes on from there")
                     if status:
                         raise ValueError(f"{name}: {stage} ended with status {status}; the same command goes on from there")
-                    append_jsonl(Path(out_dir) / "study.jsonl", {"run": name, "stage": stage, "command": key_of(command),
+                    append_jsonl(Path(out_dir) / "study.jsonl", {"run": name, "stage": stage, "command": shlex.join(command),
                                                                  "seconds": round(time.time() - started, 1)})
         except KeyboardInterrupt:
             raise ValueError("stopped; the same command goes on from there") from None
