@@ -210,8 +210,8 @@ def list_of_runs(base, data):
     return (f'"""For study.py: written by quickstart.py."""\nout_dir = {out_dir!r}\nbase = {str(base)!r}\nmodels = (\'base\',)\n'
             f"runs = (\n{listed})\ntrain = {train!r}\nevals = (\n" + "".join(f"    {text!r},\n" for text in evals) + ")\n"
             "spectrum = '--subspaces= --device=cpu'\n"
-            "plot = (\"--figures=story --learning='loss target' --forgetting=hellaswag --x=step \"\n"
-            "        \"--labels='loss target=loss on new word problems,hellaswag=lines of Python finished rightly'\")\n")
+            "plot = (\"--figures=story --learning='loss target' --forgetting='loss source' --x=step \"\n"
+            "        \"--labels='loss target=loss on new word problems,loss source=loss on held-out Python'\")\n")
 
 
 def last_values(folder):
