@@ -85,7 +85,7 @@ def from_hub(url, knob):
     repo, revision, pattern = match.groups()
     pattern = pattern or "*"
     by_hand = (f"; or fetch it elsewhere (hf download {repo} --repo-type dataset --include '{pattern}' --local-dir DIR) "
-               f"and say --source='DIR/{pattern}'")
+               f"and say --{knob}='DIR/{pattern}'")
     try:
         info = HfApi().dataset_info(repo, revision=revision, timeout=30)
         names = sorted(file.rfilename for file in info.siblings if fnmatch.fnmatchcase(file.rfilename, pattern)

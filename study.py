@@ -63,6 +63,11 @@ def chosen(names):
     return [n for n in names if n in wanted or not wanted]
 
 
+def is_run(name):
+    """Whether a name is of `runs`, so trained here, and not of `models`."""
+    return any(shlex.split(entry)[0] == name for entry in runs)
+
+
 def fetch(where, download=True):
     """A folder as it stands; hf://OWNER/NAME[@REVISION] is downloaded to the hub's cache, or None if it is not there yet
     and is not to be downloaded."""
@@ -100,7 +105,7 @@ def trained_of(name):
 
 def judged(name, words, base, download=True):
     """The knobs that tell an evaluation what to judge: [[knob, ...]], one list for each evaluation of a model or run."""
-    if name not in read_list(models, "models"):
+    if is_run(name):
         return [[f"--model={folder}"] for _, folder in trained_of(name)]
     if (folder := fetch(words[0], download) if words else base) is None:
         return []
@@ -110,7 +115,7 @@ def judged(name, words, base, download=True):
 
 def commands(name, words, base, download=True):
     """Yield (stage, command line) of a model or a run, in order; evaluations are known once it is trained or downloaded."""
-    if name in read_list(runs, "runs"):
+    if is_run(name):
         yield "train", train_command(name, words, base, launch)
     for what in judged(name, words, base, download):
         for text in evals:
@@ -147,8 +152,7 @@ def run(command, quiet=False):
 def check_all(entries, base):
     """Refuse a study one of whose commands has an impossible combination of knobs, before any of them starts."""
     planned = {f"runs: {name}: {shlex.join(words)}": [*train_command(name, words, base, launch=""), "--dry_run=True"]
-               for name, words in entries.items()
-               if name in read_list(runs, "runs") and not checkpoints(Path(out_dir) / name)}
+               for name, words in entries.items() if is_run(name) and not checkpoints(Path(out_dir) / name)}
     others = [f"{script} {words}" for script, words in (("spectrum.py", spectrum), ("plot.py", plot)) if words != "none"]
     planned |= {text: [*shlex.split(text), "--help"] for text in [*evals, *others]}
     with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
@@ -160,14 +164,11 @@ def check_all(entries, base):
 
 def progress(entries, done, now=()):
     """The table: a line a model or run, a column a stage, with minutes where it is done."""
-    stages = ["train", *dict.fromkeys(text.split()[0] for text in evals), *([] if spectrum == "none" else ["spectrum.py"])]
+    judging = dict.fromkeys(text.split()[0] for text in evals)
+    stages = ["train", *judging, *([] if spectrum == "none" else ["spectrum.py"])]
     rows = [["", *(stage.removesuffix(".py") for stage in stages)]]
     for name, words in entries.items():
-        cells = dict.fromkeys(stages, "-")
-        if name in read_list(runs, "runs"):
-            cells = dict.fromkeys(stages, "to do")
-        else:
-            cells |= dict.fromkeys((text.split()[0] for text in evals), "to do")
+        cells = {stage: "to do" if is_run(name) or stage in judging else "-" for stage in stages}
         for stage, command in commands(name, words, base, download=False):
             if shlex.join(command) in done:
                 cells[stage] = f"{done[shlex.join(command)] / 60:.1f} min"
@@ -219,10 +220,9 @@ if __name__ == "__main__":
                     Path(out_dir).mkdir(parents=True, exist_ok=True)
                     started = time.time()
                     status, _ = run(command)
-                    if stage == "train" and not status and not is_complete(name):
-                        raise ValueError(f"{name}: training was stopped; the same command goes on from there")
-                    if status:
-                        raise ValueError(f"{name}: {stage} ended with status {status}; the same command goes on from there")
+                    if status or stage == "train" and not is_complete(name):
+                        how = f"ended with status {status}" if status else "was stopped"
+                        raise ValueError(f"{name}: {stage} {how}; the same command goes on from there")
                     append_jsonl(Path(out_dir) / "study.jsonl", {"run": name, "stage": stage, "command": shlex.join(command),
                                                                  "seconds": round(time.time() - started, 1)})
         except KeyboardInterrupt:
@@ -230,4 +230,6 @@ if __name__ == "__main__":
         print(f"\n{progress(entries, done_before())}\n\n{results(entries)}")
         if not only and plot != "none":
             folders = ",".join(str(Path(out_dir) / name) for name in entries)
-            run(["plot.py", f"--runs={folders}", f"--out_dir={Path(out_dir) / 'figures'}", *shlex.split(plot)])
+            status, _ = run(["plot.py", f"--runs={folders}", f"--out_dir={Path(out_dir) / 'figures'}", *shlex.split(plot)])
+            if status:
+                raise ValueError(f"plot.py ended with status {status}; the same command draws again")

@@ -30,20 +30,13 @@ The paper's values (its tables S5, S6; base HumanEval .138, forgetting .671):
            r=64       .652  .651  .632  .580  .510
            r=16       .653  .648  .652  .646  .609
 """
-base = base or 'models/Llama-2-7b-hf'
+from pathlib import Path
+
 data = data or 'data/magicoder'
 data_rows = data_rows or 193 * 192  # for --dry_run before the data are there
 max_epochs = max_epochs or (0.0 if max_steps or max_tokens else 4.0)
-_name = 'code_ift_' + (f'r{lora_rank}' if lora_rank else 'full') + (f'_{max_epochs:g}ep' if max_epochs else '')
-out_dir = out_dir or f'out/{_name}'
 learning_rate = 5e-5 if not lora_rank else 1e-4 if lora_rank >= 256 else 2e-4  # r=256 spikes at 2e-4
-weight_decay = 0.0
-doc_mask = False             # packed examples see each other
-loss_norm = 'paper'          # mean of the means of microbatches
 seq_len = 4096
 global_batch = 192
-microbatch = 6               # part of the result with loss_norm='paper'
-activation_checkpointing = 'block'
-schedule = 'cosine'          # to 1% of the peak, a tenth of the run as warmup
-save_interval = 100
-compile = True
+microbatch = 6
+exec((Path(__file__).parent / 'ift.py').read_text())

@@ -22,18 +22,9 @@ The paper's values (its tables S3, S4; base GSM8K .145, forgetting .671):
            r=64       .640  .640  .638  .637  .643  .634  .634  .627
            r=16       .640  .641  .646  .641  .643  .641  .636  .637
 """
-base = base or 'models/Llama-2-7b-hf'
+from pathlib import Path
+
 data = data or 'data/openwebmath'
-out_dir = out_dir or ('out/math_cpt_' + (f'r{lora_rank}' if lora_rank else 'full'))
 learning_rate = 4e-5 if lora_rank else 1e-5
 weight_decay = 0.0
-doc_mask = False             # documents of a window see each other
-seq_len = 4096
-global_batch = 192
-microbatch = 2               # the paper's is 6; the gradient is the same, and so nothing has to be computed twice
-max_tokens = max_tokens or (0.0 if max_steps else 20e9)
-schedule = 'inv_sqrt'        # a trapezoid: warmup, flat, linear to 0 over the last fifth
-warmup_steps = 1000
-alpha_f_decay = 1.0
-save_interval = 500
-compile = True
+exec((Path(__file__).parent / 'cpt.py').read_text())

@@ -27,20 +27,13 @@ The paper's values (its tables S7, S8; base GSM8K .145, forgetting .671):
            r=64       .617  .609  .608  .586  .568
            r=16       .628  .617  .616  .616  .596
 """
-base = base or 'models/Llama-2-7b-hf'
+from pathlib import Path
+
 data = data or 'data/metamathqa'
 data_rows = data_rows or 172_000    # for --dry_run before the data are there: an estimate, 2.3 examples a row
 max_epochs = max_epochs or (0.0 if max_steps or max_tokens else 4.0)
-_name = 'math_ift_' + (f'r{lora_rank}' if lora_rank else 'full') + (f'_{max_epochs:g}ep' if max_epochs else '')
-out_dir = out_dir or f'out/{_name}'
 learning_rate = 1e-5 if not lora_rank else 5e-5 if lora_rank >= 256 else 1e-4  # r=256 is unstable at 1e-4
-weight_decay = 0.0
-doc_mask = False             # packed examples see each other
-loss_norm = 'paper'          # mean of the means of microbatches
 seq_len = 1024
 global_batch = 768
-microbatch = 24              # part of the result with loss_norm='paper'
-activation_checkpointing = 'block'
-schedule = 'cosine'          # to 1% of the peak, a tenth of the run as warmup
-save_interval = 100
-compile = True
+microbatch = 24
+exec((Path(__file__).parent / 'ift.py').read_text())

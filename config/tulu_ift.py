@@ -22,23 +22,14 @@ The paper's values (its tables S10 to S13; base MT-bench 2.74, GSM8K .145, forge
 import json
 from pathlib import Path
 
-base = base or 'models/Llama-2-7b-hf'
 data = data or 'data/tulu_v2'
 data_rows = data_rows or 120_000    # for --dry_run before the data are there: a guess
 max_epochs = max_epochs or (0.0 if max_steps or max_tokens else 6.0)
-_name = 'tulu_ift_' + (f'r{lora_rank}' if lora_rank else 'full') + (f'_{max_epochs:g}ep' if max_epochs else '')
-out_dir = out_dir or f'out/{_name}'
 learning_rate = 1e-4 if lora_rank else 5e-6
-weight_decay = 0.0
-doc_mask = False             # packed examples see each other
-loss_norm = 'paper'          # mean of the means of microbatches
 seq_len = 4096
 global_batch = 192
-microbatch = 6               # part of the result with loss_norm='paper'
-activation_checkpointing = 'block'
-schedule = 'cosine'          # to 1% of the peak, a tenth of the run as warmup
-save_interval = 100
-compile = True
+microbatch = 6
 if (Path(data) / 'meta.json').is_file():
     _rows = json.loads((Path(data) / 'meta.json').read_text())['splits']['train']['rows']
     checkpoint_at = checkpoint_at or tuple(_epochs * _rows // global_batch for _epochs in (2, 4))  # those two are kept
+exec((Path(__file__).parent / 'ift.py').read_text())

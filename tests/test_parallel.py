@@ -39,6 +39,14 @@ def launch(setting, ranks, out, *more, script="train.py"):
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+def changed(setting, lines):
+    """A script that is train.py after `lines`, which may look at the rank."""
+    script = setting[0] / "changed.py"
+    script.write_text(f"import os, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nrank = int(os.environ['RANK'])\n{lines}\n"
+                      f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
+    return script
+
+
 def train(*args):
     process = launch(*args)
     output = process.communicate(timeout=200)[0]
@@ -76,13 +84,8 @@ def train_alone(setting, out, *more):
 def test_mistake_on_one_rank_ends_all_with_its_message(setting):
     """The second rank does not find the weights."""
     folder, _ = setting
-    script = folder / "blind.py"
-    script.write_text(f"""import os, runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
-if os.environ["RANK"] == "1":
-    sys.argv = ["--base={folder / 'nowhere'}" if arg.startswith("--base=") else arg for arg in sys.argv]
-runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
-""")
+    script = changed(setting, f"if rank: sys.argv = ['--base={folder / 'nowhere'}' if arg.startswith('--base=') else arg "
+                              "for arg in sys.argv]")
     started = time.time()
     process = launch(setting, 2, "out", script=script)
     output = process.communicate(timeout=100)[0]
@@ -256,14 +259,7 @@ def test_two_nodes_survive_the_loss_and_return_of_one(setting):
 
 def test_replicas_that_drift_apart_are_refused(setting):
     folder, _ = setting
-    script = folder / "drift.py"
-    script.write_text(f"""import os, runpy, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch, lion
-if os.environ["RANK"] == "1":
-    lion.DecoupledLionW.update = lambda *args: None
-runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
-""")
+    script = changed(setting, "import lion\nif rank: lion.DecoupledLionW.update = lambda *args: None")
     output = launch(setting, 2, "out", *KIND["lora"], "--shard=none", script=script).communicate(timeout=100)[0]
     assert "replicas drifted apart" in output and not checkpoints(folder / "out")
 

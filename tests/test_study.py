@@ -33,7 +33,7 @@ def test_learning_rates_are_the_papers(config, rank):
             "code_ift": (5e-5, 2e-4, 1e-4), "tulu_ift": (5e-6, 1e-4, 1e-4)}[config][(0, 16, 256).index(rank)]
     help_text = run_here("train.py", ROOT / f"config/{config}.py", f"--lora_rank={rank}", "--help").stdout
     line, = (line for line in help_text.splitlines() if line[2:].startswith("learning_rate ="))
-    assert line.startswith("  ") and want == 1e-4 or f"-> {want!r}" in line  # 1e-4 is train.py's own
+    assert line.startswith("  ") if want == 1e-4 else f"-> {want!r}" in line  # 1e-4 is train.py's own
 
 
 @pytest.mark.parametrize("config, knobs, words", [
