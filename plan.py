@@ -101,6 +101,8 @@ def predict_memory(model, optimizer, rows, seq_len, microbatches=1, ranks=1, sha
         copies = compute * (rest + 3 * block) + (compute + 4) * per_block
         after = compute * rest + (compute + 4) * (trained - layers * per_block)
     state = states(model, optimizer, shards)
+    if device == "cpu":  # there a rank's memory is its process's, which code and threads touched for the first time add to
+        state["process"] = 45_000_000
     again = full and (c.tie_word_embeddings or microbatches > 1)  # the embedding's gradient is added to one that exists
     turn = {**state, "gathered or cast": copies, "activations": activations, "scratch": scratch}
     if microbatches == 1:

@@ -1,0 +1,135 @@
+"""claims.py: run folders with known numbers, and what is said of them."""
+import json
+import math
+import statistics
+
+import pytest
+from conftest import run_here
+
+from claims import Method, claims, forgot_at, interval, method_of, verdict
+
+BASE = {"learned": 5.0, "kept": 3.0}
+
+
+def write_run(folder, learned, forgot, seed=1, steps=10, effective_rank=None, **config):
+    """A folder as train.py leaves it, which learned and forgot so many nats."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"config": {"seed": seed, "base": "b", **config}}))
+    lines = [(0, BASE["learned"], BASE["kept"]), (steps, BASE["learned"] - learned, BASE["kept"] + forgot)]
+    (folder / "log.jsonl").write_text("".join(
+        json.dumps({"step": step, "tokens": step, "val": {"target": a, "source": b}}) + "\n" for step, a, b in lines))
+    if effective_rank:
+        rows = [{"matrix": "D", "checkpoint": 0, "effective_rank": {"0.9": r}} for r in effective_rank]
+        (folder / "spectrum.json").write_text(json.dumps({"checkpoints": [{}], "matrices": rows}))
+
+
+def table(tmp_path, learning="loss target", forgetting="loss source"):
+    result = run_here("claims.py", f"--runs={tmp_path}/*/*", f"--learning={learning}", f"--forgetting={forgetting}")
+    assert result.returncode == 0, result.stderr
+    rows, claim = {}, ""
+    for line in result.stdout.splitlines()[4:]:
+        named, what, numbers, said = (cell.strip() for cell in line.strip("|").split("|"))
+        claim = named or claim
+        rows[claim[:2], what] = numbers, said
+    return rows
+
+
+@pytest.fixture
+def studies(tmp_path):
+    """Five seeds: full learns 2 and forgets 1 (at half the steps 1 and .2), r=4 1 and .1, r=16 1.5 and .5; noise of .02."""
+    for seed in range(5):
+        noise = 0.01 * (seed - 2)
+        out = tmp_path / str(seed)
+        write_run(out / "full", 2 + noise, 1.0, seed, effective_rank=[30, 50])
+        write_run(out / "half", 1.0, 0.2, seed, steps=5)
+        write_run(out / "r4", 1.0, 0.1, seed, lora_rank=4)
+        write_run(out / "r16", 1.5 - noise, 0.5, seed, lora_rank=16)
+        write_run(out / "mlp", 1.4, 0.4, seed, lora_rank=16, lora_targets="mlp")
+        write_run(out / "attention", 1.4 + noise, 0.4, seed, lora_rank=16, lora_targets="attention")
+        write_run(out / "decay", 2.0, 0.4, seed, weight_decay=1e-4)
+    return tmp_path
+
+
+def test_each_claim_is_told_with_its_numbers(studies):
+    rows = table(studies)
+    half = 2.776 * 0.02 * math.sqrt(2.5) / math.sqrt(5)  # of full - r16: .5 + 2 noise
+    numbers, said = rows["C1", "full - LoRA r=16"]
+    assert said == "holds" and numbers == f"+0.500 ± {half:.3f} (n=5)"
+    assert rows["C1", "LoRA r=16 - LoRA r=4"][1] == rows["C2", "LoRA r=16 - LoRA r=4"][1] == "holds"
+    # r=4 learned 1 and forgot .1, full then .2; r=16 learned 1.5 and forgot .5, full then .6, by a line
+    assert rows["C2", "full - LoRA r=4"] == ("+0.100 ± 0.000 (n=5)", "holds")
+    # with weight decay: .4 at 2, so .2 at 1, .3 at 1.5
+    assert rows["C3", "full, weight decay - LoRA r=4"] == ("+0.100 ± 0.000 (n=5)", "holds")
+    assert rows["C3", "full, weight decay - LoRA r=16"][0].startswith("-0.200")
+    assert rows["C3", "full, weight decay - LoRA r=16"][1] == "does not hold"
+    assert rows["C4", "effective rank / r"] == ("+2.500 ± 0.000 (n=5)", "does not hold")  # 40 / 16
+    assert rows["C5", "mlp - attention, r=16"][1] == "cannot be told" and rows["C5", "all - mlp, r=16"][1] == "holds"
+
+
+def test_one_seed_has_no_interval(tmp_path):
+    write_run(tmp_path / "a/full", 2.0, 1.0)
+    write_run(tmp_path / "a/r4", 1.0, 0.1, lora_rank=4)
+    rows = table(tmp_path)
+    assert rows["C1", "full - LoRA r=4"] == ("+1.000 (n=1)", "cannot be told")
+    assert rows["C5", ""] == ("", "no such runs")
+
+
+def test_items_of_an_evaluation_make_an_interval_for_one_seed(tmp_path):
+    for name, config, value in (("full", {}, 0.30), ("r4", {"lora_rank": 4}, 0.20)):
+        write_run(tmp_path / "a" / name, 1.0, 0.1, **config)
+        for metric, v, stderr in (("acc", value, 0.01), ("kept", 0.5, 0.02)):
+            with open(tmp_path / "a" / name / "results.jsonl", "a") as file:
+                file.write(json.dumps({"metric": metric, "value": v, "stderr": stderr, "n": 100, "step": 10}) + "\n")
+    (tmp_path / "a/base").mkdir()
+    (tmp_path / "a/base/results.jsonl").write_text("".join(
+        json.dumps({"metric": m, "value": v, "stderr": 0.01, "step": 0, "settings": {"model": "b"}}) + "\n"
+        for m, v in (("acc", 0.1), ("kept", 0.6))))
+    rows = table(tmp_path, "acc", "kept")
+    numbers, said = rows["C1", "full - LoRA r=4"]
+    assert said == "holds" and numbers == f"+0.100 ± {1.96 * 0.01 * math.sqrt(2):.3f} (n=1)"
+    assert rows["C2", "full - LoRA r=4"][1] == "cannot be told"  # both forgot .1
+
+
+@pytest.mark.parametrize("mean, half, least, said", [(1.0, 0.5, 0.0, "holds"), (0.4, 0.5, 0.0, "cannot be told"),
+                                                     (-1.0, 0.5, 0.0, "does not hold"), (1.0, None, 0.0, "cannot be told"),
+                                                     (9.0, 0.5, 10.0, "does not hold"), (11.0, 0.5, 10.0, "holds")])
+def test_verdicts(mean, half, least, said):
+    assert verdict(mean, half, least) == said
+
+
+@pytest.mark.parametrize("n, t", [(2, 12.706), (3, 4.303), (5, 2.776), (9, 2.306)])  # of a published table
+def test_interval_is_students(n, t):
+    values = [0.1 * i * i for i in range(n)]
+    mean, half = interval([(v, None) for v in values])
+    assert mean == statistics.fmean(values) and half == pytest.approx(t * statistics.stdev(values) / math.sqrt(n), rel=2e-3)
+
+
+def test_line_between_durations():
+    assert forgot_at([(2.0, 0.6), (1.0, 0.2)], 1.5) == pytest.approx(0.4) and forgot_at([(1.0, 0.2)], 0.5) == pytest.approx(0.1)
+    assert forgot_at([(1.0, 0.2)], 1.1) is None and forgot_at([], 0.1) is None
+
+
+def test_methods():
+    assert method_of({"lora_rank": 4, "lora_targets": "gate_proj,up_proj,down_proj"}) == Method(4, "mlp")
+    assert method_of({"attention_dropout": 0.1}) == Method(0, "attention dropout") and str(Method(0, "")) == "full"
+    assert method_of({"weight_decay": 1e-4, "attention_dropout": 0.1}) is None
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda out: write_run(out / "again", 1.0, 1.0), "a second run of full"),
+    (lambda out: (out / "full/log.jsonl").write_text('{"step": 0, "val": {"target": 1}}\n{"step": 3, "val": {"target": 1}}\n'),
+     "no 'loss source'"),
+    (lambda out: (out / "full/log.jsonl").write_text('{"step": 3, "tokens": 3, "val": {"target": 1.0, "source": 1}}\n'),
+     "of the base"),
+    (lambda out: (out / "full/config.json").unlink(), "no finished run")])
+def test_runs_that_cannot_be_compared(tmp_path, break_it, message):
+    write_run(tmp_path / "a/full", 2.0, 1.0)
+    break_it(tmp_path / "a")
+    result = run_here("claims.py", f"--runs={tmp_path}/*/*", "--learning=loss target", "--forgetting=loss source")
+    assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_claims_leave_out_what_no_seed_has():
+    changes = {(1, Method(0, ""), 10): ((2.0, None), (1.0, None)), (1, Method(4, ""), 10): ((3.0, None), (1.0, None))}
+    told = dict(claims(changes, {}))
+    assert told["C2 At equal learning full finetuning has forgotten more than LoRA"] == []  # r=4 learned more than full did
