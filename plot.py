@@ -860,7 +860,7 @@ def noise(content):
     ax.set(xlabel="index", ylabel="singular value")
     xs, ys = zip(*[(d["log10_c"], d["mean_difference"]) for d in content["differences"]])
     bx.plot(xs, ys, color=OTHERS[3], marker="o")
-    bx.set(yscale="log", xlabel="log10 c", ylabel="mean |change of A's spectrum by cB|")
+    bx.set(yscale="log", xlabel="log10 c", ylabel="mean |change of spectrum|")
     return fig
 
 

@@ -5,6 +5,8 @@ three ranks, for two durations, asks what each learned and forgot, and draws it 
 
     python quickstart.py
     python quickstart.py --lora_ranks=1,4,16,64            # what is there already is not made again
+    for s in 1 2 3 4 5; do python quickstart.py --claims=True --seed=$s --out_dir=out/claims/$s; done; python claims.py \\
+        --runs='out/claims/*/*' --learning='loss target' --forgetting='loss source'     # an hour: each claim, with intervals
 
 Every step is a command of this codebase, printed before it runs: the same ones, with other folders, do the 7B study. The
 list of runs that it writes, OUT_DIR/runs.py, is what study.py takes. When it was stopped, the same command goes on.
@@ -58,7 +60,9 @@ lora_ranks = (1, 4, 16)      # of a width of 128, as 32, 128 and 512 of Llama-2-
 eval_rows = 100              # held-out rows of each domain that a loss is the mean of
 choice_items = 400           # lines of held-out Python, whose end is to be told from three others
 solve_items = 100            # held-out word problems to solve
-_free = {'data_dir', 'out_dir', 'lora_ranks', 'steps'}  # may differ when the script is started again on the same folders
+seed = 1337                  # of weights, rows and dropout, not of the data
+claims = False               # in place of the evaluations and the picture: the further runs that claims.py asks for
+_free = {'data_dir', 'out_dir', 'lora_ranks', 'steps', 'claims'}  # may differ when the script is started again on the same folders
 
 
 # ----------------------------------------------------------------------------- the two domains
@@ -140,9 +144,9 @@ def run(script, *argv, **knobs):
         raise SystemExit(status)
 
 
-def remember_knobs(folder, config):
-    """Store what a folder is made with; ValueError if that was something else the last time."""
-    path, kept = Path(folder, "quickstart.json"), {name: value for name, value in config.items() if name not in _free}
+def remember_knobs(folder, config, free):
+    """Store what a folder is made with, but for the knobs in `free`; ValueError if that was something else the last time."""
+    path, kept = Path(folder, "quickstart.json"), {name: value for name, value in config.items() if name not in free}
     kept = json.loads(json.dumps(kept))
     before = json.loads(path.read_text()) if path.exists() else kept
     if changed := [f"{name}={before.get(name)}, not {kept[name]}" for name in kept if before.get(name) != kept[name]]:
@@ -199,11 +203,17 @@ def both(data):
 def list_of_runs(base, data):
     """The text of a config file for study.py."""
     kinds = [("full", full_learning_rate, "")] + [(f"r{rank}", lora_learning_rate, f" --lora_rank={rank}") for rank in lora_ranks]
+    if claims:  # the paper's regularisers (figure 4) and target modules (figure 7)
+        kinds += [("full-decay", full_learning_rate, " --weight_decay=1e-4"),
+                  ("full-dropout", full_learning_rate, " --attention_dropout=0.1"),
+                  *((f"r{lora_ranks[-1]}-{modules}", lora_learning_rate, f" --lora_rank={lora_ranks[-1]} --lora_targets={modules}")
+                    for modules in ("mlp", "attention"))]
     runs = [f"{name}-{n} --max_steps={n} --learning_rate={rate}{lora}" for n in steps for name, rate, lora in kinds]
     train = (f"--data={data / 'target'} --val_data={both(data)} --optimizer=lionw "
              f"--global_batch={batch} --microbatch={batch} --eval_rows={eval_rows} --log_interval=50 --save_interval=200 "
-             "--keep_last=1 --device=cpu")
-    evals = [f"eval_gsm8k.py --test_data={data / 'problems_test.jsonl'} --train_data={data / 'problems_train.jsonl'} --shots=0 "
+             f"--keep_last=1 --device=cpu --seed={seed}")
+    evals = [] if claims else [
+             f"eval_gsm8k.py --test_data={data / 'problems_test.jsonl'} --train_data={data / 'problems_train.jsonl'} --shots=0 "
              f"--bos=True --max_new_tokens={seq_len // 2} --limit={solve_items} --device=cpu",
              f"eval_forgetting.py --tasks=hellaswag --styles=gauntlet --hellaswag={data / 'choices.jsonl'} --device=cpu"]
     listed = "".join(f"    {text!r},\n" for text in runs)
@@ -265,8 +275,8 @@ if __name__ == "__main__":
         if not lora_ranks or min(lora_ranks) < 1 or not steps or min(steps) < 1:
             raise ValueError(f"lora_ranks and steps: expected numbers from 1 up, such as 4,16; found {lora_ranks} and {steps}")
         data, out = Path(data_dir), Path(out_dir)
-        for folder in (data, out):
-            remember_knobs(folder, config)
+        for folder, free in ((data, _free | {"seed"}), (out, _free)):
+            remember_knobs(folder, config, free)
 
         # 1: a model without weights, the tokens of both domains, questions about the source
         shape = out / "shape"
@@ -288,11 +298,13 @@ if __name__ == "__main__":
         # 2: the base
         base = pretrain(out / "pretraining", base=shape, scratch=True, data=data / "pretrain", val_data=both(data),
                         global_batch=base_batch, microbatch=base_batch, optimizer="adamw", learning_rate=base_learning_rate,
-                        device="cpu")
+                        seed=seed, device="cpu")
 
         # 3: finetuning, evaluations, spectra, the picture
         (out / "runs.py").write_text(list_of_runs(base, data))
         run("study.py", out / "runs.py")
+        if claims:
+            raise SystemExit
 
         # 4: what came of it
         start = last_values(out / "pretraining") | last_values(out / "base")

@@ -5,7 +5,10 @@ import shlex
 
 import pytest
 
-from conftest import ROOT, run_stage
+import quickstart as script
+from claims import Method, method_of
+from configurator import configure
+from conftest import ROOT, need, run_here, run_stage
 from quickstart import compare, compare_at_equal_learning, last_values, lines_to_finish, pystdlib, toy_math
 
 TINY = {"max_modules": 60, "source_problems": 40, "target_problems": 60, "held_out_problems": 8, "vocab_size": 400, "hidden_size": 16,
@@ -81,6 +84,27 @@ def test_other_knobs_on_the_same_folders_are_refused(finished):
     assert done.returncode == 2 and done.stdout == ""
     assert "data/quickstart was made with lora_learning_rate=" in done.stderr and "not 0.5" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_runs_for_the_claims_are_the_papers_methods(tmp_path, monkeypatch):
+    """Each with the seed, a plain LoRA beside every special one, and nothing that train.py would refuse."""
+    monkeypatch.setattr(script, "claims", True)
+    monkeypatch.setattr(script, "seed", 5)
+    (tmp_path / "runs.py").write_text(script.list_of_runs(need("data/stories260k"), tmp_path))
+    knobs = {"out_dir": "", "base": "", "models": (), "runs": (), "train": "", "evals": ("x",), "spectrum": "", "plot": ""}
+    configure(knobs, [str(tmp_path / "runs.py")])
+    assert knobs["evals"] == () and "--seed=5" in knobs["train"]
+    methods = set()
+    for line in knobs["runs"]:
+        name, *words = shlex.split(line)
+        config = dict(word[2:].split("=") for word in words)
+        rank = int(config.get("lora_rank", 0))
+        methods.add(method_of(config | {"lora_rank": rank}))
+        assert float(config["learning_rate"]) == (3e-4 if rank else 1e-4)
+    assert methods == {Method(0, ""), Method(0, "weight decay"), Method(0, "attention dropout"), Method(1, ""), Method(4, ""),
+                       Method(16, ""), Method(16, "mlp"), Method(16, "attention")}
+    tried = run_here("train.py", *shlex.split(knobs["runs"][-1])[1:], f"--base={knobs['base']}", "--dry_run=True", "--seq_len=256")
+    assert tried.returncode == 0 and "q_proj k_proj v_proj o_proj\n" in tried.stdout, tried.stderr
 
 
 @pytest.mark.parametrize("knob, value, error", [
