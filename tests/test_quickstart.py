@@ -100,7 +100,7 @@ def test_runs_for_the_claims_are_the_papers_methods(tmp_path, monkeypatch):
         config = dict(word[2:].split("=") for word in words)
         rank = int(config.get("lora_rank", 0))
         methods.add(method_of(config | {"lora_rank": rank}))
-        assert float(config["learning_rate"]) == (3e-4 if rank else 1e-4)
+        assert float(config["learning_rate"]) == {0: 4e-4, 1: 4e-3, 4: 2e-3, 16: 1e-3}[rank]
     assert methods == {Method(0, ""), Method(0, "weight decay"), Method(0, "attention dropout"), Method(1, ""), Method(4, ""),
                        Method(16, ""), Method(16, "mlp"), Method(16, "attention")}
     tried = run_here("train.py", *shlex.split(knobs["runs"][-1])[1:], f"--base={knobs['base']}", "--dry_run=True", "--seq_len=256")
