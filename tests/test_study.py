@@ -102,6 +102,14 @@ def test_an_impossible_run_is_refused_before_the_first_one_starts(tmp_path, toke
     assert not (tmp_path / "out").exists()
 
 
+def test_figures_that_cannot_be_drawn_fail_the_study(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/figures").write_text("in the way")
+    result = study(tmp_path / "x.py", f"out_dir={str(tmp_path / 'out')!r}\nbase={str(need('data/stories260k'))!r}\n"
+                                      "models=('base',)\nspectrum='none'")
+    assert result.returncode == 2 and "plot.py ended with status" in result.stderr, result.stderr
+
+
 @pytest.mark.parametrize("text, message", [
     ("runs=('a --lora_rank=1', 'a --lora_rank=2')", "no other one has"),
     ("runs=('a',)\nmodels=('a',)", "share the name a"),
