@@ -1,6 +1,7 @@
 """lora_kernels.py: its cases in Triton's interpreter or on a GPU, and what its kernels compile to without one."""
 import re
 import subprocess
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ from model import Llama, LlamaConfig  # noqa: E402
 SHARED_KB = {80: 163, 90: 227, 100: 227}
 
 
-def cases_pass(**env):
+def cases_pass(*options, **env):
     """Run kernel_cases.py in a process of its own, which may be told of the interpreter before it imports Triton."""
-    done = run_stage("-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / "kernel_cases.py", timeout=900,
+    done = run_stage("-m", "pytest", "-q", "-p", "no:cacheprovider", *options, ROOT / "tests" / "kernel_cases.py", timeout=900,
                      OMP_NUM_THREADS=1, **env)
     assert done.returncode == 0 and int(re.search(r"(\d+) passed", done.stdout)[1]) > 50, done.stdout + done.stderr
 
@@ -33,7 +34,7 @@ def test_in_the_interpreter():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_the_gpu():
-    cases_pass()
+    cases_pass(*["-n", "8"] * (find_spec("xdist") is not None))  # compiling takes most of the time
 
 
 def test_kernels_asked_for_that_cannot_run_are_an_error():
