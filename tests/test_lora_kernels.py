@@ -71,21 +71,22 @@ def test_the_fastest_is_chosen_for_each_group_by_itself(kernel, names, monkeypat
 
 
 # ----------------------------------------------------------------------------- ahead of time
-TYPES = {"out": "*bf16", "left": "*fp32", "seeds": "*i32", "strips": "*i32", "scale": "fp32",
-         **dict.fromkeys(("x", "a", "u", "v", "w"), "*bf16")}
+TYPES = {"left": "*fp32", "seeds": "*i32", "strips": "*i32", "scale": "fp32"}
 QKV = dict(S0=0, E0=4096, S1=4096, E1=8192, S2=8192, E2=12288, HALF=True, TMA_FITS=True)  # Llama-2-7B's
 
 
-def compiled(kernel, config, arch, **constants):
+def compiled(kernel, config, arch, dtype="bf16", **constants):
     """The kernel compiled for a chip, all sizes and pointers multiples of 16."""
     fn, constants = kernel.fn, {**constants, **config.kwargs}
-    signature = {n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in fn.arg_names}
+    types = {**TYPES, **dict.fromkeys(("out", "x", "a", "u", "v", "w"), f"*{dtype}")}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in fn.arg_names}
     if kernel is lk.reduce_kernel:
         signature["out"] = "*fp32"
     even = {(i,): [["tt.divisibility", 16]] for i, (n, t) in enumerate(signature.items())
             if t[0] == "*" or t == "i32" and n not in ("limit", "bucket")}
     return triton_compile(ASTSource(fn, signature, constants, even), target=GPUTarget("cuda", arch, 32),
-                          options=dict(num_warps=config.num_warps, num_stages=config.num_stages))
+                          options={name: value for name, value in vars(config).items()
+                                   if name in ("num_warps", "num_stages", "maxnreg") and value})
 
 
 def fits(kernel, arch, tmp_path):
@@ -117,7 +118,27 @@ def test_small_kernels_compile_without_spills(name, arch, tmp_path):
     kernel, config, constants = PIECES[name]
     if name == "Q and dB":
         constants = dict(constants, BN=128 if arch < 90 else 256)
-    fits(compiled(kernel, config, arch, **constants), arch, tmp_path)
+    for dtype in ("bf16", "fp16") if arch == 90 else ("bf16",):
+        fits(compiled(kernel, config, arch, dtype, **constants), arch, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("G, R", [(3, 16), (3, 32), (3, 256)])
+@pytest.mark.parametrize("arch", SHARED_KB)
+def test_fp32_kernels_compile_without_spills_and_round_nothing_to_tf32(arch, G, R, tmp_path):
+    """Every config that fp32 is given, with the pieces of the rank that it is given."""
+    chunk = lk.piece_of(lk.padded_rank(R)[1], torch.float32)
+    whole = dict(G=G, R=R, **{**QKV, "HALF": False, "TMA_FITS": False})
+    cases = [(lk.down_kernel, lk.DOWN_FP32, dict(G=G, R=R, DROP=True, BM=lk.ROWS, BN=chunk)),
+             (lk.reduce_kernel, lk.RIGHT_FP32, dict(G=G, R=R, DROP=True, LEFT=False, BN=lk.COLUMNS, BR=chunk))]
+    if R <= lk.FUSED_RANK:
+        cases.append((lk.reduce_kernel, lk.BOTH_FP32, dict(G=1, R=R, DROP=False, LEFT=True, BN=lk.COLUMNS, BR=R)))
+    cases += [(lk.gemm_kernel, lk.FP32, dict(whole, BR=chunk, BACK=back, DROP=drop, ADD=add))
+              for back, drop in ((False, False), (True, False), (True, True)) for add in (False, True)]
+    for kernel, configs, constants in cases:
+        for config in configs:
+            ptx = fits(compiled(kernel, config, arch, "fp32", **constants), arch, tmp_path)
+            assert "tf32" not in ptx and "mma" not in ptx and "fma.rn.f32" in ptx
 
 
 @pytest.mark.parametrize("arch", SHARED_KB)
