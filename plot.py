@@ -928,7 +928,7 @@ def throughput(tables):
                     ax.plot(*zip(*line), **how_drawn)
                     name_end(ax, *line[-1], ("" if side == "ours" else "peer ") + method_name(rank), how_drawn["color"])
             powers_axis(ax, [r["batch"] for r in mine])
-            ax.set(xlabel="batch size, of which this GPU takes an eighth", ylabel=label, ylim=(0, None),
+            ax.set(xlabel="batch size, of which this GPU takes an eighth", ylabel=label, ylim=(0, 1.3 * ax.get_ylim()[1]),
                    title=f"{seq:,} tokens a row, checkpointing {how}")
     shapes = {f"{r['layers']} of {r['of_layers']} blocks of {r['shape']}" for r in records}
     fig.suptitle(f"{', '.join(sorted({str(t.get('device')) for t in tables}))}; {', '.join(sorted(shapes))}", fontsize=8)
