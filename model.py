@@ -290,9 +290,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dh = torch.empty_like(h) if want_dh else None
         dw = torch.zeros_like(weight, dtype=torch.promote_types(h.dtype, torch.float32)) if want_dw else None
         total = torch.zeros((), device=h.device, dtype=torch.promote_types(h.dtype, torch.float32))
-        most = max(1, ChunkedCrossEntropy.chunk_bytes // (vocab * h.itemsize))
-        count = -(-len(h) // most)
-        rows = -(-len(h) // max(1, count)) or 1  # even: a few rows at the end would read all of the weight for themselves
+        rows = max(1, ChunkedCrossEntropy.chunk_bytes // (vocab * h.itemsize))
         size = ChunkedCrossEntropy.piece_bytes if h.device.type == "cpu" else ChunkedCrossEntropy.chunk_bytes
         piece = max(1, size // (vocab * total.itemsize))
         for start in range(0, h.shape[0], rows):
