@@ -13,14 +13,13 @@ The rank is padded to R, a multiple of its chunk (16, 32 or 64), with zeros; the
 so that a tile may straddle q, k and v, and rows without an adapter are zeros. A tile skips the ranks it has no part in.
 """
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from triton import AsyncCompileMode, Config, cdiv
+from triton import Config, cdiv
 
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on the CPU, in numpy
 FUSED_RANK = 32    # up to here one kernel makes Q and dB; above, products of this width are at home in cuBLAS
@@ -70,24 +69,9 @@ def store(out, acc, rows, cols, row_limit, col_limit, row_stride, col_stride):
 
 def tuned(configs, key, choose, **how):
     """Choose a kernel's config by measurement, once for each key and kept in Triton's cache on disk, of those that
-    choose(configs, named arguments, **others) leaves. They are compiled side by side first, as that takes longest."""
-    def tuner_of(kernel):
-        tuner = triton.autotune(configs[:1] if INTERPRETED else configs, key=key, cache_results=True,
-                                prune_configs_by=dict(early_config_prune=choose), **how)(kernel)
-        prune = tuner.prune_configs
-
-        def prune_and_compile(call):
-            left = prune(call)
-            others = {name: value for name, value in call.items() if name not in ("grid", "warmup")}
-            if len(left) > 1 and not INTERPRETED:
-                with AsyncCompileMode(ThreadPoolExecutor(len(left)), ignore_errors=True):
-                    for config in left:
-                        kernel.warmup(*tuner.nargs.values(), grid=(1,), **others, **config.all_kwargs())
-            return left
-
-        tuner.prune_configs = prune_and_compile
-        return tuner
-    return tuner_of
+    choose(configs, named arguments, **others) leaves."""
+    return triton.autotune(configs[:1] if INTERPRETED else configs, key=key, cache_results=True,
+                           prune_configs_by=dict(early_config_prune=choose), **how)
 
 
 def is_half(named):

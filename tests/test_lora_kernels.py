@@ -1,6 +1,8 @@
 """lora_kernels.py: its cases in Triton's interpreter or on a GPU, and what its kernels compile to without one."""
+import itertools
 import re
 import subprocess
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -13,7 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, compile as triton_compile  # noqa: E402
 from triton.knobs import nvidia  # noqa: E402
 
-from lora import apply_lora, choose_kernel  # noqa: E402
+from lora import apply_lora, choose_kernel, time_kernel  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 
 SHARED_KB = {80: 163, 90: 227, 100: 227}
@@ -68,6 +70,16 @@ def test_the_fastest_is_chosen_for_each_group_by_itself(kernel, names, monkeypat
     found = [block.self_attn.qkv_proj, block.self_attn.o_proj, block.mlp.gate_up_proj, block.mlp.down_proj]
     assert [m.kernel for m in found] == ["added", other, other, other]
     assert len(lines) == 4 and "64 x 32, 3 adapters of rank 4: added" in lines[0] and "added 0.000" in lines[0]
+
+
+def test_every_variant_is_measured_compiled(monkeypatch):
+    """Groups and kernels are variants of one function to the compiler, which runs the ninth uncompiled unless told anew."""
+    monkeypatch.setattr("lora.milliseconds", lambda run: len(run()))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for N, K, n in itertools.product((12, 24, 36), (8, 10), (1, 2)):
+            spans = tuple((i * N // n, (i + 1) * N // n) for i in range(n))
+            assert time_kernel("torch", (N, K), spans, 2, 0.05, 5, torch.float32, torch.device("cpu"), True) == 3
 
 
 # ----------------------------------------------------------------------------- ahead of time
