@@ -15,11 +15,12 @@ bench: .venv/installed-test
 # One call for a GPU lent for ten minutes. What matters most comes first, figures are written as they come, and a part that
 # fails costs no other. On a machine that has the packages already: make -o .venv/installed-test gpu BIN=/its/venv/bin
 GPU_OUT = out/gpu
-TRAINING = $(BIN)/python bench.py --parts=training
+TRAINING = $(BIN)/python bench.py --device=cuda --parts=training
 gpu: .venv/installed-test
 	mkdir -p $(GPU_OUT)
 	failed=; \
-	$(BIN)/python bench_kernels.py --shapes=7b --stop_after=130 --out=$(GPU_OUT)/kernels.json || failed="$$failed kernels"; \
+	$(BIN)/python bench_kernels.py --device=cuda --shapes=7b --stop_after=130 --out=$(GPU_OUT)/kernels.json \
+	    || failed="$$failed kernels"; \
 	$(TRAINING) --seq_lens=4096 --checkpointing=none --batches=16 --ranks=0,16,64,256 --stop_after=170 \
 	    --out=$(GPU_OUT)/training.json || failed="$$failed training"; \
 	timeout 120 $(BIN)/python -m pytest -q -m gpu || failed="$$failed tests"; \
