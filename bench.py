@@ -42,7 +42,7 @@ from plan import PUBLISHED, flops_of_batch, predict_memory
 from runtime import device_name, one_line_errors, peak_flops, peak_memory, pick_device, versions, write_whole
 
 # -----------------------------------------------------------------------------
-parts = ()               # what to measure, of _choices; none = training on a GPU; full, lora, greedy, samples
+parts = ()               # full, lora, greedy, samples, training; none = what the machine can run: on a CPU all but training
 repeats = 3              # rounds; the median counts
 compile = True           # torch.compile of our blocks in training; the peer stays eager, compile_peer tries it
 compile_peer = False

@@ -49,7 +49,7 @@ def gsm8k():
     texts = sorted([tok.encode(build_prompt(q["question"], s)) for q, s in zip(test, shots)], key=len, reverse=True)
     stop, made = text_stopper(tok, STOPS, {tok.eos_id}), {}
     from transformers import AutoModelForCausalLM
-    mine, peer = Llama.from_pretrained(model, getattr(torch, dtype), device), AutoModelForCausalLM.from_pretrained(
+    mine, peer = Llama.from_pretrained(model, getattr(torch, dtype), device).eval(), AutoModelForCausalLM.from_pretrained(
         model, dtype=getattr(torch, dtype), attn_implementation="sdpa").to(device).eval()
 
     def by_ours(texts=texts, new=256):
