@@ -1,98 +1,121 @@
 """
 Speed and memory against Hugging Face transformers + peft, in one process, runs of both in turn.
 
-    python bench.py --model=models/smollm2-135m                # the real weights
-    python bench.py                                            # random weights of SmolLM2-135M's shape
-    python bench.py --parts=kernels                            # LoRA's products alone, at Llama-2's shapes, on a GPU
-    python bench.py --model=models/smollm2-135m --parts=gsm8k,starts
+    python bench.py                                            # what the machine can run, with random weights
+    python bench.py --model=models/smollm2-135m                # SmolLM2-135M's real weights instead of random ones
+    python bench.py --parts=training --ranks=0,16 --batches=16 # Llama-2-7B's shape, on a GPU
 
-Same weights, data, dtype and threads for both sides; each figure is the median over --repeats rounds. The peer gets
-its fastest settings known to us: weights in `dtype` (no autocast), SDPA attention, fused AdamW; peft adapters as
-peft makes them. Ours: full finetuning keeps fp32 master weights, as train.py does, and LoRA fp32 adapters.
+full, lora, greedy, samples: a small model. Same weights, data, dtype and threads for both sides; each figure is the median
+over --repeats rounds. The peer gets its fastest settings known to us: weights in `dtype` (no autocast), SDPA attention,
+fused AdamW; peft adapters as peft makes them. Ours: full finetuning keeps fp32 master weights, as train.py does, and LoRA
+fp32 adapters.
+
+training: full finetuning and LoRA by rank, sequence length, activation checkpointing and batch size, the axes of the paper's
+figure S10. Its batches are those of a node of eight GPUs; this GPU takes an eighth, without communication, and at most
+`microbatch` rows and `microbatch_tokens` at once. Random weights, one model in memory at a time; the peer's adapters are in
+`dtype`. The shape has as many blocks as all of ours fit with by plan.py; what does not fit all the same is recorded as out of
+memory. FLOPs are the true ones (plan.py), what checkpointing computes again not counted; MFU is their share of the data
+sheet's.
 """
+import contextlib
 import gc
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from configurator import configure, knob_table
-from eval_gsm8k import STOPS, build_prompt, draw_shots
-from eval_humaneval import FIELDS, run_program
-from evals import read_items
 from lion import DecoupledLionW
-from lora import apply_lora, choose_kernel, lora_matmul, milliseconds
-from model import Llama, LlamaConfig
-from runtime import device_name, one_line_errors, peak_memory, pick_device, versions
-from sandbox import Sandbox
-from tokenizer import load_tokenizer, text_stopper
+from lora import LoRAProjection, apply_lora, choose_kernel
+from model import IGNORE, Llama, LlamaConfig
+from plan import PUBLISHED, flops_of_batch, predict_memory
+from runtime import device_name, one_line_errors, peak_flops, peak_memory, pick_device, versions, write_whole
 
 # -----------------------------------------------------------------------------
-model = ''               # model folder; '' = random weights of SmolLM2-135M's shape
-parts = ('full', 'lora', 'greedy', 'samples')   # what to measure, of these four, kernels, gsm8k and starts
-rows = 4                 # training: rows a step
-seq_len = 512            # and tokens a row
-lora_rank = 16
-lora_dropout = 0.05
-lora_kernel = 'auto'     # ours, training: auto | torch | triton
-kernel_shapes = ('7b', '13b', '70b')   # kernels: Llama-2's, or tiny
-kernel_ranks = (16, 64, 256)
-kernel_rows = (8192,)    # tokens at once
-prompts = 16             # greedy: prompts at once, of 32 to 96 tokens
-samples = 50             # samples: of one prompt of 128 tokens, temperature 0.8, top_p 0.95
-new_tokens = 64          # of each continuation
-items = 16               # gsm8k: of the test set, 5 shots, greedy, at most 256 new tokens, the harness's stop strings
-items_at_once = 16       # gsm8k: rows that ours generates at once
-peer_at_once = 8         # gsm8k: and the peer, prompts of similar length padded on the left
-gsm8k_test = 'hf://datasets/openai/gsm8k/main/test-00000-of-00001.parquet'
-gsm8k_train = 'hf://datasets/openai/gsm8k/main/train-00000-of-00001.parquet'
-programs = 1640          # starts: HumanEval's solutions in the sandbox, and as many bare starts of Python, one by one
-humaneval = 'hf://datasets/openai/openai_humaneval/openai_humaneval/test-00000-of-00001.parquet'
+parts = ()               # full, lora, greedy, samples, training; none = what the machine can run: on a CPU all but training
 repeats = 3              # rounds; the median counts
 compile = True           # torch.compile of our blocks in training; the peer stays eager, compile_peer tries it
 compile_peer = False
+lora_kernel = 'auto'     # ours, training: auto | torch | triton
+lora_dropout = 0.05
 dtype = 'bfloat16'
 device = 'auto'          # auto | cpu | cuda | cuda:N
 side = 'both'            # both in turn | ours | peer: one alone, which is how peak memory is measured
-out = ''                 # also write the results to this JSON file
-_choices = {'parts': ('full', 'lora', 'greedy', 'samples', 'kernels', 'gsm8k', 'starts'), 'dtype': ('float32', 'bfloat16'),
-            'kernel_shapes': ('7b', '13b', '70b', 'tiny'), 'lora_kernel': ('auto', 'torch', 'triton'),
-            'side': ('both', 'ours', 'peer')}
+out = ''                 # also write the results to this JSON file, as they come
+# full, lora, greedy, samples
+model = ''               # model folder; '' = random weights of SmolLM2-135M's shape
+rows = 4                 # full, lora: rows a step
+seq_len = 512            # and tokens a row
+lora_rank = 16
+prompts = 16             # greedy: prompts at once, of 32 to 96 tokens
+samples = 50             # samples: of one prompt of 128 tokens, temperature 0.8, top_p 0.95
+new_tokens = 64          # of each continuation
+# training
+shape = '7b'             # 7b, 13b: Llama-2's | tiny
+ranks = (0, 16, 64, 256, 512)   # 0 = full finetuning
+seq_lens = (4096, 1024)
+checkpointing = ('none', 'block')
+batches = (8, 16, 32, 64, 128, 256)   # rows a step of eight GPUs
+microbatch = 8           # rows at once, at most
+microbatch_tokens = 8192 # and tokens at once
+stop_after = 0           # seconds after which no further model is begun; 0 = none
+_choices = {'parts': ('full', 'lora', 'greedy', 'samples', 'training'), 'dtype': ('float32', 'bfloat16'),
+            'shape': ('7b', '13b', 'tiny'), 'lora_kernel': ('auto', 'torch', 'triton'), 'side': ('both', 'ours', 'peer'),
+            'checkpointing': ('none', 'block')}
 
-SMOLLM2_135M = dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+GPUS = 8  # of the paper's node
+SHAPES = {"7b": PUBLISHED["Llama-2-7b-hf"], "13b": PUBLISHED["Llama-2-13b-hf"],
+          "tiny": LlamaConfig(vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
+                              num_key_value_heads=4, head_dim=16)}
+SMOLLM2_135M = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                     num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
                     rope_theta=100000.0, tie_word_embeddings=True)
-
-SHAPES = {"7b": (4096, 4096, 11008), "13b": (5120, 5120, 13824), "70b": (8192, 1024, 28672), "tiny": (64, 32, 160)}
 
 
 def peak_of(side, kind, folder):
     """Peak memory in GB of one side alone, in a process of its own that takes two rounds of `kind`."""
-    others = {"parts", "side", "repeats", "out", "model", "kernel_shapes", "kernel_ranks", "kernel_rows"}
-    knobs = {name: globals()[name] for name in config if name not in others}
+    knobs = {name: globals()[name] for name, value in config.items()
+             if name not in ("side", "repeats", "out", "model") and not isinstance(value, tuple)}
     argv = [sys.executable, __file__, f"--model={folder}", f"--parts={kind}", f"--side={side}", "--repeats=1",
             *(f"--{name}={value}" for name, value in knobs.items())]
     lines = subprocess.run(argv, check=True, text=True, capture_output=True).stdout.splitlines()
     return json.loads(lines[-1])["peak_gb"]
 
 
-def training_step(module, loss_of, optimizer):
-    """A function that runs one step on a batch and returns nothing; the loss is read, as any loop does."""
+def training_step(side, module, at_once):
+    """A function that takes one step on a batch, `at_once` rows at a time; it reads the loss, as any loop does."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    if side == "ours":
+        optimizer, loss_of = DecoupledLionW(trained, lr=1e-5), lambda x, y: module(x, y)[1]
+    else:
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        loss_of = lambda x, y: module(input_ids=x, labels=x).loss
+
     def step(tokens, targets):
-        loss = loss_of(module, tokens, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], 1.0)
+        for x, y in zip(tokens.split(at_once), targets.split(at_once)):
+            loss = loss_of(x, y) * (len(x) / len(tokens))
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
     return step
+
+
+def batch_of(rows, seq_len, vocab):
+    """Tokens and their targets, [rows, seq_len] on the device."""
+    tokens = torch.randint(3, vocab, (rows, seq_len), generator=torch.Generator().manual_seed(0)).to(device)
+    return tokens, torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)], 1)
 
 
 def ours(folder, kind):
@@ -111,34 +134,50 @@ def ours(folder, kind):
 
 def peer(folder, kind):
     """transformers' model for `kind`, with peft's adapters for LoRA."""
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
     llama = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa").to(device)
     if kind == "lora":
-        llama = get_peft_model(llama, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, lora_dropout=lora_dropout,
-                                                 target_modules="all-linear", task_type="CAUSAL_LM"))
+        llama = with_peft(llama, lora_rank)
     if compile_peer and kind in ("full", "lora"):
         llama.compile()
     return llama
 
 
+def with_peft(llama, rank, **how):
+    from peft import LoraConfig, get_peft_model
+    return get_peft_model(llama, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=lora_dropout,
+                                            target_modules="all-linear", task_type="CAUSAL_LM"), **how)
+
+
 def training_rounds(folder, kind, sides):
     """Seconds of each round of a training step, {side: [...]}, after two steps to warm up."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(3, 49000, (rows, seq_len), generator=generator).to(device)
-    targets = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], -100)], 1)
-    steps = {}
+    batch, steps = batch_of(rows, seq_len, 49000), {}
     for name in sides:
         module = (ours if name == "ours" else peer)(folder, kind).train()
-        trained = [p for p in module.parameters() if p.requires_grad]
-        if name == "ours":
-            steps[name] = training_step(module, lambda m, x, y: m(x, y)[1], DecoupledLionW(trained, lr=1e-5))
-        else:
-            steps[name] = training_step(module, lambda m, x, y: m(input_ids=x, labels=x).loss,
-                                        torch.optim.AdamW(trained, lr=1e-5, fused=True))
-        steps[name](tokens, targets)
-        steps[name](tokens, targets)
-    return alternate({name: lambda step=step: step(tokens, targets) for name, step in steps.items()})
+        steps[name] = training_step(name, module, rows)
+        steps[name](*batch)
+        steps[name](*batch)
+    return alternate({name: lambda step=step: step(*batch) for name, step in steps.items()}, repeats, device)
+
+
+def left_padded(texts, device):
+    """input_ids and attention_mask of some prompts, as transformers wants them."""
+    width = max(map(len, texts))
+    padded = lambda rows: torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
+    return padded(texts), padded([[1] * len(text) for text in texts])
+
+
+def alternate(runs, repeats, device):
+    """Seconds of `repeats` rounds of every run, {name: [...]}, in turn, so that a slow moment of the machine hits all."""
+    seconds = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
 
 
 def generation_rounds(folder, kind, sides):
@@ -149,7 +188,7 @@ def generation_rounds(folder, kind, sides):
     how = dict(n=samples, temperature=0.8, top_p=0.95) if kind == "samples" else {}
     hf = (dict(do_sample=True, temperature=0.8, top_p=0.95, top_k=0, num_return_sequences=samples)
           if kind == "samples" else dict(do_sample=False))
-    ids, mask = left_padded(texts)
+    ids, mask = left_padded(texts, device)
     runs = {}
     for name in sides:
         module = (ours if name == "ours" else peer)(folder, kind).eval()
@@ -159,159 +198,181 @@ def generation_rounds(folder, kind, sides):
             runs[name] = lambda module=module: module.generate(
                 ids, attention_mask=mask, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0, **hf)
         runs[name]()
-    return alternate(runs)
+    return alternate(runs, repeats, device)
 
 
-def peft_matmul(x, W, A, B, spans, scale, p):
-    """What peft computes for a group, eagerly: a linear, a dropout and two small linears for each projection."""
-    parts = zip(W.split([end - start for start, end in spans]), A.split(B.shape[1]), B.split([e - s for s, e in spans]))
-    return torch.cat([F.linear(x, w) + F.linear(F.linear(F.dropout(x, p), a), b) * scale for w, a, b in parts], -1)
+def compare(folder, kind):
+    """Measure both sides (or the one of the knob `side`) in `kind`; returns {side: figures} and prints them as a line."""
+    trains = kind in ("full", "lora")
+    seconds = (training_rounds if trains else generation_rounds)(folder, kind, sides)
+    count = rows * seq_len if trains else new_tokens * (samples if kind == "samples" else prompts)
+    found = {name: {"tok_per_s": count / statistics.median(times), "seconds": times} for name, times in seconds.items()}
+    gc.collect()
+    if side == "both":
+        for name in sides:
+            found[name]["peak_gb"] = peak_of(name, kind, folder)
+        mine, theirs = found["ours"], found["peer"]
+        print(f"{kind:8} ours {mine['tok_per_s']:8.1f} tok/s {mine['peak_gb']:5.2f} GB   peer {theirs['tok_per_s']:8.1f} "
+              f"tok/s {theirs['peak_gb']:5.2f} GB   {mine['tok_per_s'] / theirs['tok_per_s']:.2f}x", flush=True)
+    return found
 
 
-def kernel_times(name, N, K, spans, rank, T):
-    """One line of the kernel table: times of a group's forward and backward by variant, and errors without dropout.
-
-    Errors are the largest of y, dx, dA, dB against float64, by norm, for at most 512 rows."""
-    generator, how = torch.Generator(device).manual_seed(0), dict(device=device, dtype=getattr(torch, dtype))
-    draw = lambda *shape: torch.randn(shape, generator=generator, device=device)
-    x, W, dy = draw(T, K).to(**how), (draw(N, K) / K ** 0.5).to(**how), draw(T, N).to(**how)
-    A, B = draw(len(spans) * rank, K) / K ** 0.5, draw(N, rank) / rank ** 0.5  # fp32, except peft's, its fastest
-    seeds = torch.zeros(len(spans), 2, dtype=torch.int32)
-    if name == "peft":
-        A, B = A.to(**how), B.to(**how)
-
-    def forward(x, W, A, B, p):
-        if name == "plain":
-            return x @ W.T
-        return peft_matmul(x, W, A, B, spans, 2.0, p) if name == "peft" else low_rank(name, x, W, A, B, spans, 2.0, p, seeds)
-
-    def gradients(x, W, A, B, dy, p, compute):
-        wanted = [t.detach().requires_grad_() for t in (x, A, B)][:1 if name == "plain" else 3]
-        y = compute(*wanted[:1], W, *(wanted[1:] or (A, B)), p)
-        return [y, *torch.autograd.grad(y, wanted, dy)]
-
-    cuda = torch.device(device).type == "cuda"
-    torch.compiler.reset()
-    low_rank = torch.compile(lora_matmul, dynamic=False) if compile and cuda and name == "torch" else lora_matmul
-    timed = milliseconds if cuda else lambda run: 1e3 * statistics.median(alternate({0: run})[0])
-    with torch.no_grad():
-        ms = timed(lambda: forward(x, W, A, B, lora_dropout))
-    both = timed(lambda: gradients(x, W, A, B, dy, lora_dropout, forward))
-    few = [t[:512] for t in (x, dy)]
-    got = gradients(few[0], W, A, B, few[1], 0.0, forward)
-    exact = [t.double() for t in (few[0], W, A, B, few[1])]
-    want = gradients(*exact, 0.0, (lambda x, W, A, B, p: x @ W.T) if name == "plain" else
-                     lambda x, W, A, B, p: peft_matmul(x, W, A, B, spans, 2.0, p))
-    flops, moved = 2 * T * N * K, (T * K + N * K + T * N) * x.itemsize
-    small = 0 if name == "plain" else 2 * T * rank * (len(spans) * K + N)
-    return {"variant": name, "N": N, "K": K, "rank": rank, "tokens": T, "forward_ms": ms, "backward_ms": both - ms,
-            "tflops": (2 * flops + 3 * small) / both / 1e9, "gb_per_s": 2 * moved / both / 1e6,
-            "error": max(((g.double() - w).norm() / w.norm()).item() for g, w in zip(got, want))}
+# ----------------------------------------------------------------------------- training at the paper's shape
+def method(rank):
+    return f"LoRA r={rank}" if rank else "full"
 
 
-def kernel_table(_):
-    """Times of LoRA's products for each group of the shapes; the floor is 'plain', the two products with W alone.
+def rows_at_once(seq, batch):
+    """Rows of a microbatch."""
+    return max(1, min(microbatch, microbatch_tokens // seq, batch // GPUS))
 
-    GB/s counts x, W and y once in each direction; TFLOP/s the true number of operations."""
-    cuda = torch.device(device).type == "cuda"
-    if not cuda and set(kernel_shapes) != {"tiny"}:
-        raise ValueError(f"parts=kernels: shapes {','.join(kernel_shapes)} need a GPU; --kernel_shapes=tiny runs on a CPU")
-    names, table = ["plain", "peft", "torch"], []
+
+def on_meta(config, rank, how):
+    """Our model without memory, as train.py makes it: fp32 weights to train, or weights in `dtype` and fp32 adapters."""
+    with torch.device("meta"):
+        llama = Llama(config).to(getattr(torch, dtype) if rank else torch.float32)
+    llama.compute_dtype, llama.activation_checkpointing = getattr(torch, dtype), how
+    return apply_lora(llama, rank, 2 * rank, lora_dropout) if rank else llama
+
+
+def blocks_that_fit(config):
+    """The shape with as many of its blocks, one at least, as fit the device whatever is trained, by plan.predict_memory."""
+    has = (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else
+           os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    cases = list(itertools.product(ranks, checkpointing, seq_lens))
+
+    def need(fewer, rank, how, seq):
+        at_once = rows_at_once(seq, max(batches))
+        return sum(predict_memory(on_meta(fewer, rank, how), "lionw", at_once, seq, max(batches) // GPUS // at_once,
+                                  compiled=compile, device=device.type).values())
+
+    for layers in range(config.num_hidden_layers, 0, -1):
+        fewer = replace(config, num_hidden_layers=layers)
+        if layers == 1 or all(need(fewer, *case) < 0.93 * has for case in cases):  # the rest: CUDA's own, fragmentation
+            print(f"training: {layers} of {config.num_hidden_layers} blocks of shape {shape} in {has / 1e9:.1f} GB; predicted at "
+                  f"{seq_lens[0]} tokens, checkpointing {checkpointing[0]}: " + ", ".join(
+                      f"{method(rank)} {need(fewer, rank, checkpointing[0], seq_lens[0]) / 1e9:.3g} GB" for rank in ranks))
+            return fewer
+
+
+def random_model(name, config, rank, how):
+    """A side's model with random weights, made on the device."""
+    if name == "ours":
+        llama = on_meta(config, rank, how).to_empty(device=device)
+        with torch.no_grad():
+            for p in llama.parameters():
+                p.normal_(0, 0.02) if p.dim() > 1 else p.fill_(1)
+        return llama
+    from transformers import AutoModelForCausalLM, LlamaConfig as PeerConfig
+    with torch.device(device):
+        llama = AutoModelForCausalLM.from_config(PeerConfig(**vars(config), use_cache=False), dtype=getattr(torch, dtype),
+                                                 attn_implementation="sdpa")
+        llama = with_peft(llama, rank, autocast_adapter_dtype=False) if rank else llama
+    if how == "block":
+        llama.gradient_checkpointing_enable({"use_reentrant": False})
+    return llama
+
+
+def choose_once(llama, rank, tokens, chosen={}):
+    """As choose_kernel, which measures only once for a rank and number of tokens."""
+    adapted = [m for m in llama.modules() if isinstance(m, LoRAProjection)]
+    if (rank, tokens) not in chosen:
+        for line in choose_kernel(llama, lora_kernel, tokens, getattr(torch, dtype), device, compile):
+            print(line, flush=True)
+        chosen[rank, tokens] = [m.kernel for m in adapted]
+    for m, kernel in zip(adapted, chosen[rank, tokens]):
+        m.kernel = kernel
+
+
+def forget_peak():
+    """Let peak_memory begin anew; False where the system does not."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    with contextlib.suppress(OSError):
+        return bool(Path("/proc/self/clear_refs").write_text("5"))
+    return False
+
+
+def training_of(name, config, rank, how, seq, at_once, some):
+    """Yield a record for each batch of `some`, which share a microbatch of `at_once` rows, of one side's training."""
+    left, why = list(some), ""
     try:
-        import lora_kernels
-        lora_kernels.check(getattr(torch, dtype), torch.device(device))
-        names += ["fused", "added"]
-    except (ImportError, ValueError) as e:
-        print(f"without fused and added: {e}")
-    if not cuda:
-        print("kernels on a CPU: their times say nothing of a GPU" + ", they run in an interpreter" * ("fused" in names))
-    for shape, T, rank in itertools.product(kernel_shapes, kernel_rows, kernel_ranks):
-        d, kv, ff = SHAPES[shape]
-        for group, sizes, K in (("qkv", (d, kv, kv), d), ("o", (d,), d), ("gate_up", (ff, ff), d), ("down", (d,), ff)):
-            spans = tuple((end - n, end) for n, end in zip(sizes, itertools.accumulate(sizes)))
-            for name in names:
-                found = kernel_times(name, sum(sizes), K, spans, rank, T)
-                total = found["forward_ms"] + found["backward_ms"]
-                floor = total if name == "plain" else floor
-                print(f"{shape:4} {group:7} tokens {T:5} r={rank:<3} {name:5}  forward {found['forward_ms']:8.3f} ms  backward "
-                      f"{found['backward_ms']:8.3f} ms  {total / floor - 1:+7.1%} of plain  {found['tflops']:6.1f} TFLOP/s  "
-                      f"{found['gb_per_s']:6.0f} GB/s  error {found['error']:.1e}", flush=True)
-                table.append({"shape": shape, "group": group, **found})
-    return table
+        llama = random_model(name, config, rank, how).train()
+        if name == "ours" and rank:
+            choose_once(llama, rank, at_once * seq)
+        if name == "ours" and compile:
+            for block in llama.layers:
+                block.compile()
+        elif name == "peer" and compile_peer:
+            llama.compile()
+        step, (tokens, targets) = training_step(name, llama, at_once), batch_of(max(some) // GPUS, seq, config.vocab_size)
+        row = targets[0].cpu().numpy()
+        flops = flops_of_batch(on_meta(config, rank, how), [(row, row, np.array([], int))], doc_mask=False)
+        for _ in range(2):
+            step(tokens[:at_once], targets[:at_once])
+        for batch in some:
+            count = batch // GPUS
+            known = forget_peak()
+            seconds = alternate({name: lambda: step(tokens[:count], targets[:count])}, repeats, device)[name]
+            rate, peak = flops * count / statistics.median(seconds), peak_flops(device)
+            left.remove(batch)
+            yield {"batch": batch, "rows": count, "tok_per_s": count * seq / statistics.median(seconds), "tflops": rate / 1e12,
+                   "mfu": rate / peak if peak else None,
+                   "peak_gb": peak_memory(device) if known else None, "seconds": seconds}
+    except torch.OutOfMemoryError:
+        why = "out of memory"
+    except Exception as e:  # whatever it is, it must not cost the other measurements; the script's status will be 1
+        traceback.print_exc()
+        why = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+    for batch in left:
+        yield {"batch": batch, "rows": batch // GPUS, "failed": why}
 
 
-def left_padded(texts):
-    """input_ids and attention_mask of some prompts, as transformers wants them."""
-    width = max(map(len, texts))
-    padded = lambda rows: torch.tensor([[0] * (width - len(row)) + row for row in rows], device=device)
-    return padded(texts), padded([[1] * len(text) for text in texts])
+def training():
+    """Yield a record for each sequence length, checkpointing, batch, rank and side, and print it as a line."""
+    began, config = time.perf_counter(), blocks_that_fit(SHAPES[shape])
+    for seq, how in itertools.product(seq_lens, checkpointing):
+        groups, speed = {}, {}  # batches by rows at once; tokens a second by (batch, rank, side)
+        for batch in batches:
+            groups.setdefault(rows_at_once(seq, batch), []).append(batch)
+        for (at_once, some), rank, name in itertools.product(groups.items(), ranks, sides):
+            what = f"{seq} tokens, checkpointing {how}, {name} " + method(rank)
+            if stop_after and time.perf_counter() - began > stop_after:
+                print(f"{what}, batches {some}: not begun within {stop_after} s", flush=True)
+                continue
+            gc.collect()  # the model before
+            torch.compiler.reset()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            for found in training_of(name, config, rank, how, seq, at_once, some):
+                speed[found["batch"], rank, name] = found.get("tok_per_s")
+                print(f"{what:48} batch {found['batch']:3}, {found['rows']:2} rows by {at_once}: ", figures(found), flush=True)
+                yield {"side": name, "rank": rank, "seq_len": seq, "checkpointing": how, "microbatch": at_once, "shape": shape,
+                       "layers": config.num_hidden_layers, "of_layers": SHAPES[shape].num_hidden_layers, **found}
+        for batch in batches:
+            print(f"{seq} tokens, checkpointing {how}, batch {batch}: " + ratios(speed, batch), flush=True)
 
 
-def gsm8k(folder):
-    """Answer GSM8K's first items, ours and by a loop around transformers' generate, in turn; prints and returns both."""
-    tok, fields = load_tokenizer(folder), ("question", "answer")
-    test, train = read_items(gsm8k_test, fields, "gsm8k_test")[:items], read_items(gsm8k_train, fields, "gsm8k_train")
-    shots = [[train[i] for i in rows] for rows in draw_shots(len(test), len(train), 5)]
-    texts = sorted([tok.encode(build_prompt(q["question"], s)) for q, s in zip(test, shots)], key=len, reverse=True)
-    stop, made = text_stopper(tok, STOPS, {tok.eos_id}), {}
-    mine, theirs = ours(folder, "gsm8k").eval(), peer(folder, "gsm8k").eval()
-
-    def by_ours(texts=texts, new=256):
-        made["ours"] = [ids for [ids] in mine.generate(texts, new, stop=stop, batch_size=items_at_once)]
-
-    def by_peer(texts=texts, new=256):
-        made["peer"] = []
-        for start in range(0, len(texts), peer_at_once):  # longest first, as in lm-evaluation-harness
-            ids, mask = left_padded(texts[start:start + peer_at_once])
-            width = ids.shape[1]
-            ended = lambda ids, scores, width=width, **_: torch.tensor(
-                [stop(row) for row in ids[:, width:].tolist()], device=device)
-            made["peer"] += theirs.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0,
-                                            stopping_criteria=[ended])[:, width:].tolist()
-
-    runs = {"ours": by_ours, "peer": by_peer}
-    for run in runs.values():
-        run([texts[-1][:64]] * 2, 3)
-    seconds = alternate(runs)
-    made["peer"] = [row[:next((n for n in range(1, len(row)) if stop(row[:n])), len(row))] for row in made["peer"]]
-    result = {name: {"items_per_s": len(texts) / statistics.median(times), "seconds": times,
-                     "new_tokens": [len(ids) for ids in made[name]]} for name, times in seconds.items()}
-    same = sum(a == b for a, b in zip(*made.values()))
-    print(f"gsm8k    ours {result['ours']['items_per_s']:.3f} items/s, {sum(result['ours']['new_tokens'])} new tokens   peer "
-          f"{result['peer']['items_per_s']:.3f} items/s, {sum(result['peer']['new_tokens'])} new tokens   {same} of {len(texts)} "
-          f"answers equal   {result['ours']['items_per_s'] / result['peer']['items_per_s']:.2f}x", flush=True)
-    return result
+def figures(found):
+    """A record in words."""
+    if "failed" in found:
+        return found["failed"]
+    share, peak = (f"{found['mfu']:.1%}" if found["mfu"] else "n/a"), (f"{found['peak_gb']:.2f}" if found["peak_gb"] else "n/a")
+    return f"{found['tok_per_s']:9.1f} tok/s  {found['tflops']:8.3g} TFLOP/s  MFU {share}  {peak:>6} GB"
 
 
-def starts(_):
-    """Run HumanEval's solutions in the sandbox and Python bare, in turn; prints and returns the seconds of each."""
-    solutions = read_items(humaneval, (*FIELDS, "canonical_solution"), "humaneval")
-    some = list(itertools.islice(itertools.cycle(solutions), programs))
-    with Sandbox() as box:
-        def sandboxed():
-            failed = [p["task_id"] for p in some if not run_program(p, "\n" + p["canonical_solution"], box=box)["passed"]]
-            if failed:
-                raise RuntimeError(f"{len(failed)} solutions did not pass: {failed[:5]}")
-
-        bare = lambda: [subprocess.run([sys.executable, "-I", "-B", "-c", "pass"], check=True) for _ in some]
-        seconds = alternate({"sandboxed": sandboxed, "bare": bare})
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    print(f"starts   {programs} programs: sandboxed {median['sandboxed']:.1f} s, bare {median['bare']:.1f} s   "
-          f"{median['sandboxed'] / median['bare']:.2f} times as long", flush=True)
-    return seconds
+def ratios(speed, batch):
+    """In words: ours over our full finetuning and over the peer, of tokens a second by (batch, rank, side)."""
+    def words(over):
+        pairs = [(rank, speed.get((batch, rank, "ours")), speed.get((batch, *over(rank)))) for rank in ranks]
+        return ", ".join(f"{method(rank)} {mine / other:.2f}" for rank, mine, other in pairs if mine and other) or "nothing"
+    return f"times our full: {words(lambda rank: (0, 'ours'))}; times the peer: {words(lambda rank: (rank, 'peer'))}"
 
 
-def alternate(runs):
-    """Seconds of `repeats` rounds of every run, in turn, so that a slow moment of the machine hits all."""
-    seconds = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
-            started = time.perf_counter()
-            run()
-            if torch.device(device).type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds
+def save(results, machine):
+    if out:
+        write_whole(out, json.dumps({"config": {**config, "device": str(device)}, **machine, "results": results}, indent=1))
 
 
 # -----------------------------------------------------------------------------
@@ -320,36 +381,31 @@ if __name__ == "__main__":
         config = configure(globals())
         if side == "both":
             print(knob_table(globals()))
+        if wrong := [batch for batch in batches if batch < GPUS or batch % GPUS]:
+            raise ValueError(f"batches: found {wrong[0]}, which {GPUS} GPUs cannot share; expected multiples of {GPUS}")
+        if max(seq_lens) > SHAPES[shape].max_position_embeddings:
+            raise ValueError(f"seq_lens: found {max(seq_lens)}, longer than the {SHAPES[shape].max_position_embeddings} of "
+                             f"shape={shape}")
         device = pick_device(device)
-        if not model and set(parts) != {"kernels"}:
-            Llama(LlamaConfig(**SMOLLM2_135M)).init_weights().save_pretrained(_scratch)
+        parts = parts or (("training",) if device.type == "cuda" else ()) + ("full", "lora", "greedy", "samples")
+        if not model and set(parts) != {"training"}:
+            Llama(SMOLLM2_135M).init_weights().save_pretrained(_scratch)
         folder = model or _scratch
         sides = ("ours", "peer") if side == "both" else (side,)
+        results, machine = {}, {"device": device_name(device), "versions": versions()}
         if side == "both":
-            print(f"{device_name(device)}, {versions()}")
-        results = {}
+            print(f"{machine['device']}, {machine['versions']}")
         for kind in parts:
-            if own := {"kernels": kernel_table, "gsm8k": gsm8k, "starts": starts}.get(kind):
-                results[kind] = own(folder)
-                continue
-            training = kind in ("full", "lora")
-            seconds = (training_rounds if training else generation_rounds)(folder, kind, sides)
-            count = rows * seq_len if training else new_tokens * (samples if kind == "samples" else prompts)
-            results[kind] = {name: {"tok_per_s": count / statistics.median(times), "seconds": times}
-                             for name, times in seconds.items()}
-            gc.collect()
-            if side != "both":
-                continue
-            for name in sides:
-                results[kind][name]["peak_gb"] = peak_of(name, kind, folder)
-            mine, theirs = results[kind]["ours"], results[kind]["peer"]
-            print(f"{kind:8} ours {mine['tok_per_s']:8.1f} tok/s {mine['peak_gb']:5.2f} GB   peer {theirs['tok_per_s']:8.1f} "
-                  f"tok/s {theirs['peak_gb']:5.2f} GB   {mine['tok_per_s'] / theirs['tok_per_s']:.2f}x", flush=True)
+            if kind != "training":
+                results[kind] = compare(folder, kind)
+            for record in training() if kind == "training" else ():
+                results.setdefault(kind, []).append(record)
+                save(results, machine)
+            save(results, machine)
         if side == "both" and {"full", "lora"} <= results.keys():
             print("LoRA against full, both ours: "
                   f"{results['lora']['ours']['tok_per_s'] / results['full']['ours']['tok_per_s']:.2f}x")
         if side != "both":
             print(json.dumps({"peak_gb": peak_memory(device)}))
-        if out:
-            Path(out).write_text(json.dumps({"config": {**config, "device": str(device)}, "device": device_name(device),
-                                             "versions": versions(), "results": results}, indent=1))
+        if failed := sum(record.get("failed", "out of memory") != "out of memory" for record in results.get("training", ())):
+            raise SystemExit(f"{failed} measurements failed")

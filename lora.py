@@ -271,7 +271,8 @@ def time_kernel(kernel, shape, spans, rank, p, rows, dtype, device, compiled):
     sizes = (len(spans) * rank, K), (sum(end - start for start, end in spans), rank)
     A, B = (torch.randn(size, device=device, requires_grad=True) for size in sizes)
     seeds = torch.zeros(len(spans), 2, dtype=torch.int32)
-    matmul = torch.compile(lora_matmul) if compiled else lora_matmul
+    torch.compiler.reset()  # or the compiler gives up: every group and kernel is a variant of one function to it
+    matmul = torch.compile(lora_matmul, dynamic=False) if compiled else lora_matmul
     return milliseconds(lambda: torch.autograd.grad(matmul(kernel, x, W, A, B, spans, 2.0, p, seeds), (x, A, B), dy))
 
 

@@ -67,18 +67,27 @@ def store(out, acc, rows, cols, row_limit, col_limit, row_stride, col_stride):
              acc.to(out.dtype.element_ty), mask=(rows < row_limit)[:, None] & (cols < col_limit)[None, :])
 
 
-def tuned(configs, key, **how):
-    """Choose a kernel's config by measurement, once for each key and kept in Triton's cache on disk."""
-    return triton.autotune(configs[:1] if INTERPRETED else configs, key=key, cache_results=True, **how)
+def tuned(configs, key, choose, **how):
+    """Choose a kernel's config by measurement, once for each key and kept in Triton's cache on disk, of those that
+    choose(configs, named arguments, **others) leaves."""
+    return triton.autotune(configs[:1] if INTERPRETED else configs, key=key, cache_results=True,
+                           prune_configs_by=dict(early_config_prune=choose), **how)
+
+
+def is_half(named):
+    """Is the x of a call in half precision?"""
+    return named["x"].dtype != torch.float32
 
 
 # ----------------------------------------------------------------------------- kernels
-# the last of each list leaves room for fp32; what spills registers on one of the chips is left out
+# what spills registers on one of the chips is left out; fp32 has no tensor cores here, so its operands take registers
 DOWN = [Config(dict(BK=64), num_warps=8, num_stages=4), Config(dict(BK=32), num_warps=4, num_stages=4),
         Config(dict(BK=32), num_warps=4, num_stages=2)]
+DOWN_FP32 = [Config(dict(BK=16), num_warps=8, num_stages=3)]
 
 
-@tuned(DOWN, ["bucket", "K", "G", "R", "DROP"])
+@tuned([*DOWN, *DOWN_FP32], ["bucket", "K", "G", "R", "DROP"],
+       lambda configs, named, **_: DOWN if is_half(named) else DOWN_FP32)
 @triton.jit
 def down_kernel(x, a, out, seeds, T, K, sx, span, limit, bucket, G: tl.constexpr, R: tl.constexpr, DROP: tl.constexpr,
                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
@@ -110,11 +119,13 @@ def down_kernel(x, a, out, seeds, T, K, sx, span, limit, bucket, G: tl.constexpr
 
 
 RIGHT = [Config(dict(BT=32), num_warps=8, num_stages=4), Config(dict(BT=32), num_warps=8, num_stages=2)]
+RIGHT_FP32 = [Config(dict(BT=16), num_warps=8, num_stages=3)]
 BOTH = [Config(dict(BT=64), num_warps=8, num_stages=3), Config(dict(BT=64), num_warps=4, num_stages=3)]
+BOTH_FP32 = [Config(dict(BT=32), num_warps=8, num_stages=2), Config(dict(BT=16), num_warps=8, num_stages=2)]
 
 
-@tuned([*RIGHT, *BOTH], ["bucket", "K", "J", "G", "DROP", "LEFT", "BN"],
-       prune_configs_by=dict(early_config_prune=lambda configs, named, LEFT, **_: BOTH if LEFT else RIGHT))
+@tuned([*RIGHT, *RIGHT_FP32, *BOTH, *BOTH_FP32], ["bucket", "K", "J", "G", "DROP", "LEFT", "BN"],
+       lambda configs, named, LEFT, **_: (BOTH if LEFT else RIGHT) if is_half(named) else (BOTH_FP32 if LEFT else RIGHT_FP32))
 @triton.jit
 def reduce_kernel(x, u, v, out, left, seeds, strips, T, K, J, sx, span, limit, scale, bucket, G: tl.constexpr, R: tl.constexpr,
                   DROP: tl.constexpr, LEFT: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr):
@@ -167,7 +178,7 @@ def tile_config(BM, BN, BK, TMA, warps, stages):
 ADDED = [tile_config(64, 64, 64, False, 4, 2), tile_config(64, 128, 64, False, 8, 2), tile_config(128, 128, 64, False, 8, 2)]
 PLAIN = [tile_config(128, 128, 32, False, 8, 4), tile_config(64, 128, 64, False, 8, 3)]
 PERSISTENT = [tile_config(128, 128, 64, True, 8, 3), tile_config(128, 128, 64, True, 4, 3), tile_config(128, 256, 64, True, 8, 4)]
-FP32 = [tile_config(64, 64, 32, False, 4, 3)]
+FP32 = [Config(dict(BM=64, BN=32, BK=16, TMA=False), num_warps=8, num_stages=3, maxnreg=224)]
 
 
 def applicable(G, DROP, ADD, HALF, TMA_FITS):
@@ -182,8 +193,8 @@ def applicable(G, DROP, ADD, HALF, TMA_FITS):
 
 
 @tuned([*ADDED, *PLAIN, *PERSISTENT, *FP32], ["bucket", "N", "K", "G", "R", "BACK", "DROP", "ADD", "HALF", "TMA_FITS"],
-       restore_value=["out"], prune_configs_by=dict(early_config_prune=lambda configs, named, G, DROP, ADD, HALF, TMA_FITS, **_:
-                                                    applicable(G, DROP, ADD, HALF, TMA_FITS)))
+       lambda configs, named, G, DROP, ADD, HALF, TMA_FITS, **_: applicable(G, DROP, ADD, HALF, TMA_FITS),
+       restore_value=["out"])
 @triton.jit
 def gemm_kernel(x, w, u, v, out, seeds, M, N, K, sx, limit, scale, bucket, G: tl.constexpr, R: tl.constexpr,
                 S0: tl.constexpr, E0: tl.constexpr, S1: tl.constexpr, E1: tl.constexpr, S2: tl.constexpr, E2: tl.constexpr,
@@ -265,6 +276,11 @@ def padded_rank(rank):
     return cdiv(rank, chunk) * chunk, chunk
 
 
+def piece_of(chunk, dtype):
+    """How much of a chunk of the rank one product takes in this dtype."""
+    return min(chunk, 32) if dtype == torch.float32 else chunk
+
+
 def operands(A, B, spans, N, dtype):
     """A as [G R, K] and B as block-diagonal [N, G R], padded with zeros, in dtype."""
     G, r = len(spans), B.shape[1]
@@ -290,7 +306,8 @@ def bucket(T):
 def down(x, a, G, seeds, drop):
     """P [T, G R]."""
     (T, K), J = x.shape, a.shape[0]
-    R, chunk = J // G, padded_rank(J // G)[1]
+    R = J // G
+    chunk = piece_of(padded_rank(R)[1], x.dtype)
     if not drop and R > FUSED_RANK:
         return x @ a.T
     seeds, limit, drops = masks(seeds, drop, x)
@@ -302,9 +319,9 @@ def down(x, a, G, seeds, drop):
 
 
 @functools.lru_cache(maxsize=None)
-def strip_table(spans, device):
+def strip_table(spans, device, half=True):
     """(table for reduce_kernel, strips of each adapter, their width: wide where registers allow it, as each has its own Q)."""
-    width = 2 * COLUMNS if has_tma(device) else COLUMNS
+    width = 2 * COLUMNS if has_tma(device) and half else COLUMNS
     table, counts, row = [], [], 0
     for i, (start, end) in enumerate(spans):
         table += [(c, min(c + width, end), i, row + c - start) for c in range(start, end, width)]
@@ -324,7 +341,7 @@ def q_and_db(dy, P, b, spans, scale):
             torch.mm(dy[:, start:end], b[start:end, ranks], out=Q[:, ranks])
         dB = [dy[:, start:end].T @ P[:, i * R:i * R + R] for i, (start, end) in enumerate(spans)]
         return Q.mul_(scale), torch.cat(dB).float().mul_(scale)
-    table, counts, width = strip_table(spans, dy.device)
+    table, counts, width = strip_table(spans, dy.device, dy.dtype != torch.float32)
     parts, span = split(T, len(table), dy.device, 64)
     out = torch.empty(parts, rows, R, device=dy.device, dtype=torch.float32)
     left = torch.empty(len(table), T, R, device=dy.device, dtype=torch.float32)
@@ -337,7 +354,8 @@ def q_and_db(dy, P, b, spans, scale):
 def gradient_of_a(x, Q, G, seeds, drop):
     """dA [G R, K] in fp32 (or rounded to x's dtype on the way)."""
     (T, K), J = x.shape, Q.shape[1]
-    R, chunk = J // G, padded_rank(J // G)[1]
+    R = J // G
+    chunk = piece_of(padded_rank(R)[1], x.dtype)
     if not drop and R > FUSED_RANK:
         return Q.T @ x
     seeds, limit, drops = masks(seeds, drop, x)
@@ -368,7 +386,8 @@ def gemm(x, W, u, v, spans, scale, seeds, drop, back, fused):
         return (min(resident, tiles) if meta["TMA"] else tiles,)
 
     gemm_kernel[grid](x, W, u, v, out, seeds, M, N, x.shape[1], x.stride(0), limit, scale, bucket(M), G=G, R=R, S0=S0, E0=E0,
-                      S1=S1, E1=E1, S2=S2, E2=E2, BACK=back, DROP=drops, ADD=not fused, HALF=half, TMA_FITS=fits, BR=chunk)
+                      S1=S1, E1=E1, S2=S2, E2=E2, BACK=back, DROP=drops, ADD=not fused, HALF=half, TMA_FITS=fits,
+                      BR=piece_of(chunk, x.dtype))
     return out
 
 

@@ -280,8 +280,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     Gradients are made in the forward pass, a chunk of rows at a time, and the logits of a chunk are
     overwritten by their gradient: nothing of size [n, V] exists. The weight's gradient is summed in
     fp32 over the chunks, and not computed at all when the head is frozen."""
-    chunk_numel = 2 ** 26  # logits of one GEMM: 128 MB in bf16
-    piece_numel = 2 ** 21  # logits of one softmax on a CPU: what its cache holds in fp32
+    chunk_bytes = 2 ** 27  # of the logits of one GEMM, and of their softmax in fp32
+    piece_bytes = 2 ** 23  # of one softmax on a CPU: what its cache holds
 
     @staticmethod
     def forward(ctx, h, weight, targets):
@@ -290,8 +290,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dh = torch.empty_like(h) if want_dh else None
         dw = torch.zeros_like(weight, dtype=torch.promote_types(h.dtype, torch.float32)) if want_dw else None
         total = torch.zeros((), device=h.device, dtype=torch.promote_types(h.dtype, torch.float32))
-        rows = max(1, ChunkedCrossEntropy.chunk_numel // vocab)
-        piece = max(1, ChunkedCrossEntropy.piece_numel // vocab) if h.device.type == "cpu" else rows
+        rows = max(1, ChunkedCrossEntropy.chunk_bytes // (vocab * h.itemsize))
+        size = ChunkedCrossEntropy.piece_bytes if h.device.type == "cpu" else ChunkedCrossEntropy.chunk_bytes
+        piece = max(1, size // (vocab * total.itemsize))
         for start in range(0, h.shape[0], rows):
             chunk = slice(start, start + rows)
             logits = h[chunk] @ w.T

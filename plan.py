@@ -88,8 +88,8 @@ def predict_memory(model, optimizer, rows, seq_len, microbatches=1, ranks=1, sha
 
     # SwiGLU's backward in fp32, unless the compiler fuses it, is the largest scratch of a block
     of_block = tokens * f * (3 * compute if compiled else 20 + 8 * (compute < 4) + compute)
-    logits = min(tokens, ChunkedCrossEntropy.chunk_numel // c.vocab_size) * c.vocab_size
-    of_loss = logits * (compute + 4 * (device != "cpu")) + (head * compute if full else 0)
+    logits = [min(tokens * c.vocab_size * size, ChunkedCrossEntropy.chunk_bytes) for size in (compute, 4)]  # and softmax
+    of_loss = logits[0] + (logits[1] if device != "cpu" else 0) + (head * compute if full else 0)
     scratch = (4 * head if full else 0) + max(of_block, of_loss)  # the head's new gradient is made in the forward pass
     bucket = 4 * min(trained, 2 ** 18 if device == "cpu" else 2 ** 26)  # of the optimizer
     if shards == 1:

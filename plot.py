@@ -46,7 +46,7 @@ dpi = 300
 _choices = {'x': ('auto', 'tokens', 'epoch', 'step'), 'formats': ('png', 'pdf', 'svg'),
             'figures': ('story', 'learning', 'forgetting', 'pareto', 'ranks', 'targets', 'learning_rates', 'alphas',
                         'regularisers', 'pass_at_k', 'diversity', 'training', 'effective_rank', 'spectra', 'directions',
-                        'noise', 'speed')}
+                        'noise', 'speed', 'throughput')}
 
 # Okabe and Ito's colours, told apart by colour-blind readers; ranks go from light to dark, markers differ as well
 FULL, BASE, CHANCE = "#D55E00", "#555555", "#999999"
@@ -904,6 +904,37 @@ def speed(all_runs, tables):
     return fig
 
 
+def throughput(tables):
+    """The paper's figure S10 from bench.py's part training: tokens a second and peak memory by batch size, a line for full
+    finetuning and for each rank, dashed for the peer; a row of panels for each sequence length and checkpointing."""
+    records = [r for t in tables if isinstance(t.get("results"), dict) for r in t["results"].get("training") or ()]
+    for r in records:
+        if "failed" in r:
+            problems[f"{r['side']} {method_name(r['rank'])}, batch {r['batch']}, {r['seq_len']} tokens, checkpointing "
+                     f"{r['checkpointing']}: {r['failed']}, left out"] += 1
+    records = [r for r in records if number(r.get("tok_per_s")) is not None]
+    settings = sorted({(r["seq_len"], r["checkpointing"]) for r in records}, key=lambda s: (-s[0], s[1] != "none"))
+    if not settings:
+        return None
+    fig, axes = grid(2 * len(settings), height=2.4)
+    for i, (seq, how) in enumerate(settings):
+        mine = [r for r in records if (r["seq_len"], r["checkpointing"]) == (seq, how)]
+        for ax, column, label in zip(axes[2 * i:], ("tok_per_s", "peak_gb"), ("tokens a second", "peak memory, GB")):
+            for side, rank in sorted({(r["side"], r["rank"]) for r in mine}):
+                line = sorted((r["batch"], r[column]) for r in mine
+                              if (r["side"], r["rank"]) == (side, rank) and number(r[column]) is not None)
+                if line:
+                    how_drawn = look(rank, [r["rank"] for r in records]) | ({} if side == "ours" else {"ls": "--", "alpha": 0.6})
+                    ax.plot(*zip(*line), **how_drawn)
+                    name_end(ax, *line[-1], ("" if side == "ours" else "peer ") + method_name(rank), how_drawn["color"])
+            powers_axis(ax, [r["batch"] for r in mine])
+            ax.set(xlabel="batch size, of which this GPU takes an eighth", ylabel=label, ylim=(0, 1.3 * ax.get_ylim()[1]),
+                   title=f"{seq:,} tokens a row, checkpointing {how}")
+    shapes = {f"{r['layers']} of {r['of_layers']} blocks of {r['shape']}" for r in records}
+    fig.suptitle(f"{', '.join(sorted({str(t.get('device')) for t in tables}))}; {', '.join(sorted(shapes))}", fontsize=8)
+    return fig
+
+
 # ----------------------------------------------------------------------------- the run
 def save(fig, name):
     """Write a figure in every format, under its name only when it is whole; returns the paths."""
@@ -948,7 +979,8 @@ if __name__ == "__main__":
                     "alphas": lambda: alphas(points, bases), "regularisers": lambda: regularisers(points, bases),
                     "pass_at_k": lambda: pass_at_k(read), "diversity": lambda: diversity(read),
                     "story": lambda: story(points, bases, [c for _, c in loaded if c["kind"] == "spectrum"]),
-                    "training": lambda: training(read), "speed": lambda: speed(read, tables)}
+                    "training": lambda: training(read), "speed": lambda: speed(read, tables),
+                    "throughput": lambda: throughput(tables)}
         several = sum(content["kind"] == "spectrum" for _, content in loaded) > 1
         for path, content in loaded:
             suffix = f"_{path.parent.name}" if several and path.name == "spectrum.json" else f"_{path.stem}" if several else ""

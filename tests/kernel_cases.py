@@ -161,7 +161,8 @@ def test_tuning_measures_what_applies_and_spoils_nothing(dtype, monkeypatch):
     """All configs of every kernel, one after another on the same operands, as Triton's tuner runs them."""
     monkeypatch.undo()  # no_tuning
     lk, tried = lora_kernels, []
-    for kernel, configs in ((lk.down_kernel, lk.DOWN), (lk.reduce_kernel, [*lk.RIGHT, *lk.BOTH]),
+    for kernel, configs in ((lk.down_kernel, [*lk.DOWN, *lk.DOWN_FP32]),
+                            (lk.reduce_kernel, [*lk.RIGHT, *lk.RIGHT_FP32, *lk.BOTH, *lk.BOTH_FP32]),
                             (lk.gemm_kernel, [*lk.ADDED, *lk.PLAIN, *lk.PERSISTENT, *lk.FP32])):
         monkeypatch.setattr(kernel, "configs", configs)
         monkeypatch.setattr(kernel, "cache", {})
@@ -172,7 +173,8 @@ def test_tuning_measures_what_applies_and_spoils_nothing(dtype, monkeypatch):
         close(run(kernel, x, W, A, B, spans, 1.7, 0.05, seeds, dy), exact(x, W, A, B, spans, 1.7, 0.05, seeds, dy), dtype)
     half, tma = dtype == torch.float16, dtype == torch.float16 and lk.has_tma(DEVICE)
     wanted = sum(len(lk.applicable(2, masked, added, half, tma)) for added in (False, True) for masked in (False, True))
-    assert len(tried) == len(lk.DOWN) + len(lk.RIGHT) + len(lk.BOTH) + wanted
+    small = (lk.DOWN, lk.RIGHT, lk.BOTH) if half else (lk.DOWN_FP32, lk.RIGHT_FP32, lk.BOTH_FP32)
+    assert len(tried) == sum(map(len, small)) + wanted
 
 
 def test_x_without_gradient_spends_nothing_on_it(monkeypatch):

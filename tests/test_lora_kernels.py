@@ -1,6 +1,9 @@
 """lora_kernels.py: its cases in Triton's interpreter or on a GPU, and what its kernels compile to without one."""
+import itertools
 import re
 import subprocess
+from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,15 +15,15 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, compile as triton_compile  # noqa: E402
 from triton.knobs import nvidia  # noqa: E402
 
-from lora import apply_lora, choose_kernel  # noqa: E402
+from lora import apply_lora, choose_kernel, time_kernel  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 
 SHARED_KB = {80: 163, 90: 227, 100: 227}
 
 
-def cases_pass(**env):
+def cases_pass(*options, **env):
     """Run kernel_cases.py in a process of its own, which may be told of the interpreter before it imports Triton."""
-    done = run_stage("-m", "pytest", "-q", "-p", "no:cacheprovider", ROOT / "tests" / "kernel_cases.py", timeout=900,
+    done = run_stage("-m", "pytest", "-q", "-p", "no:cacheprovider", *options, ROOT / "tests" / "kernel_cases.py", timeout=900,
                      OMP_NUM_THREADS=1, **env)
     assert done.returncode == 0 and int(re.search(r"(\d+) passed", done.stdout)[1]) > 50, done.stdout + done.stderr
 
@@ -33,7 +36,7 @@ def test_in_the_interpreter():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_the_gpu():
-    cases_pass()
+    cases_pass(*["-n", "8"] * (find_spec("xdist") is not None))  # compiling takes most of the time
 
 
 def test_kernels_asked_for_that_cannot_run_are_an_error():
@@ -69,22 +72,33 @@ def test_the_fastest_is_chosen_for_each_group_by_itself(kernel, names, monkeypat
     assert len(lines) == 4 and "64 x 32, 3 adapters of rank 4: added" in lines[0] and "added 0.000" in lines[0]
 
 
+def test_every_variant_is_measured_compiled(monkeypatch):
+    """Groups and kernels are variants of one function to the compiler, which runs the ninth uncompiled unless told anew."""
+    monkeypatch.setattr("lora.milliseconds", lambda run: len(run()))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for N, K, n in itertools.product((12, 24, 36), (8, 10), (1, 2)):
+            spans = tuple((i * N // n, (i + 1) * N // n) for i in range(n))
+            assert time_kernel("torch", (N, K), spans, 2, 0.05, 5, torch.float32, torch.device("cpu"), True) == 3
+
+
 # ----------------------------------------------------------------------------- ahead of time
-TYPES = {"out": "*bf16", "left": "*fp32", "seeds": "*i32", "strips": "*i32", "scale": "fp32",
-         **dict.fromkeys(("x", "a", "u", "v", "w"), "*bf16")}
+TYPES = {"left": "*fp32", "seeds": "*i32", "strips": "*i32", "scale": "fp32"}
 QKV = dict(S0=0, E0=4096, S1=4096, E1=8192, S2=8192, E2=12288, HALF=True, TMA_FITS=True)  # Llama-2-7B's
 
 
-def compiled(kernel, config, arch, **constants):
+def compiled(kernel, config, arch, dtype="bf16", **constants):
     """The kernel compiled for a chip, all sizes and pointers multiples of 16."""
     fn, constants = kernel.fn, {**constants, **config.kwargs}
-    signature = {n: "constexpr" if n in constants else TYPES.get(n, "i32") for n in fn.arg_names}
+    types = {**TYPES, **dict.fromkeys(("out", "x", "a", "u", "v", "w"), f"*{dtype}")}
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in fn.arg_names}
     if kernel is lk.reduce_kernel:
         signature["out"] = "*fp32"
     even = {(i,): [["tt.divisibility", 16]] for i, (n, t) in enumerate(signature.items())
             if t[0] == "*" or t == "i32" and n not in ("limit", "bucket")}
     return triton_compile(ASTSource(fn, signature, constants, even), target=GPUTarget("cuda", arch, 32),
-                          options=dict(num_warps=config.num_warps, num_stages=config.num_stages))
+                          options={name: value for name, value in vars(config).items()
+                                   if name in ("num_warps", "num_stages", "maxnreg") and value})
 
 
 def fits(kernel, arch, tmp_path):
@@ -116,7 +130,27 @@ def test_small_kernels_compile_without_spills(name, arch, tmp_path):
     kernel, config, constants = PIECES[name]
     if name == "Q and dB":
         constants = dict(constants, BN=128 if arch < 90 else 256)
-    fits(compiled(kernel, config, arch, **constants), arch, tmp_path)
+    for dtype in ("bf16", "fp16") if arch == 90 else ("bf16",):
+        fits(compiled(kernel, config, arch, dtype, **constants), arch, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("G, R", [(3, 16), (3, 32), (3, 256)])
+@pytest.mark.parametrize("arch", SHARED_KB)
+def test_fp32_kernels_compile_without_spills_and_round_nothing_to_tf32(arch, G, R, tmp_path):
+    """Every config that fp32 is given, with the pieces of the rank that it is given."""
+    chunk = lk.piece_of(lk.padded_rank(R)[1], torch.float32)
+    whole = dict(G=G, R=R, **{**QKV, "HALF": False, "TMA_FITS": False})
+    cases = [(lk.down_kernel, lk.DOWN_FP32, dict(G=G, R=R, DROP=True, BM=lk.ROWS, BN=chunk)),
+             (lk.reduce_kernel, lk.RIGHT_FP32, dict(G=G, R=R, DROP=True, LEFT=False, BN=lk.COLUMNS, BR=chunk))]
+    if R <= lk.FUSED_RANK:
+        cases.append((lk.reduce_kernel, lk.BOTH_FP32, dict(G=1, R=R, DROP=False, LEFT=True, BN=lk.COLUMNS, BR=R)))
+    cases += [(lk.gemm_kernel, lk.FP32, dict(whole, BR=chunk, BACK=back, DROP=drop, ADD=add))
+              for back, drop in ((False, False), (True, False), (True, True)) for add in (False, True)]
+    for kernel, configs, constants in cases:
+        for config in configs:
+            ptx = fits(compiled(kernel, config, arch, "fp32", **constants), arch, tmp_path)
+            assert "tf32" not in ptx and "mma" not in ptx and "fma.rn.f32" in ptx
 
 
 @pytest.mark.parametrize("arch", SHARED_KB)

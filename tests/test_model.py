@@ -292,8 +292,8 @@ def test_attention_dropout_zeroes_its_share_of_probabilities_in_training_alone(d
                 ids=lambda sizes: "chunk{}-piece{}".format(*sizes))
 def chunks(request, monkeypatch):
     """Cut the loss into GEMMs and softmaxes of that many logits."""
-    for name, numel in zip(("chunk_numel", "piece_numel"), request.param):
-        monkeypatch.setattr(ChunkedCrossEntropy, name, numel)
+    for name, numel in zip(("chunk_bytes", "piece_bytes"), request.param):
+        monkeypatch.setattr(ChunkedCrossEntropy, name, 8 * numel)
 
 
 @pytest.mark.parametrize("wanted", [("h", "weight"), ("h",), ("weight",), ()], ids=str)
@@ -311,6 +311,15 @@ def test_chunked_loss_is_cross_entropy_and_makes_only_the_gradients_asked_for(ch
         differentiable = [x for x in inputs if x.requires_grad]
         for a, b in zip(*(torch.autograd.grad(0.37 * loss, differentiable) for loss in (got, want))):
             close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_chunks_of_the_loss_are_bounded_in_bytes(dtype, monkeypatch):
+    rows = []
+    monkeypatch.setattr(ChunkedCrossEntropy, "chunk_bytes", 10 * 61 * dtype.itemsize + 3)
+    monkeypatch.setattr(torch, "mm", lambda logits, w, out: rows.append(len(logits)))
+    ChunkedCrossEntropy.apply(torch.randn(31, 8).to(dtype).requires_grad_(), torch.randn(61, 8).to(dtype), tokens_like(31))
+    assert rows == [10, 10, 10, 1]
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -1,4 +1,5 @@
 """plot.py: what stands in the figures is what stands in the files; names apart, colours told apart; bad input survived."""
+import itertools
 import json
 import math
 
@@ -306,6 +307,27 @@ def test_script_draws_every_figure_there_is_data_for(tmp_path):
         run_plot(tmp_path / "pdf", runs=tmp_path / "runs" / "*", figures="pareto", formats="pdf")
         pdfs.append((tmp_path / "pdf" / "pareto.pdf").read_bytes())
     assert pdfs[0] == pdfs[1] and pdfs[0].startswith(b"%PDF")  # the same data, the same bytes
+
+
+def training_records():
+    for (seq, how), batch, rank, side in itertools.product([(64, "none"), (64, "block")], (8, 16, 64), (0, 16), ("ours", "peer")):
+        record = {"side": side, "rank": rank, "seq_len": seq, "checkpointing": how, "batch": batch, "shape": "7b", "layers": 3,
+                  "of_layers": 32}
+        speed = (1.4 if rank else 1.0) * (batch + 40) / (1 if side == "ours" else 2)
+        yield record | ({"failed": "out of memory"} if side == "peer" and batch == 64 else {"tok_per_s": speed, "peak_gb": batch / 2})
+
+
+def test_throughput_has_a_line_for_each_method_and_side_and_a_row_for_each_setting():
+    fig = plot.throughput([{"device": "a GPU", "results": {"training": list(training_records()), "full": None}}])
+    assert len(fig.axes) == 4 and fig.axes[0].get_title() == "64 tokens a row, checkpointing none"
+    for ax, label in zip(fig.axes, ("tokens a second", "peak memory, GB") * 2):
+        lines = {text: line for line, (_, _, text, _) in zip(ax.lines, ax.ends)}
+        assert set(lines) == {"full", "LoRA r=16", "peer full", "peer LoRA r=16"} and ax.get_ylabel() == label
+        assert list(lines["full"].get_xdata()) == [8, 16, 64] and list(lines["peer full"].get_xdata()) == [8, 16]
+    assert list(fig.axes[0].lines[1].get_ydata()) == pytest.approx([1.4 * (b + 40) for b in (8, 16, 64)])
+    assert "3 of 32 blocks of 7b" in fig.get_suptitle()
+    assert any("peer full, batch 64, 64 tokens, checkpointing none: out of memory" in p for p in plot.problems)
+    assert plot.throughput([{"results": {"training": []}}, {}]) is None
 
 
 def test_figures_survive_bad_input(tmp_path):
