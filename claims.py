@@ -60,8 +60,8 @@ def read_runs(folders):
         if not run.config:  # a base, which comes first: its evaluations are the start of the runs beside it
             bases[folder.parent] = {metric: steps[max(steps)] for metric, steps in run.metrics.items()}
             continue
-        if not (method := method_of(run.config)) or not run.places:
-            continue
+        if run.config.get("scratch") or not (method := method_of(run.config)) or not run.places:
+            continue  # a pretraining, or nothing that the claims speak of
         steps = max(run.places)
         key = run.config.get("seed"), method, steps
         if key in changes:

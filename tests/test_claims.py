@@ -47,6 +47,7 @@ def studies(tmp_path):
         write_run(out / "mlp", 1.4, 0.4, seed, lora_rank=16, lora_targets="mlp")
         write_run(out / "attention", 1.4 + noise, 0.4, seed, lora_rank=16, lora_targets="attention")
         write_run(out / "decay", 2.0, 0.4, seed, weight_decay=1e-4)
+        write_run(out / "pretraining", 9.0, 9.0, seed, steps=20, scratch=True)  # longer than all, and no finetuning
     return tmp_path
 
 
