@@ -5,6 +5,7 @@ For study.py: the paper's comparison at a size that fits anywhere. SmolLM2-135M,
         --template='Question: {question}\\nAnswer:' --response_field=answer --response_prefix=' ' --val_fraction=0
     (the same with test.jsonl and --out_dir=data/gsm8k_smollm2_test)
     python study.py config/study_smollm2.py
+    python claims.py --runs='out/smollm2/*' --learning='loss gsm8k_test' --forgetting=hellaswag
 
 1.45M tokens an epoch: an hour on two CPU cores, a minute on a GPU; 18 runs, seven epochs of each of six methods. Every method has
 its own learning rate, about 10x full's for LoRA as in the paper. Loss on GSM8K test is the finest measure of what is
