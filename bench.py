@@ -78,8 +78,8 @@ SHAPES = {"7b": PUBLISHED["Llama-2-7b-hf"], "13b": PUBLISHED["Llama-2-13b-hf"],
           "tiny": LlamaConfig(vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4,
                               num_key_value_heads=4, head_dim=16)}
 SMOLLM2_135M = LlamaConfig(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-                    num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
-                    rope_theta=100000.0, tie_word_embeddings=True)
+                            num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
+                            rope_theta=100000.0, tie_word_embeddings=True)
 
 
 def peak_of(side, kind, folder):

@@ -5,9 +5,9 @@ The paper's claims, one by one, over any runs: holds, does not hold, or cannot b
     python claims.py --runs='out/smollm2/*' --learning='loss gsm8k_test' --forgetting=hellaswag
 
 A run is a folder of train.py; one seed's runs are compared with one another, and a number is the mean over seeds of their
-difference, with its 95% interval (Student's t). With one seed the interval is that of the evaluation's items, taken as
+difference, with its 95% interval (Student's t). With one seed or two the interval is that of the evaluation's items, taken as
 independent; a loss has none then, and a claim with no interval cannot be told. It holds where the whole interval does. All
-at the longest duration that the runs compared have in common.
+at the longest duration there is.
 """
 import glob
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import configure
-from plot import T_975, falls, read_run, targets_name
+from results import falls, mean_of_seeds, problems, read_run, targets_name
 from runtime import one_line_errors
 
 # -----------------------------------------------------------------------------
@@ -83,15 +83,6 @@ def read_runs(folders):
 
 
 # ----------------------------------------------------------------------------- numbers and verdicts
-def interval(pairs):
-    """(mean, half width or None) of (difference, stderr or None), one a seed."""
-    values = [value for value, _ in pairs]
-    if len(values) > 1:
-        t = 12.71 if len(values) == 2 else T_975.get(len(values) - 1, 2.1)
-        return statistics.fmean(values), t * statistics.stdev(values) / len(values) ** 0.5
-    return values[0], 1.96 * pairs[0][1] if pairs[0][1] else None
-
-
 def verdict(mean, half, least=0.0):
     """Is the value above `least`?"""
     if half is None or abs(mean - least) <= half:
@@ -103,7 +94,7 @@ def line(what, pairs, least=0.0):
     """(what, numbers, verdict) of a difference that the claim says is above `least`; None where no seed has it."""
     if not (pairs := [pair for pair in pairs if pair]):
         return None
-    mean, half = interval(pairs)
+    mean, half = mean_of_seeds(pairs)
     return what, f"{mean:+.3f}" + (f" ± {half:.3f}" if half is not None else "") + f" (n={len(pairs)})", verdict(mean, half, least)
 
 
@@ -178,3 +169,5 @@ if __name__ == "__main__":
         for claim, rows in claims(changes, ranks):
             for i, row in enumerate(rows or [("", "", "no such runs")]):
                 print(f"| {claim if not i else ''} | {' | '.join(row)} |")
+        for problem, count in problems.items():
+            print(f"note: {count} {problem}")

@@ -6,7 +6,7 @@ three ranks, for two durations, asks what each learned and forgot, and draws it 
     python quickstart.py
     python quickstart.py --lora_ranks=1,4,16,64            # what is there already is not made again
     for s in 1 2 3 4 5; do python quickstart.py --claims=True --seed=$s --out_dir=out/claims/$s; done; python claims.py \\
-        --runs='out/claims/*/*' --learning='loss target' --forgetting='loss source'     # an hour: each claim, with intervals
+        --runs='out/claims/*/*' --learning='loss target' --forgetting='loss source'     # over an hour: each claim, with intervals
 
 Every step is a command of this codebase, printed before it runs: the same ones, with other folders, do the 7B study. The
 list of runs that it writes, OUT_DIR/runs.py, is what study.py takes. When it was stopped, the same command goes on.
@@ -61,8 +61,8 @@ eval_rows = 100              # held-out rows of each domain that a loss is the m
 choice_items = 400           # lines of held-out Python, whose end is to be told from three others
 solve_items = 100            # held-out word problems to solve
 seed = 1337                  # of weights, rows and dropout, not of the data
-claims = False               # in place of the evaluations and the picture: the further runs that claims.py asks for
-_free = {'data_dir', 'out_dir', 'lora_ranks', 'steps', 'claims'}  # may differ when the script is started again on the same folders
+claims = False               # in place of the evaluations: the further runs that claims.py asks for
+_free = {'data_dir', 'out_dir', 'lora_ranks', 'steps', 'claims'}  # may differ when it is started again on the same folders
 
 
 # ----------------------------------------------------------------------------- the two domains

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 
 import plot
-from plot import BASE, FULL, RANKS, ends_of, main_settings, mean_of_seeds, points_of, read_run, spread, targets_name
+from plot import BASE, FULL, RANKS, spread
+from results import ends_of, main_settings, mean_of_seeds, points_of, read_run, targets_name
 
 BASE_CONFIG = {"base": "models/base", "data": "data/gsm8k", "lora_rank": 0, "lora_alpha": None, "lora_targets": "all",
                "learning_rate": 1e-5, "weight_decay": 0.0, "lora_dropout": 0.05, "optimizer": "lionw", "seed": 1, "max_steps": 10}
