@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 # what does not make two runs two settings
-NO_SETTING = {"data", "base", "out_dir", "resume", "val_data", "seed", "max_steps", "max_epochs", "max_tokens", "warmup_steps",
-              "cooldown_steps", "microbatch", "log_interval", "eval_interval", "eval_rows", "save_interval", "keep_last",
-              "device", "compile", "lora_rank", "lora_alpha", "lora_targets"}
+NO_SETTING = {"data", "base", "out_dir", "resume", "auto_resume", "resume_from", "val_data", "seed", "max_steps", "max_epochs",
+              "max_tokens", "warmup_steps", "cooldown_steps", "microbatch", "log_interval", "eval_interval", "eval_rows",
+              "save_interval", "keep_last", "async_save", "checkpoint_at", "max_skipped", "device", "compile", "lora_kernel",
+              "shard", "shard_ranks", "activation_checkpointing", "memory_gb", "dry_run", "gpus", "gpu", "mfu", "data_rows",
+              "lora_rank", "lora_alpha", "lora_targets"}
 T_975 = {2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t by degrees of freedom
 problems = Counter()
 

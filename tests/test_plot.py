@@ -315,7 +315,8 @@ def training_records():
         record = {"side": side, "rank": rank, "seq_len": seq, "checkpointing": how, "batch": batch, "shape": "7b", "layers": 3,
                   "of_layers": 32}
         speed = (1.4 if rank else 1.0) * (batch + 40) / (1 if side == "ours" else 2)
-        yield record | ({"failed": "out of memory"} if side == "peer" and batch == 64 else {"tok_per_s": speed, "peak_gb": batch / 2})
+        found = {"tok_per_s": speed, "peak_gb": batch / 2}
+        yield record | ({"failed": "out of memory"} if side == "peer" and batch == 64 else found)
 
 
 def test_throughput_has_a_line_for_each_method_and_side_and_a_row_for_each_setting():
@@ -375,6 +376,13 @@ def test_a_run_that_went_on_from_an_adapter_has_its_rank(tmp_path):
     (run / "step_10" / "adapter_config.json").write_text(json.dumps({"r": 8, "lora_alpha": 16}))
     points, _ = load(tmp_path / "runs")
     assert [(p.rank, p.alpha) for p in points] == [(8, 16)]
+
+
+def test_a_trunk_and_its_branches_are_one_setting(tmp_path):
+    write_run(tmp_path / "trunk", ((20, LEARN, 0.5),), checkpoint_at=[8.0], max_steps=20)
+    write_run(tmp_path / "branch", ((10, LEARN, 0.4),), resume_from="trunk/step_8", auto_resume=True, shard="full", max_steps=10)
+    points, _ = load(tmp_path)
+    assert len({p.setting for p in points}) == 1 and sorted(p.place["step"] for p in points) == [10, 20]
 
 
 def test_ends_of_takes_the_length_most_settings_share(tmp_path):
