@@ -254,14 +254,16 @@ def score(values):
 
 
 def write_result(subject, metric, values, settings, seconds):
-    """As write_score, for the mean of `values`, one number an item; returns it."""
+    """As write_score, for the mean of `values`, one number an item; returns it. They go to values.jsonl beside
+    results.jsonl, so that models can be compared item by item."""
     scored = score(values)
-    write_score(subject, metric, scored, len(values), settings, seconds)
+    if write_score(subject, metric, scored, len(values), settings, seconds):
+        append_jsonl(subject.results.with_name("values.jsonl"), {"metric": metric, "step": subject.step, "values": values})
     return scored[0]
 
 
 def write_score(subject, metric, scored, n, settings, seconds):
-    """Print a metric with its interval, and append it to results.jsonl unless it stands there.
+    """Print a metric with its interval, and append it to results.jsonl unless it stands there; whether it was appended.
 
     scored: as of score(), n: items, settings: every knob; the subject's identity is added."""
     mean, stderr, low, high = scored
@@ -270,7 +272,8 @@ def write_score(subject, metric, scored, n, settings, seconds):
               "value": mean, "stderr": stderr, "n": n, "settings": json.loads(json.dumps({**subject.identity, **settings}))}
     lines = subject.results.read_text().splitlines() if subject.results.is_file() else []
     if RANK or any(record.items() <= json.loads(line).items() for line in lines):
-        return  # evaluated again from finished items
+        return False  # evaluated again from finished items
     subject.results.parent.mkdir(parents=True, exist_ok=True)
     append_jsonl(subject.results, {**record, "seconds": round(seconds, 3), "version": versions(),
                                    "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
+    return True

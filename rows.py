@@ -53,6 +53,19 @@ class TokenRows:
         return tokens, targets, starts
 
 
+def held_out(entries, seq_len=0, doc_mask=True):
+    """{name: TokenRows} of NAME=FOLDER or FOLDER entries: their val split, else the train split. Raises as TokenRows does."""
+    named = dict(entry.split("=", 1) if "=" in entry else (Path(entry).name, entry) for entry in entries)
+    return {name: TokenRows(folder, "val" if (Path(folder) / "val.bin").exists() else "train", seq_len, doc_mask)
+            for name, folder in named.items()}
+
+
+def spread(n, limit):
+    """Indices of at most `limit` of n rows (0 = all), evenly spaced: neighbours may be of one document."""
+    most = min(limit or n, n)
+    return [i * n // most for i in range(most)]
+
+
 class PlannedRows:
     """Stands for data that is still to be made: n rows (0: not known) of seq_len targets, one document each."""
 

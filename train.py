@@ -30,7 +30,7 @@ from lora import apply_lora, apply_saved_lora, choose_kernel, init_adapters, loa
 from model import IGNORE, Llama, LlamaConfig, whole
 from parallel import add_up, add_up_gradients, check_replicas, is_sharded, leave, shard_model
 from plan import compare_with_paper, flops_of_batch, predict_memory, shape_of
-from rows import PlannedRows, TokenRows, rows_of_step, stack
+from rows import PlannedRows, TokenRows, held_out, rows_of_step, spread, stack
 from runtime import (LOCAL_WORLD, PEAK_TFLOPS, RANK, WORLD, append_jsonl, device_name, join_ranks, matmul_flops,
                      one_line_errors, peak_flops, peak_memory, pick_device, pick_dtype, print0, versions)
 
@@ -183,9 +183,8 @@ def backward_batch(model, rows, batch, microbatch, device, loss_norm="token", do
 def mean_loss(model, rows, microbatch, device, limit=0):
     """Mean loss per target (nats) over `limit` rows of a set, evenly spaced (0 = all), without dropout."""
     model.eval()
-    total, count, n = 0.0, 0, min(limit or len(rows), len(rows))
-    chosen = [i * len(rows) // n for i in range(n)]  # neighbours may be of one document
-    for i in range(0, n, WORLD * microbatch):
+    total, count, chosen = 0.0, 0, spread(len(rows), limit)
+    for i in range(0, len(chosen), WORLD * microbatch):
         part = [rows[j] for j in chosen[i + RANK * microbatch:i + (RANK + 1) * microbatch]]
         # filled up with rows that count for nothing: another shape would compile again, and ranks keep in step
         tokens, targets, starts = rows[0]
@@ -319,10 +318,8 @@ if __name__ == "__main__":
                    (f"data_rows={data_rows:,}, " if data_rows else "") + f"rows of {seq_len} tokens, every token a target")
         else:
             train_rows = TokenRows(data, "train", seq_len, doc_mask)
-            held_out = {"val": data} if "val" in train_rows.meta["splits"] else {}
-            held_out.update(entry.split("=", 1) if "=" in entry else (Path(entry).name, entry) for entry in val_data)
-            watched = {name: TokenRows(folder, "val" if (Path(folder) / "val.bin").exists() else "train", seq_len, doc_mask)
-                       for name, folder in held_out.items()}
+            own = (f"val={data}",) if "val" in train_rows.meta["splits"] else ()
+            watched = held_out((*own, *val_data), seq_len, doc_mask)
             for rows in (train_rows, *watched.values()):
                 check_tokenizer(base, rows.meta, shape.vocab_size)
         if train_rows.seq_len > shape.max_position_embeddings:

@@ -201,7 +201,7 @@ write_result(subject, "toy_square", [r["square"] for r in records.values()], {{}
     assert did == ["did 3 of 0", "did 4 of 1", "did 5 of 0", "did 6 of 1", "did 7 of 0", "did 8 of 1"]
     evaluate(subject_in(tmp_path / "alone"), "toy", range(9), {}, squares)
     assert (out / "eval_toy.jsonl").read_bytes() == (tmp_path / "alone" / "eval_toy.jsonl").read_bytes()
-    assert sorted(p.name for p in out.iterdir()) == ["eval_toy.jsonl", "eval_toy.settings.json", "results.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == ["eval_toy.jsonl", "eval_toy.settings.json", "results.jsonl", "values.jsonl"]
     assert len((out / "results.jsonl").read_text().splitlines()) == 1
 
 
