@@ -12,6 +12,7 @@ Two ways to put an item to a model, both scored in one pass:
             unweighted mean of the three accuracies.
   lm_eval   EleutherAI's lm-evaluation-harness (0.4.2): question and choice are tokenized as one text; `acc` takes the
             choice with the highest sum of log-probabilities, `acc_norm` divides it by the characters of the choice.
+TASK_loss, nats a token of the right choice as the gauntlet puts it, moves long before an accuracy does.
 
 A token that several sequences begin with is computed once: the choices of an item, its two ways, and MMLU's questions
 after the same shots make one tree, whose tokens see their ancestors. A batch is a flat list of such tokens, without
@@ -401,6 +402,8 @@ def write_task(subject, task, records, settings, seconds):
         write_mean(subject, task, list(by_subject.values()), settings, seconds)
     elif right:
         write_result(subject, task, right, settings, seconds)
+        said = [(r["gauntlet"]["logprobs"][r["gold"]], r["gauntlet"]["tokens"][r["gold"]]) for r in records]
+        write_result(subject, f"{task}_loss", [-logprob / tokens for logprob, tokens in said], settings, seconds)
     if "lm_eval" in settings["styles"]:
         write_result(subject, f"{task}_acc", hits["lm_eval", "sum"], settings, seconds)
         if task in ("hellaswag", "arc_challenge"):  # lm-eval has no acc_norm of the others

@@ -218,7 +218,8 @@ def test_script(whole):
     out, stdout = whole
     results = {r["metric"]: r for r in map(json.loads, (out / "results.jsonl").read_text().splitlines())}
     assert set(results) == {"hellaswag", "hellaswag_acc", "hellaswag_acc_norm", "arc_challenge", "arc_challenge_acc",
-                            "arc_challenge_acc_norm", "winogrande", "winogrande_acc", "forgetting"}
+                            "arc_challenge_acc_norm", "winogrande", "winogrande_acc", "forgetting",
+                            *(f"{task}_loss" for task in ef.FORGETTING)}
     lines = item_lines(out)
     means, errors = [], []
     for task in ef.FORGETTING:
@@ -228,6 +229,8 @@ def test_script(whole):
         means.append(sum(hits) / 12)
         errors.append(means[-1] * (1 - means[-1]) / 11)
         assert results[task]["value"] == pytest.approx(means[-1])
+        gold = [r["gauntlet"]["logprobs"][r["gold"]] / r["gauntlet"]["tokens"][r["gold"]] for r in records]
+        assert results[f"{task}_loss"]["value"] == pytest.approx(-sum(gold) / 12)
         assert results[f"{task}_acc"]["value"] == pytest.approx(sum(r["lm_eval"]["sum"] == r["gold"] for r in records) / 12)
     found = results["forgetting"]
     assert found["value"] == pytest.approx(sum(means) / 3) and found["n"] == 36
@@ -252,7 +255,7 @@ def test_world_size_does_not_matter(whole, tmp_path):
     assert_same_items(item_lines(whole[0]), item_lines(tmp_path))
     assert [line for line in ran.stdout.splitlines() if line.startswith("forgetting:")] == \
         [line for line in whole[1].splitlines() if line.startswith("forgetting:")]
-    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 9
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 12
 
 
 def test_resumes_after_a_kill(whole, tmp_path):
