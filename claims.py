@@ -5,9 +5,9 @@ The paper's claims, one by one, over any runs: holds, does not hold, or cannot b
     python claims.py --runs='out/smollm2/*' --learning='loss gsm8k_test' --forgetting=hellaswag
 
 A run is a folder of train.py; one seed's runs are compared with one another, and a number is the mean over seeds of their
-difference, with its 95% interval (Student's t). With one seed or two the interval is that of the evaluation's items, taken as
-independent; a loss has none then, and a claim with no interval cannot be told. It holds where the whole interval does. All
-at the longest duration there is.
+difference, with its 95% interval (Student's t). With one seed or two the interval is that of the evaluation's items, the same
+ones in both runs, so of their differences (values.jsonl); it says nothing about other seeds. A loss from train.py's log has
+no items, and a claim with no interval cannot be told. It holds where the whole interval does. All at the longest duration.
 """
 import glob
 import json
@@ -22,7 +22,7 @@ from runtime import one_line_errors
 
 # -----------------------------------------------------------------------------
 runs = ()                # run folders, or globs of them
-learning = 'gsm8k_strict_match'   # metric of what was learned; 'loss NAME' is train.py's val_data
+learning = 'gsm8k_strict_match'   # metric of what was learned; 'loss NAME' is of eval_loss.py or train.py's val_data
 forgetting = 'forgetting'         # and of what was forgotten
 fraction = '0.9'         # of the squares, for the effective rank in spectrum.json
 
@@ -46,19 +46,41 @@ def method_of(config):
     return Method(rank, changed[0].replace("_", " ") if changed else "") if len(changed) < 2 else None
 
 
-def gain(metric, before, after):
-    """(how much better the second (value, stderr) is than the first, the second's stderr): the base's cancels between runs."""
-    return (before[0] - after[0] if falls(metric) else after[0] - before[0]), after[1]
+class Change(NamedTuple):
+    """How much better or worse than the base, with its standard error and its items' values, where known."""
+    value: float
+    stderr: float | None = None
+    items: tuple = ()
+
+
+def change(metric, before, after, items_before, items_after):
+    """The Change from (value, stderr) of the base to that of a run, up where it is better. The base's own error is in the
+    items, which are the same ones, but not in stderr: between runs it cancels."""
+    sign = -1 if falls(metric) else 1
+    paired = items_before and items_after and len(items_before) == len(items_after)
+    return Change(sign * (after[0] - before[0]), after[1],
+                  tuple(sign * (b - a) for a, b in zip(items_before, items_after)) if paired else ())
+
+
+def combine(weights, changes):
+    """The Change that is their weighted sum: over the same items if all have them, else of independent errors."""
+    value = math.fsum(w * c.value for w, c in zip(weights, changes))
+    if len({len(c.items) for c in changes}) == 1 and len(changes[0].items) > 1:
+        items = tuple(math.fsum(w * x for w, x in zip(weights, values)) for values in zip(*(c.items for c in changes)))
+        return Change(value, statistics.stdev(items) / len(items) ** 0.5, items)
+    known = all(c.stderr for c in changes)
+    return Change(value, math.hypot(*(w * c.stderr for w, c in zip(weights, changes))) if known else None)
 
 
 def read_runs(folders):
-    """{(seed, method, steps): (learned, forgot)} at each run's end, (change, stderr) both, and {the same: effective rank}.
+    """{(seed, method, steps): (learned, forgot)} at each run's end, both a Change, and {the same: effective rank}.
 
     Raises ValueError where two runs are of one seed, method and length, or a metric is missing."""
     changes, ranks, bases = {}, {}, {}
     for run, folder in sorted(((read_run(folder), folder) for folder in folders), key=lambda pair: bool(pair[0].config)):
         if not run.config:  # a base, which comes first: its evaluations are the start of the runs beside it
-            bases[folder.parent] = {metric: steps[max(steps)] for metric, steps in run.metrics.items()}
+            bases[folder.parent] = {metric: (steps[max(steps)], run.items.get((metric, max(steps)), ()))
+                                    for metric, steps in run.metrics.items()}
             continue
         if run.config.get("scratch") or not (method := method_of(run.config)) or not run.places:
             continue  # a pretraining, or nothing that the claims speak of
@@ -71,9 +93,12 @@ def read_runs(folders):
                 raise ValueError(f"{folder}: no {metric!r} at step {steps}; there are {', '.join(sorted(run.metrics))}")
             if 0 not in run.metrics[metric] and metric not in bases.get(folder.parent, {}):
                 raise ValueError(f"{folder}: no {metric!r} of the base, at step 0 or in a folder beside it")
-        start = {metric: run.metrics[metric].get(0) or bases[folder.parent][metric] for metric in (learning, forgetting)}
-        learned, kept = (gain(metric, start[metric], run.metrics[metric][steps]) for metric in (learning, forgetting))
-        changes[key] = learned, (-kept[0], kept[1])
+        both = []
+        for metric in (learning, forgetting):
+            own = run.metrics[metric].get(0), run.items.get((metric, 0), ())
+            before, items = own if own[0] else bases[folder.parent][metric]
+            both.append(change(metric, before, run.metrics[metric][steps], items, run.items.get((metric, steps), ())))
+        changes[key] = both[0], combine([-1], both[1:])
         if (folder / "spectrum.json").is_file():
             content = json.loads((folder / "spectrum.json").read_text())
             last = len(content["checkpoints"]) - 1
@@ -95,21 +120,22 @@ def line(what, pairs, least=0.0):
     if not (pairs := [pair for pair in pairs if pair]):
         return None
     mean, half = mean_of_seeds(pairs)
-    return what, f"{mean:+.3f}" + (f" ± {half:.3f}" if half is not None else "") + f" (n={len(pairs)})", verdict(mean, half, least)
+    numbers = f"{mean:+.3f}" + (f" ± {half:.3f}" if half is not None else "") + f" (n={len(pairs)})"
+    return what, numbers, verdict(mean, half, least)
 
 
-def minus(a, b):
-    """a - b of (value, stderr) pairs."""
-    return a[0] - b[0], math.hypot(a[1], b[1]) if a[1] and b[1] else None
-
-
-def forgot_at(points, learned):
-    """What the runs of one method and seed had forgotten when they had learned so much: on a line through (0, 0) and
-    their [(learned, forgot)]; None beyond the last."""
-    points = sorted([(0.0, 0.0), *points])
+def spared(points, mine):
+    """(how much more a method had forgotten than `mine` by the time it had learned as much, standard error or None), on lines
+    through the base and its points; all are (learned, forgot), two Changes. None where it never learned as much."""
+    base = tuple(Change(0.0, None, (0.0,) * len(c.items)) for c in mine)
+    points, x = sorted([base, *points], key=lambda point: point[0].value), mine[0].value
     for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        if x0 <= learned <= x1 and x1 > x0:
-            return y0 + (y1 - y0) * (learned - x0) / (x1 - x0)
+        if x0.value <= x <= x1.value and x1.value > x0.value:
+            share, slope = (x - x0.value) / (x1.value - x0.value), (y1.value - y0.value) / (x1.value - x0.value)
+            forgot = combine([1 - share, share, -1], [y0, y1, mine[1]])
+            place = combine([slope, -slope * (1 - share), -slope * share], [mine[0], x0, x1])  # its sum is 0, its error is not
+            known = forgot.items and place.items  # without them the base's error is not known
+            return forgot.value, math.hypot(forgot.stderr, place.stderr) if known else None
     return None
 
 
@@ -120,15 +146,11 @@ def claims(changes, ranks):
     longest = max(k[2] for k in changes)
     loras = [m for m in methods if m.rank and not m.variant]
     plain = Method(0, "")
-    at = lambda seed, method, column: changes[seed, method, longest][column] if (seed, method, longest) in changes else None
-    over = lambda a, b, column: [minus(at(s, a, column), at(s, b, column)) for s in seeds if at(s, a, column) and at(s, b, column)]
-    curve = lambda seed, method: [(c[0][0], c[1][0]) for k, c in changes.items() if k[:2] == (seed, method)]
-
-    def spared(seed, lora, method):
-        """What `method` forgot more than LoRA by the time it had learned what LoRA learned."""
-        if not (mine := at(seed, lora, 0)) or (theirs := forgot_at(curve(seed, method), mine[0])) is None:
-            return None
-        return theirs - at(seed, lora, 1)[0], None
+    at = lambda seed, method: changes.get((seed, method, longest))
+    over = lambda a, b, column: [combine([1, -1], [at(s, a)[column], at(s, b)[column]])[:2]
+                                 for s in seeds if at(s, a) and at(s, b)]
+    points = lambda seed, method: [both for key, both in changes.items() if key[:2] == (seed, method)]
+    at_equal_learning = lambda method, lora: [spared(points(s, method), at(s, lora)) for s in seeds if at(s, lora)]
 
     def by_rank(column):
         steps = zip(loras, loras[1:])
@@ -138,16 +160,16 @@ def claims(changes, ranks):
     regularised = [m for m in methods if not m.rank and m.variant]
     nearest = []  # (effective rank of full's change) / (rank of the LoRA run that learned most nearly as much), by seed
     for s in seeds:
-        if (s, plain, longest) in ranks and any(at(s, m, 0) for m in loras):
-            close = min((m for m in loras if at(s, m, 0)), key=lambda m: abs(at(s, m, 0)[0] - at(s, plain, 0)[0]))
+        if (s, plain, longest) in ranks and any(at(s, m) for m in loras):
+            close = min((m for m in loras if at(s, m)), key=lambda m: abs(at(s, m)[0].value - at(s, plain)[0].value))
             nearest.append((ranks[s, plain, longest] / close.rank, None))
     found = [
         ("C1 Full finetuning learns more than LoRA, and LoRA the more the higher its rank", by_rank(0)),
         ("C2 Full finetuning forgets more than LoRA, and LoRA the more the higher its rank", by_rank(1)),
         ("C2 At equal learning full finetuning has forgotten more than LoRA",
-         [line(f"full - {m}", [spared(s, m, plain) for s in seeds]) for m in loras]),
+         [line(f"full - {m}", at_equal_learning(plain, m)) for m in loras]),
         ("C3 At equal learning full finetuning with a regulariser has forgotten more than LoRA",
-         [line(f"{r} - {m}", [spared(s, m, r) for s in seeds]) for r in regularised for m in loras]),
+         [line(f"{r} - {m}", at_equal_learning(r, m)) for r in regularised for m in loras]),
         ("C4 The change of full finetuning has at least 10 times the rank of a LoRA that learns as much",
          [line("effective rank / r", nearest, 10.0)]),
         ("C5 MLP modules alone learn more than attention alone",

@@ -64,10 +64,11 @@ class Run(NamedTuple):
     metrics: dict
     log: list
     places: dict  # step -> {"step", "tokens", "epoch"}
+    items: dict   # {(metric, step): a value an item}
 
 
 def read_run(folder):
-    """The Run of a folder; val losses of its log count as metrics 'loss NAME'."""
+    """The Run of a folder; val losses of its log count as metrics 'loss NAME', which eval_loss.py's stand before."""
     folder = Path(folder)
     config = read_json(folder / "config.json").get("config") if (folder / "config.json").is_file() else {}
     config = config if isinstance(config, dict) else {}
@@ -95,7 +96,8 @@ def read_run(folder):
         judged = line.get("settings") if isinstance(line.get("settings"), dict) else {}
         if not config and judged.get("model") and not judged.get("adapter"):
             name = Path(judged["model"]).name  # as the runs that started from it call it
-    return Run(name, config, dict(metrics), log, places)
+    items = {(line.get("metric"), line.get("step")): line.get("values") for line in read_jsonl(folder / "values.jsonl")}
+    return Run(name, config, dict(metrics), log, places, items)
 
 
 # ----------------------------------------------------------------------------- runs become points
@@ -196,4 +198,4 @@ def pick(names, points):
 
 def falls(metric):
     """Is less better?"""
-    return metric.startswith("loss") or "perplexity" in metric
+    return "loss" in metric or "perplexity" in metric

@@ -3,10 +3,11 @@ import json
 import math
 import statistics
 
+import numpy as np
 import pytest
 from conftest import run_here
 
-from claims import Method, claims, forgot_at, method_of, verdict
+from claims import Change, Method, claims, combine, method_of, spared, verdict
 from results import mean_of_seeds
 
 BASE = {"learned": 5.0, "kept": 3.0}
@@ -112,8 +113,47 @@ def test_two_seeds_have_the_interval_of_their_items_or_none():
 
 
 def test_line_between_durations():
-    assert forgot_at([(2.0, 0.6), (1.0, 0.2)], 1.5) == pytest.approx(0.4) and forgot_at([(1.0, 0.2)], 0.5) == pytest.approx(0.1)
-    assert forgot_at([(1.0, 0.2)], 1.1) is None and forgot_at([], 0.1) is None
+    at = lambda learned, forgot: (Change(learned), Change(forgot))
+    assert spared([at(2.0, 0.6), at(1.0, 0.2)], at(1.5, 0.1)) == (pytest.approx(0.3), None)
+    assert spared([at(1.0, 0.2)], at(0.5, 0.0)) == (pytest.approx(0.1), None)
+    assert spared([at(1.0, 0.2)], at(1.1, 0.0)) is None and spared([], at(0.1, 0.0)) is None
+
+
+def test_the_same_items_are_compared_one_by_one():
+    rng = np.random.default_rng(0)
+    items = rng.normal(size=50)
+    a, b = (Change(float(x.mean()), 0.1, tuple(x)) for x in (items + 1, items + 0.01 * rng.normal(size=50)))
+    d = np.array(a.items) - np.array(b.items)
+    assert combine([1, -1], [a, b])[:2] == pytest.approx((d.mean(), d.std(ddof=1) / 50 ** 0.5))
+    assert combine([1, -1], [a, b._replace(items=b.items[:40])]).stderr == pytest.approx(0.1 * 2 ** 0.5)
+    assert combine([1, -1], [a._replace(items=()), b._replace(items=(), stderr=None)]).stderr is None
+
+
+def test_error_at_equal_learning_is_that_of_drawing_the_items_anew():
+    """By the bootstrap: 2,000 times other items of both evaluations, the same ones in all runs."""
+    rng = np.random.default_rng(1)
+    learned, forgot = ({name: mean + sd * rng.normal(size=n) + common for name, mean in means.items()}
+                       for means, sd, n, common in (({"half": 1.0, "full": 2.0, "lora": 1.6}, 0.3, 400, rng.normal(size=400)),
+                                                    ({"half": 0.2, "full": 0.9, "lora": 0.3}, 0.5, 300, rng.normal(size=300))))
+    pair = lambda name, i, j: tuple(Change(x.mean(), None, tuple(x)) for x in (learned[name][i], forgot[name][j]))
+    told = lambda i, j: spared([pair("half", i, j), pair("full", i, j)], pair("lora", i, j))
+    value, stderr = told(np.arange(400), np.arange(300))
+    drawn = [told(rng.integers(400, size=400), rng.integers(300, size=300))[0] for _ in range(2000)]
+    assert stderr == pytest.approx(np.std(drawn), rel=0.08) and value == pytest.approx(np.mean(drawn), abs=stderr / 5)
+
+
+def test_values_of_items_are_read_from_the_runs(tmp_path):
+    (tmp_path / "a/base").mkdir(parents=True)
+    for name, config, values in (("base", None, [0.1, 0.3, 0.5]), ("full", {}, [0.5, 0.7, 1.0]),
+                                 ("r4", {"lora_rank": 4}, [0.4, 0.6, 0.8])):
+        if config is not None:
+            write_run(tmp_path / "a" / name, 1.0, 0.1, **config)
+        for file, line in (("results", {"value": sum(values) / 3, "stderr": 9.0}), ("values", {"values": values})):
+            for metric in ("acc", "kept"):
+                with open(tmp_path / "a" / name / f"{file}.jsonl", "a") as lines:
+                    lines.write(json.dumps({"metric": metric, "step": 0 if config is None else 10, **line}) + "\n")
+    half = 1.96 * statistics.stdev([0.1, 0.1, 0.2]) / math.sqrt(3)
+    assert table(tmp_path, "acc", "kept")["C1", "full - LoRA r=4"] == (f"+0.133 ± {half:.3f} (n=1)", "holds")
 
 
 def test_methods():
@@ -137,6 +177,6 @@ def test_runs_that_cannot_be_compared(tmp_path, break_it, message):
 
 
 def test_claims_leave_out_what_no_seed_has():
-    changes = {(1, Method(0, ""), 10): ((2.0, None), (1.0, None)), (1, Method(4, ""), 10): ((3.0, None), (1.0, None))}
+    changes = {(1, Method(0, ""), 10): (Change(2.0), Change(1.0)), (1, Method(4, ""), 10): (Change(3.0), Change(1.0))}
     told = dict(claims(changes, {}))
     assert told["C2 At equal learning full finetuning has forgotten more than LoRA"] == []  # r=4 learned more than full did
