@@ -127,10 +127,13 @@ def commands(name, words, base, download=True):
 
 # ----------------------------------------------------------------------------- doing it
 def done_before():
-    """{command line: seconds} of study.jsonl."""
-    path = Path(out_dir) / "study.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return {record["command"]: record["seconds"] for record in map(json.loads, lines)}
+    """{command line: seconds} of study.jsonl, without what was done to a run that has been deleted or trained anew since."""
+    path, done = Path(out_dir) / "study.jsonl", {}
+    for record in map(json.loads, path.read_text().splitlines() if path.is_file() else []):
+        of_run = {} if record["stage"] == "train" else done.get(record["run"], {})
+        done[record["run"]] = of_run | {record["command"]: record["seconds"]}
+    return {command: seconds for run, of_run in done.items() if (Path(out_dir) / run).is_dir()
+            for command, seconds in of_run.items()}
 
 
 def run(command, quiet=False):

@@ -19,7 +19,7 @@ out_dir = out_dir or 'out/smollm2'
 base = base or 'models/smollm2'
 models = ('base',)
 _methods = globals().get('_methods') or {
-    'full': '--learning_rate=3e-5', 'r16': '--lora_rank=16 --learning_rate=3e-4',
+    'full': '--learning_rate=3e-5', 'r16': '--lora_rank=16 --learning_rate=6e-4',
     'r64': '--lora_rank=64 --learning_rate=1.5e-4', 'r256': '--lora_rank=256 --learning_rate=7.5e-5'}
 _lengths = globals().get('_lengths') or {'75': '--max_steps=75', '225': '--max_steps=225'}
 runs = tuple(f'{_name}-{_end} {_knobs} {_length}' for _end, _length in _lengths.items() for _name, _knobs in _methods.items())
@@ -33,4 +33,6 @@ evals = (f'eval_loss.py --data={_loss} --dtype=bfloat16',
          f'eval_gsm8k.py --test_data=data/raw/gsm8k/test.jsonl --shots=0 --batch_size=25 --dtype=bfloat16 {_limits[1]}',
          'eval_humaneval.py --data=data/raw/HumanEval.jsonl.gz --n_samples=10 --temperature=0.8 --bos=False --dtype=bfloat16 '
          f'--allow_code_execution=True {_limits[2]}')
-plot = f"--learning='loss {_loss.split('=')[0]}' --forgetting=hellaswag_loss"
+_set, _words = _loss.split('=')[0], globals().get('_words') or 'loss on new word problems'
+plot = (f"--learning='loss {_set}' --forgetting=hellaswag_loss --x=step "
+        f"--labels='loss {_set}={_words},hellaswag_loss=loss of right endings (HellaSwag)'")

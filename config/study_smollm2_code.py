@@ -13,7 +13,7 @@ from pathlib import Path
 
 out_dir = out_dir or 'out/smollm2_code'
 _lengths = {'75': '--max_steps=75'}
-_loss = 'stdlib=data/stdlib_smollm2'
+_loss, _words = 'stdlib=data/stdlib_smollm2', 'loss on held-out modules'
 train = train or ('--data=data/stdlib_smollm2 --global_batch=1 --microbatch=1 --compile=True --dtype=bfloat16 '
                   '--eval_rows=4 --save_interval=75 --keep_last=1')
 exec((Path(__file__).parent / 'study_smollm2.py').read_text())

@@ -4,6 +4,8 @@ import json
 import pytest
 from conftest import ROOT, need, run_here, run_stage
 
+import study as script
+
 CONFIGS = ("math_cpt", "code_cpt", "math_ift", "code_ift", "tulu_ift")
 
 
@@ -91,6 +93,17 @@ expected = ('base gsm8k_strict_match=.5',)
     again = study(tmp_path / "mini.py", text, "--only=base")
     assert again.returncode == 0 and (tmp_path / "out" / "study.jsonl").read_text() == before, again.stderr
     assert "to do" not in again.stdout and json.loads(before)["stage"] == "eval_gsm8k.py"
+
+
+def test_what_was_done_to_a_run_that_is_gone_or_trained_anew_does_not_count(tmp_path, monkeypatch):
+    did = [("a", "train", "train a"), ("a", "eval.py", "eval a"), ("b", "train", "train b"), ("b", "eval.py", "eval b"),
+           ("a", "train", "train a again"), ("gone", "train", "train gone"), ("base", "eval.py", "eval base")]
+    (tmp_path / "study.jsonl").write_text("".join(
+        json.dumps({"run": run, "stage": stage, "command": command, "seconds": 1.0}) + "\n" for run, stage, command in did))
+    for run in ("a", "b", "base"):
+        (tmp_path / run).mkdir()
+    monkeypatch.setattr(script, "out_dir", str(tmp_path))
+    assert set(script.done_before()) == {"train b", "eval b", "train a again", "eval base"}
 
 
 def test_an_impossible_run_is_refused_before_the_first_one_starts(tmp_path, tokens):
