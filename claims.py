@@ -6,8 +6,9 @@ The paper's claims, one by one, over any runs: holds, does not hold, or cannot b
 
 A run is a folder of train.py; one seed's runs are compared with one another, and a number is the mean over seeds of their
 difference, with its 95% interval (Student's t). With one seed or two the interval is that of the evaluation's items, the same
-ones in both runs, so of their differences (values.jsonl); it says nothing about other seeds. A loss from train.py's log has
-no items, and a claim with no interval cannot be told. It holds where the whole interval does. All at the longest duration.
+ones in both runs, so of their differences (values.jsonl; without it the errors of the two are taken as independent); it says
+nothing about other seeds. A loss from train.py's log has no items, and a claim with no interval cannot be told. It holds where
+the whole interval does. A base is a folder beside the runs, else step 0 of their logs. All at the longest duration.
 """
 import glob
 import json
@@ -54,20 +55,20 @@ class Change(NamedTuple):
 
 
 def change(metric, before, after, items_before, items_after):
-    """The Change from (value, stderr) of the base to that of a run, up where it is better. The base's own error is in the
-    items, which are the same ones, but not in stderr: between runs it cancels."""
-    sign = -1 if falls(metric) else 1
-    paired = items_before and items_after and len(items_before) == len(items_after)
-    return Change(sign * (after[0] - before[0]), after[1],
-                  tuple(sign * (b - a) for a, b in zip(items_before, items_after)) if paired else ())
+    """The Change from (value, stderr) of the base to that of a run, up where the metric rises. The base's own error is in the
+    items, which are the same ones, but not in stderr: between runs it cancels. ValueError for other items than the base's."""
+    if items_before and items_after and len(items_before) != len(items_after):
+        raise ValueError(f"{metric}: {len(items_before)} items of the base, {len(items_after)} of a run; evaluate the same ones")
+    return Change(after[0] - before[0], after[1], tuple(b - a for a, b in zip(items_before, items_after)))
 
 
 def combine(weights, changes):
     """The Change that is their weighted sum: over the same items if all have them, else of independent errors."""
     value = math.fsum(w * c.value for w, c in zip(weights, changes))
-    if len({len(c.items) for c in changes}) == 1 and len(changes[0].items) > 1:
+    if (n := min(len(c.items) for c in changes)) > 1:
         items = tuple(math.fsum(w * x for w, x in zip(weights, values)) for values in zip(*(c.items for c in changes)))
-        return Change(value, statistics.stdev(items) / len(items) ** 0.5, items)
+        discrete = 1 / n / 1.96 if set(items) <= {-1, 0, 1} else 0  # of right and wrong: a handful of items tells nothing
+        return Change(value, statistics.stdev(items) / n ** 0.5 + discrete, items)
     known = all(c.stderr for c in changes)
     return Change(value, math.hypot(*(w * c.stderr for w, c in zip(weights, changes))) if known else None)
 
@@ -79,26 +80,29 @@ def read_runs(folders):
     changes, ranks, bases = {}, {}, {}
     for run, folder in sorted(((read_run(folder), folder) for folder in folders), key=lambda pair: bool(pair[0].config)):
         if not run.config:  # a base, which comes first: its evaluations are the start of the runs beside it
-            bases[folder.parent] = {metric: (steps[max(steps)], run.items.get((metric, max(steps)), ()))
-                                    for metric, steps in run.metrics.items()}
+            found = {metric: (steps[max(steps)], run.items.get((metric, max(steps)), ()))
+                     for metric, steps in run.metrics.items()}
+            bases.setdefault((folder.parent, run.name), {}).update(found)
             continue
         if run.config.get("scratch") or not (method := method_of(run.config)) or not run.places:
             continue  # a pretraining, or nothing that the claims speak of
         steps = max(run.places)
-        key = run.config.get("seed"), method, steps
+        key, beside = (run.config.get("seed"), method, steps), bases.get((folder.parent, Path(run.config.get("base", "")).name), {})
         if key in changes:
             raise ValueError(f"{folder}: a second run of {method}, {steps} steps and seed {key[0]}")
         for metric in (learning, forgetting):
             if steps not in run.metrics.get(metric, {}):
                 raise ValueError(f"{folder}: no {metric!r} at step {steps}; there are {', '.join(sorted(run.metrics))}")
-            if 0 not in run.metrics[metric] and metric not in bases.get(folder.parent, {}):
+            if 0 not in run.metrics[metric] and metric not in beside:
                 raise ValueError(f"{folder}: no {metric!r} of the base, at step 0 or in a folder beside it")
         both = []
-        for metric in (learning, forgetting):
-            own = run.metrics[metric].get(0), run.items.get((metric, 0), ())
-            before, items = own if own[0] else bases[folder.parent][metric]
-            both.append(change(metric, before, run.metrics[metric][steps], items, run.items.get((metric, steps), ())))
-        changes[key] = both[0], combine([-1], both[1:])
+        for metric, better in ((learning, 1), (forgetting, -1)):
+            own = run.metrics[metric].get(0), ()
+            before, items = beside[metric] if metric in beside else own
+            rise = change(metric, before, run.metrics[metric][steps], items, run.items.get((metric, steps), ()))
+            sign = -better if falls(metric) else better
+            both.append(rise._replace(value=sign * rise.value, items=tuple(sign * x for x in rise.items)))
+        changes[key] = tuple(both)
         if (folder / "spectrum.json").is_file():
             content = json.loads((folder / "spectrum.json").read_text())
             last = len(content["checkpoints"]) - 1
@@ -110,7 +114,7 @@ def read_runs(folders):
 # ----------------------------------------------------------------------------- numbers and verdicts
 def verdict(mean, half, least=0.0):
     """Is the value above `least`?"""
-    if half is None or abs(mean - least) <= half:
+    if half is None or not abs(mean - least) > half:
         return "cannot be told"
     return "holds" if mean > least else "does not hold"
 

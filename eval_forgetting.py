@@ -12,7 +12,7 @@ Two ways to put an item to a model, both scored in one pass:
             unweighted mean of the three accuracies.
   lm_eval   EleutherAI's lm-evaluation-harness (0.4.2): question and choice are tokenized as one text; `acc` takes the
             choice with the highest sum of log-probabilities, `acc_norm` divides it by the characters of the choice.
-TASK_loss, nats a token of the right choice as the gauntlet puts it, moves long before an accuracy does.
+TASK_loss (not of MMLU), nats a token of the right choice as the gauntlet puts it, moves long before an accuracy does.
 
 A token that several sequences begin with is computed once: the choices of an item, its two ways, and MMLU's questions
 after the same shots make one tree, whose tokens see their ancestors. A batch is a flat list of such tokens, without
@@ -363,11 +363,13 @@ def judging(llama, items, prompts, styles, batch_tokens):
 
 
 def write_mean(subject, metric, groups, settings, seconds):
-    """As evals.write_result, for the unweighted mean of the means of some lists; its interval is +- 1.96 errors."""
+    """As evals.write_result, for the unweighted mean of the means of some lists; its interval is +- 1.96 errors. An item's
+    value is such that their mean and its error are these."""
     scores = [score(values) for values in groups]
     mean, stderr = sum(s[0] for s in scores) / len(scores), math.sqrt(sum(s[1] ** 2 for s in scores)) / len(scores)
-    write_score(subject, metric, (mean, stderr, mean - 1.96 * stderr, mean + 1.96 * stderr), sum(map(len, groups)), settings,
-                seconds)
+    n = sum(map(len, groups))
+    values = [mean + (v - s[0]) * n / len(groups) / len(group) for s, group in zip(scores, groups) for v in group]
+    write_score(subject, metric, (mean, stderr, mean - 1.96 * stderr, mean + 1.96 * stderr), values, settings, seconds)
 
 
 # ----------------------------------------------------------------------------- the run

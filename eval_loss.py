@@ -5,8 +5,8 @@ Stage 3, learning and forgetting at the finest: the loss of a model on held-out 
     python eval_loss.py --model=out/gsm8k-r16/step_400 --data=data/gsm8k_test --rows=0
     torchrun --nproc_per_node=8 eval_loss.py --model=out/gsm8k-r16/step_400 --data=data/gsm8k_test
 
-The same number as train.py's val_data, nats a target, as metric 'loss NAME'; but of any model, with an interval, and
-with each row's loss, so that claims.py can compare two models row by row. An interrupted evaluation goes on.
+Over the same rows and in the same dtype it is train.py's val_data, nats a target, as metric 'loss NAME'; but of any model, with
+an interval, and with each row's loss, so that claims.py can compare two models row by row. A killed evaluation goes on.
 """
 import time
 from functools import partial
@@ -27,7 +27,7 @@ data = ()                # token folders of prepare_data.py: NAME=FOLDER, ... (t
 rows = 64                # of each, evenly spaced; 0 = all
 seq_len = 0              # tokens a row; 0 = the data's (only cpt data can be cut otherwise)
 doc_mask = True          # documents in a row do not see each other; False = the paper's
-name = 'loss'            # rows go to eval_NAME_SET.jsonl: another name keeps rows of other settings apart
+name = 'loss'            # metric 'NAME SET', rows in eval_NAME_SET.jsonl: another name keeps other settings apart
 out_dir = ''             # for items and results.jsonl; '' = the checkpoint's folder and its run's, or out/MODEL
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
@@ -73,5 +73,5 @@ if __name__ == "__main__":
             records = evaluate(subject, f"{name}_{label}", chosen, settings,
                                partial(row_losses, subject.model, token_rows, device),
                                lambda record: record["loss"] / max(record["targets"], 1))
-            write_result(subject, f"loss {label}", values_of_rows(records.values()), {**config, **settings},
+            write_result(subject, f"{name} {label}", values_of_rows(records.values()), {**config, **settings},
                          time.perf_counter() - started)

@@ -6,8 +6,8 @@
     records = evaluate(subject, "gsm8k", range(len(items)), settings, work, running)
     write_result(subject, "gsm8k_strict", [records[i]["strict"] for i in records], settings, seconds)
 
-Items go to FOLDER/eval_NAME.jsonl, scores to results.jsonl; FOLDER is the checkpoint out/RUN/step_N and results.jsonl
-stands in out/RUN, or both are in out/NAME of a model that is no checkpoint, or where out_dir says.
+Items go to FOLDER/eval_NAME.jsonl, scores to results.jsonl and each item's to values.jsonl; FOLDER is the checkpoint
+out/RUN/step_N and the other two stand in out/RUN, or all are in out/NAME of a model that is no checkpoint, or where out_dir says.
 """
 import atexit
 import datetime
@@ -254,26 +254,30 @@ def score(values):
 
 
 def write_result(subject, metric, values, settings, seconds):
-    """As write_score, for the mean of `values`, one number an item; returns it. They go to values.jsonl beside
-    results.jsonl, so that models can be compared item by item."""
+    """As write_score, for the mean of `values`, one number an item; returns it."""
     scored = score(values)
-    if write_score(subject, metric, scored, len(values), settings, seconds):
-        append_jsonl(subject.results.with_name("values.jsonl"), {"metric": metric, "step": subject.step, "values": values})
+    write_score(subject, metric, scored, values, settings, seconds)
     return scored[0]
 
 
-def write_score(subject, metric, scored, n, settings, seconds):
-    """Print a metric with its interval, and append it to results.jsonl unless it stands there; whether it was appended.
+def write_score(subject, metric, scored, values, settings, seconds):
+    """Print a metric with its interval, and append it to results.jsonl, and the items' values to values.jsonl beside it, by
+    which two models can be compared item by item; unless they stand there.
 
-    scored: as of score(), n: items, settings: every knob; the subject's identity is added."""
+    scored: as of score(), settings: every knob; the subject's identity is added."""
     mean, stderr, low, high = scored
-    print0(f"{metric}: {mean:.4f} +- {stderr:.4f} ({low:.4f} to {high:.4f} with 95%), {n} items")
+    print0(f"{metric}: {mean:.4f} +- {stderr:.4f} ({low:.4f} to {high:.4f} with 95%), {len(values)} items")
     record = {"run": subject.run, "step": subject.step, "tokens": subject.tokens, "epoch": subject.epoch, "metric": metric,
-              "value": mean, "stderr": stderr, "n": n, "settings": json.loads(json.dumps({**subject.identity, **settings}))}
-    lines = subject.results.read_text().splitlines() if subject.results.is_file() else []
-    if RANK or any(record.items() <= json.loads(line).items() for line in lines):
-        return False  # evaluated again from finished items
+              "value": mean, "stderr": stderr, "n": len(values),
+              "settings": json.loads(json.dumps({**subject.identity, **settings}))}
+    if RANK:
+        return
     subject.results.parent.mkdir(parents=True, exist_ok=True)
-    append_jsonl(subject.results, {**record, "seconds": round(seconds, 3), "version": versions(),
-                                   "time": time.strftime("%Y-%m-%dT%H:%M:%S")})
-    return True
+    read = lambda path: [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    of_items, path = {"metric": metric, "step": subject.step, "values": list(values)}, subject.results.with_name("values.jsonl")
+    new = not any(record.items() <= line.items() for line in read(subject.results))  # else finished items were judged again
+    if new or of_items not in read(path):
+        append_jsonl(path, of_items)
+    if new:
+        append_jsonl(subject.results, {**record, "seconds": round(seconds, 3), "version": versions(),
+                                       "time": time.strftime("%Y-%m-%dT%H:%M:%S")})

@@ -36,7 +36,7 @@ benches = ()             # JSON of bench.py
 out_dir = 'figures'
 figures = ()             # some of the names below; none = all that there is data for
 learning = ('gsm8k_strict_match', 'humaneval_pass@1', 'loss val')   # metrics of what was learned: the first that a run has
-forgetting = ('forgetting',)                                        # and forgot; 'loss NAME' is train.py's val_data
+forgetting = ('forgetting',)                                        # and forgot; 'loss NAME' is eval_loss.py's or train.py's val_data
 labels = ()              # METRIC=WORDS for the axes
 x = 'auto'               # of curves; auto = epochs from one epoch on, else tokens
 block = -1               # spectra: of this block; -1 = the middle one

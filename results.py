@@ -68,7 +68,7 @@ class Run(NamedTuple):
 
 
 def read_run(folder):
-    """The Run of a folder; val losses of its log count as metrics 'loss NAME', which eval_loss.py's stand before."""
+    """The Run of a folder; val losses of its log count as metrics 'loss NAME', where eval_loss.py measured none at that step."""
     folder = Path(folder)
     config = read_json(folder / "config.json").get("config") if (folder / "config.json").is_file() else {}
     config = config if isinstance(config, dict) else {}
@@ -131,7 +131,7 @@ def mean_of_seeds(pairs):
     mean = statistics.fmean(values)
     if len(values) > 2:
         return mean, T_975.get(len(values) - 1, 2.1) * statistics.stdev(values) / len(values) ** 0.5
-    return mean, 1.96 * math.sqrt(sum(e ** 2 for e in errors)) / len(values) if len(errors) == len(values) else None
+    return mean, 1.96 * sum(errors) / len(values) if len(errors) == len(values) else None  # the same items: not independent
 
 
 def points_of(all_runs):
@@ -198,4 +198,4 @@ def pick(names, points):
 
 def falls(metric):
     """Is less better?"""
-    return "loss" in metric or "perplexity" in metric
+    return metric.startswith("loss") or metric.endswith("_loss") or "perplexity" in metric

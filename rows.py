@@ -54,8 +54,11 @@ class TokenRows:
 
 
 def held_out(entries, seq_len=0, doc_mask=True):
-    """{name: TokenRows} of NAME=FOLDER or FOLDER entries: their val split, else the train split. Raises as TokenRows does."""
+    """{name: TokenRows} of NAME=FOLDER or FOLDER entries: their val split, else the train split. Raises as TokenRows does,
+    and ValueError where two have one name."""
     named = dict(entry.split("=", 1) if "=" in entry else (Path(entry).name, entry) for entry in entries)
+    if len(named) < len(entries):
+        raise ValueError(f"{', '.join(entries)}: two of one name; say NAME=FOLDER")
     return {name: TokenRows(folder, "val" if (Path(folder) / "val.bin").exists() else "train", seq_len, doc_mask)
             for name, folder in named.items()}
 

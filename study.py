@@ -8,7 +8,7 @@ A study: train, evaluate, take spectra and draw, for a list of runs. What is don
 
 Every run is tried with train.py --dry_run=True before the first one starts. out_dir/NAME is the run of train.py with
 its results.jsonl and spectrum.json, out_dir/figures what plot.py draws, out_dir/study.jsonl what was done and how long
-it took. A finished step is known by its whole command line: change it, and it is done again.
+it took. A finished step is known by its whole command line: change it, and it is done again; delete out_dir/NAME, and all is.
 """
 import json
 import os
@@ -93,7 +93,9 @@ def train_command(name, words, base, launch):
 
 def is_complete(name):
     """Whether the newest checkpoint of a run is its last: train.py ends with status 0 when it is asked to stop."""
-    state = json.loads((checkpoints(Path(out_dir) / name)[-1][1] / "state" / "state.json").read_text())
+    if not (found := checkpoints(Path(out_dir) / name)):
+        return False
+    state = json.loads((found[-1][1] / "state" / "state.json").read_text())
     return state["step"] >= state["steps"]
 
 
@@ -128,12 +130,12 @@ def commands(name, words, base, download=True):
 # ----------------------------------------------------------------------------- doing it
 def done_before():
     """{command line: seconds} of study.jsonl, without what was done to a run that has been deleted or trained anew since."""
+    is_there = lambda name: is_complete(name) if is_run(name) else (Path(out_dir) / name).is_dir()
     path, done = Path(out_dir) / "study.jsonl", {}
     for record in map(json.loads, path.read_text().splitlines() if path.is_file() else []):
         of_run = {} if record["stage"] == "train" else done.get(record["run"], {})
         done[record["run"]] = of_run | {record["command"]: record["seconds"]}
-    return {command: seconds for run, of_run in done.items() if (Path(out_dir) / run).is_dir()
-            for command, seconds in of_run.items()}
+    return {command: seconds for name, of_run in done.items() if is_there(name) for command, seconds in of_run.items()}
 
 
 def run(command, quiet=False):

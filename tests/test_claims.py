@@ -90,12 +90,13 @@ def test_items_of_an_evaluation_make_an_interval_for_one_seed(tmp_path):
     rows = table(tmp_path, "acc", "kept")
     numbers, said = rows["C1", "full - LoRA r=4"]
     assert said == "holds" and numbers == f"+0.100 ± {1.96 * 0.01 * math.sqrt(2):.3f} (n=1)"
-    assert rows["C2", "full - LoRA r=4"][1] == "cannot be told"  # both forgot .1
+    assert rows["C2", "full - LoRA r=4"][1] == "cannot be told"  # both forgot .1, and the base has no items
 
 
 @pytest.mark.parametrize("mean, half, least, said", [(1.0, 0.5, 0.0, "holds"), (0.4, 0.5, 0.0, "cannot be told"),
                                                      (-1.0, 0.5, 0.0, "does not hold"), (1.0, None, 0.0, "cannot be told"),
-                                                     (9.0, 0.5, 10.0, "does not hold"), (11.0, 0.5, 10.0, "holds")])
+                                                     (9.0, 0.5, 10.0, "does not hold"), (11.0, 0.5, 10.0, "holds"),
+                                                     (1.0, math.nan, 0.0, "cannot be told")])
 def test_verdicts(mean, half, least, said):
     assert verdict(mean, half, least) == said
 
@@ -109,7 +110,7 @@ def test_interval_is_students(n, t):
 
 def test_two_seeds_have_the_interval_of_their_items_or_none():
     assert mean_of_seeds([(1.0, None), (2.0, None)]) == (1.5, None)
-    assert mean_of_seeds([(1.0, 0.3), (2.0, 0.4)]) == pytest.approx((1.5, 1.96 * 0.25))
+    assert mean_of_seeds([(1.0, 0.3), (2.0, 0.4)]) == pytest.approx((1.5, 1.96 * 0.35))
 
 
 def test_line_between_durations():
@@ -125,16 +126,19 @@ def test_the_same_items_are_compared_one_by_one():
     a, b = (Change(float(x.mean()), 0.1, tuple(x)) for x in (items + 1, items + 0.01 * rng.normal(size=50)))
     d = np.array(a.items) - np.array(b.items)
     assert combine([1, -1], [a, b])[:2] == pytest.approx((d.mean(), d.std(ddof=1) / 50 ** 0.5))
-    assert combine([1, -1], [a, b._replace(items=b.items[:40])]).stderr == pytest.approx(0.1 * 2 ** 0.5)
+    assert combine([1, -1], [a, b._replace(items=())]).stderr == pytest.approx(0.1 * 2 ** 0.5)
     assert combine([1, -1], [a._replace(items=()), b._replace(items=(), stderr=None)]).stderr is None
 
 
-def test_error_at_equal_learning_is_that_of_drawing_the_items_anew():
-    """By the bootstrap: 2,000 times other items of both evaluations, the same ones in all runs."""
+@pytest.mark.parametrize("at, noise", [(1.6, 1.5), (1.6, 0.1), (0.6, 1.5)])
+def test_error_at_equal_learning_is_that_of_drawing_the_items_anew(at, noise):
+    """By the bootstrap: 2,000 times other items of both evaluations, the same ones in all runs; between two runs of full
+    finetuning and between the base and the first, where learning makes most of the error, and where forgetting does."""
     rng = np.random.default_rng(1)
     learned, forgot = ({name: mean + sd * rng.normal(size=n) + common for name, mean in means.items()}
-                       for means, sd, n, common in (({"half": 1.0, "full": 2.0, "lora": 1.6}, 0.3, 400, rng.normal(size=400)),
-                                                    ({"half": 0.2, "full": 0.9, "lora": 0.3}, 0.5, 300, rng.normal(size=300))))
+                       for means, sd, n, common in (
+                           ({"half": 1.0, "full": 3.0, "lora": at}, noise, 400, rng.normal(size=400)),
+                           ({"half": 0.2, "full": 0.9, "lora": 0.3}, 0.5, 300, rng.normal(size=300))))
     pair = lambda name, i, j: tuple(Change(x.mean(), None, tuple(x)) for x in (learned[name][i], forgot[name][j]))
     told = lambda i, j: spared([pair("half", i, j), pair("full", i, j)], pair("lora", i, j))
     value, stderr = told(np.arange(400), np.arange(300))
@@ -142,18 +146,49 @@ def test_error_at_equal_learning_is_that_of_drawing_the_items_anew():
     assert stderr == pytest.approx(np.std(drawn), rel=0.08) and value == pytest.approx(np.mean(drawn), abs=stderr / 5)
 
 
-def test_values_of_items_are_read_from_the_runs(tmp_path):
-    (tmp_path / "a/base").mkdir(parents=True)
-    for name, config, values in (("base", None, [0.1, 0.3, 0.5]), ("full", {}, [0.5, 0.7, 1.0]),
-                                 ("r4", {"lora_rank": 4}, [0.4, 0.6, 0.8])):
+@pytest.fixture
+def evaluated(tmp_path):
+    """A base, two runs and a folder of figures, with the values of each item."""
+    acc, kept = ([0.1, 0.3, 0.5], [0.5, 0.7, 1.0], [0.4, 0.6, 0.8]), ([0.9, 0.8, 0.9], [0.2, 0.5, 0.1], [0.7, 0.8, 0.7])
+    (tmp_path / "a/figures").mkdir(parents=True)
+    for i, (name, config) in enumerate((("base", None), ("full", {}), ("r4", {"lora_rank": 4}))):
         if config is not None:
             write_run(tmp_path / "a" / name, 1.0, 0.1, **config)
-        for file, line in (("results", {"value": sum(values) / 3, "stderr": 9.0}), ("values", {"values": values})):
-            for metric in ("acc", "kept"):
-                with open(tmp_path / "a" / name / f"{file}.jsonl", "a") as lines:
-                    lines.write(json.dumps({"metric": metric, "step": 0 if config is None else 10, **line}) + "\n")
+        (tmp_path / "a" / name).mkdir(exist_ok=True)
+        for metric, values in (("acc", acc[i]), ("kept", kept[i])):
+            line = {"metric": metric, "step": 0 if config is None else 10}
+            with open(tmp_path / "a" / name / "results.jsonl", "a") as lines:
+                lines.write(json.dumps({**line, "value": sum(values) / 3, "stderr": 9.0, "settings": {"model": "x/b"}}) + "\n")
+            with open(tmp_path / "a" / name / "values.jsonl", "a") as lines:
+                lines.write(json.dumps({**line, "values": values}) + "\n")
+    return tmp_path
+
+
+def test_values_of_items_are_read_from_the_runs(evaluated):
+    rows = table(evaluated, "acc", "kept")
     half = 1.96 * statistics.stdev([0.1, 0.1, 0.2]) / math.sqrt(3)
-    assert table(tmp_path, "acc", "kept")["C1", "full - LoRA r=4"] == (f"+0.133 ± {half:.3f} (n=1)", "holds")
+    assert rows["C1", "full - LoRA r=4"] == (f"+0.133 ± {half:.3f} (n=1)", "holds")
+    # r=4 learned .3 of full's .4333, so full had forgotten .6923 of (.7, .3, .8); the base's items do not cancel
+    share = 0.3 / (1.3 / 3)
+    forgot = statistics.stdev([share * 0.7 - 0.2, share * 0.3, share * 0.8 - 0.2]) / math.sqrt(3)
+    learned = (0.6 / (1.3 / 3)) * statistics.stdev([0.3 - share * 0.4, 0.3 - share * 0.4, 0.3 - share * 0.5]) / math.sqrt(3)
+    assert rows["C2", "full - LoRA r=4"] == (f"{share * 0.6 - 0.4 / 3:+.3f} ± {1.96 * math.hypot(forgot, learned):.3f} (n=1)",
+                                             "holds")
+
+
+def test_runs_with_other_items_than_the_base_are_refused(evaluated):
+    path = evaluated / "a/r4/values.jsonl"
+    path.write_text(path.read_text().replace("[0.4, 0.6, 0.8]", "[0.4, 0.6]"))
+    result = run_here("claims.py", f"--runs={evaluated}/*/*", "--learning=acc", "--forgetting=kept")
+    assert result.returncode == 2 and "acc: 3 items of the base, 2 of a run" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("apart, said", [(4, "cannot be told"), (5, "cannot be told"), (6, "holds")])
+def test_a_handful_of_right_and_wrong_items_tells_nothing(apart, said):
+    """As the exact test of discordant pairs, whose p is .125, .0625 and .031."""
+    a, b = Change(0.3 + apart / 100, None, (1,) * apart + (0,) * (100 - apart)), Change(0.3, None, (0,) * 100)
+    value, stderr, _ = combine([1, -1], [a, b])
+    assert verdict(value, 1.96 * stderr) == said
 
 
 def test_methods():

@@ -235,6 +235,9 @@ def test_script(whole):
     found = results["forgetting"]
     assert found["value"] == pytest.approx(sum(means) / 3) and found["n"] == 36
     assert found["stderr"] == pytest.approx(math.sqrt(sum(errors)) / 3)
+    values = [json.loads(line) for line in (out / "values.jsonl").read_text().splitlines()]
+    of_mean = ef.score(next(line["values"] for line in values if line["metric"] == "forgetting"))
+    assert of_mean[0] == pytest.approx(found["value"]) and of_mean[1] == pytest.approx(found["stderr"], rel=0.05)
     assert f"forgetting: {found['value']:.4f} +- {found['stderr']:.4f}" in stdout
     assert found["settings"]["dtype"] == "float32" and found["settings"]["winogrande_shots"] == 5
     assert results["arc_challenge"]["settings"]["shots"] == 3 and results["arc_challenge"]["settings"]["limit"] == 12

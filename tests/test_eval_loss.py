@@ -60,7 +60,7 @@ def test_two_ranks_and_a_second_start_find_the_same(studied, tmp_path):
     assert results(tmp_path)["loss a"]["value"] == pytest.approx(logged[0]["a"], rel=1e-5)
     first = read_records(tmp_path / "eval_loss_a.jsonl")
     done = run_here("eval_loss.py", *argv, "--rows=0")
-    assert done.returncode == 0 and "of" in done.stdout, done.stderr
+    assert done.returncode == 0 and "7 of" in done.stdout, done.stderr
     every = read_records(tmp_path / "eval_loss_a.jsonl")
     assert len(every) > 7 and all(every[i] == record for i, record in first.items())
     again = run_here("eval_loss.py", *argv, "--rows=0")
@@ -78,7 +78,7 @@ def test_error_of_the_ratio_is_that_of_drawing_rows_anew():
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--data="], "data is not set"), (["--rows=-1"], "rows is negative"), (["--data=nowhere"], "no meta.json"),
+    (["--data="], "data is not set"), (["--data=a=x,a=y"], "two of one name"), (["--rows=-1"], "rows is negative"), (["--data=nowhere"], "no meta.json"),
     (["--seq_len=32"], "packed for 64"), (["--model=nowhere"], "nowhere")])
 def test_bad_input_is_one_line(studied, tmp_path, more, message):
     out, base, _ = studied
