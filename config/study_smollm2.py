@@ -20,7 +20,7 @@ base = base or 'models/smollm2'
 models = ('base',)
 _methods = globals().get('_methods') or {
     'full': '--learning_rate=3e-5', 'r16': '--lora_rank=16 --learning_rate=6e-4',
-    'r64': '--lora_rank=64 --learning_rate=1.5e-4', 'r256': '--lora_rank=256 --learning_rate=7.5e-5'}
+    'r64': '--lora_rank=64 --learning_rate=2.5e-4', 'r256': '--lora_rank=256 --learning_rate=7.5e-5'}
 _lengths = globals().get('_lengths') or {'75': '--max_steps=75', '225': '--max_steps=225'}
 runs = tuple(f'{_name}-{_end} {_knobs} {_length}' for _end, _length in _lengths.items() for _name, _knobs in _methods.items())
 train = train or ('--data=data/gsm8k_smollm2_train --global_batch=1 --microbatch=1 --compile=True --dtype=bfloat16 '
