@@ -4,7 +4,7 @@ For study.py: the paper's comparison on a real model, at a size for two CPU core
     for s in train test; do python prepare_data.py --kind=ift --source=data/raw/gsm8k/$s.jsonl --tokenizer=models/smollm2 \\
         --template='Question: {question}\\nAnswer:' --response_field=answer --response_prefix=' ' --val_fraction=0 \\
         --out_dir=data/gsm8k_smollm2_$s; done
-    python study.py config/study_smollm2.py          # about four hours on two cores
+    python study.py config/study_smollm2.py          # about three hours on two cores
     python claims.py --runs='out/smollm2/*' --learning='loss gsm8k_test' --forgetting=hellaswag_loss
 
 data/raw/ holds what the original repositories have: gsm8k/train.jsonl and test.jsonl (openai/grade-school-math),
@@ -12,7 +12,7 @@ hellaswag_val.jsonl (rowanz/hellaswag), HumanEval.jsonl.gz (openai/human-eval). 
 HuggingFaceTB/SmolLM2-135M-Instruct; NOTES.md says where the weights came from that README's numbers are of.
 
 A step is one row of 1,024 tokens: a small batch learns most from so few. The learning rates are the best of those that
-were tried at 75 steps (NOTES.md). config/study_smollm2_full.py has whole epochs and three seeds, for a GPU;
+were tried at 75 steps, r=64's between two of them (NOTES.md). config/study_smollm2_full.py has whole epochs and three seeds, for a GPU;
 config/study_smollm2_code.py goes on from the same model on Python source.
 """
 out_dir = out_dir or 'out/smollm2'
