@@ -310,7 +310,7 @@ def story(points, bases, contents):
         ranks_of_change.plot([at - 0.4, at + 0.4], [longest[rank][2]] * 2, color=CHANCE, ls="--", lw=1)
         ranks_of_change.annotate(f"{longest[rank][1]:.3g}", (at, longest[rank][1]), (0, 2), textcoords="offset points",
                                  ha="center", fontsize=7)
-    ranks_of_change.set_xticks(range(len(order)), [method_name(rank) for rank in order])
+    ranks_of_change.set_xticks(range(len(order)), [method_name(rank).replace(" ", "\n") for rank in order])
     ranks_of_change.set(title="Rank of the change", ylabel=f"rank for {float(share):.0%} of its squares\n(dashed: a random matrix)")
     return fig
 

@@ -281,7 +281,7 @@ def test_story_is_the_four_panels_with_the_files_numbers(tmp_path):
     contents = [spectrum_json(checkpoints=((None, 100), (16, 100))), spectrum_json(checkpoints=((None, 50),))]
     learned, forgot, both, ranks = plot.story(points, bases, contents).axes
     assert line_with(learned, FULL) == ([1, 2, 4], pytest.approx([0.1, 0.2, 0.4]))
-    assert len(both.collections) >= 3 and [t.get_text() for t in ranks.get_xticklabels()] == ["LoRA r=16", "full"]
+    assert len(both.collections) >= 3 and [t.get_text() for t in ranks.get_xticklabels()] == ["LoRA\nr=16", "full"]
     want = [np.mean([r["effective_rank"]["0.9"] for r in contents[0]["matrices"] if r["matrix"] == "D" and r["checkpoint"] == i])
             for i in (1, 0)]
     assert [bar.get_height() for bar in ranks.patches] == pytest.approx(want)
