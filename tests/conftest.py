@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
