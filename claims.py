@@ -87,7 +87,8 @@ def read_runs(folders):
         if run.config.get("scratch") or not (method := method_of(run.config)) or not run.places:
             continue  # a pretraining, or nothing that the claims speak of
         steps = max(run.places)
-        key, beside = (run.config.get("seed"), method, steps), bases.get((folder.parent, Path(run.config.get("base", "")).name), {})
+        key = run.config.get("seed"), method, steps
+        beside = bases.get((folder.parent, Path(run.config.get("base", "")).name), {})
         if key in changes:
             raise ValueError(f"{folder}: a second run of {method}, {steps} steps and seed {key[0]}")
         for metric in (learning, forgetting):
@@ -97,8 +98,7 @@ def read_runs(folders):
                 raise ValueError(f"{folder}: no {metric!r} of the base, at step 0 or in a folder beside it")
         both = []
         for metric, better in ((learning, 1), (forgetting, -1)):
-            own = run.metrics[metric].get(0), ()
-            before, items = beside[metric] if metric in beside else own
+            before, items = beside.get(metric, (run.metrics[metric].get(0), ()))
             rise = change(metric, before, run.metrics[metric][steps], items, run.items.get((metric, steps), ()))
             sign = -better if falls(metric) else better
             both.append(rise._replace(value=sign * rise.value, items=tuple(sign * x for x in rise.items)))

@@ -27,7 +27,7 @@ data = ()                # token folders of prepare_data.py: NAME=FOLDER, ... (t
 rows = 64                # of each, evenly spaced; 0 = all
 seq_len = 0              # tokens a row; 0 = the data's (only cpt data can be cut otherwise)
 doc_mask = True          # documents in a row do not see each other; False = the paper's
-name = 'loss'            # metric 'NAME SET', rows in eval_NAME_SET.jsonl: another name keeps other settings apart
+name = 'loss'            # rows go to eval_NAME_SET.jsonl: another name keeps other settings apart, as metric 'loss NAME SET'
 out_dir = ''             # for items and results.jsonl; '' = the checkpoint's folder and its run's, or out/MODEL
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
@@ -73,5 +73,6 @@ if __name__ == "__main__":
             records = evaluate(subject, f"{name}_{label}", chosen, settings,
                                partial(row_losses, subject.model, token_rows, device),
                                lambda record: record["loss"] / max(record["targets"], 1))
-            write_result(subject, f"{name} {label}", values_of_rows(records.values()), {**config, **settings},
+            metric = f"loss {label}" if name == "loss" else f"loss {name} {label}"
+            write_result(subject, metric, values_of_rows(records.values()), {**config, **settings},
                          time.perf_counter() - started)

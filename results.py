@@ -198,4 +198,4 @@ def pick(names, points):
 
 def falls(metric):
     """Is less better?"""
-    return metric.startswith("loss") or metric.endswith("_loss") or "perplexity" in metric
+    return metric.startswith("loss ") or metric.endswith("_loss") or "perplexity" in metric

@@ -9,6 +9,7 @@ from conftest import need, run_here, run_stage
 
 from eval_loss import values_of_rows
 from evals import read_records, score
+from results import falls
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,17 @@ def test_two_ranks_and_a_second_start_find_the_same(studied, tmp_path):
     assert again.returncode == 0 and len((tmp_path / "values.jsonl").read_text().splitlines()) == 2  # not a third time
 
 
+def test_another_name_is_another_metric_of_which_less_is_better(studied, tmp_path):
+    out, base, _ = studied
+    argv = [f"--model={base}", f"--data=a={out / 'ift'}", f"--out_dir={tmp_path}", "--rows=2", "--dtype=float32"]
+    for more in ([], ["--name=nomask", "--doc_mask=False"]):
+        done = run_here("eval_loss.py", *argv, *more)
+        assert done.returncode == 0, done.stderr
+    found = results(tmp_path)
+    assert set(found) == {"loss a", "loss nomask a"} and all(map(falls, found)) and falls("hellaswag_loss")
+    assert found["loss a"]["value"] != found["loss nomask a"]["value"] and not falls("lossy_strict_match")
+
+
 def test_error_of_the_ratio_is_that_of_drawing_rows_anew():
     rng = np.random.default_rng(0)
     targets = rng.integers(1, 200, 300)
@@ -78,8 +90,8 @@ def test_error_of_the_ratio_is_that_of_drawing_rows_anew():
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--data="], "data is not set"), (["--data=a=x,a=y"], "two of one name"), (["--rows=-1"], "rows is negative"), (["--data=nowhere"], "no meta.json"),
-    (["--seq_len=32"], "packed for 64"), (["--model=nowhere"], "nowhere")])
+    (["--data="], "data is not set"), (["--data=a=x,a=y"], "two of one name"), (["--rows=-1"], "rows is negative"),
+    (["--data=nowhere"], "no meta.json"), (["--seq_len=32"], "packed for 64"), (["--model=nowhere"], "nowhere")])
 def test_bad_input_is_one_line(studied, tmp_path, more, message):
     out, base, _ = studied
     given = {"--model": base, "--data": f"a={out / 'ift'}", "--out_dir": tmp_path}

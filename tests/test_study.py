@@ -104,6 +104,11 @@ def test_what_was_done_to_a_run_that_is_gone_or_trained_anew_does_not_count(tmp_
         (tmp_path / run).mkdir()
     monkeypatch.setattr(script, "out_dir", str(tmp_path))
     assert set(script.done_before()) == {"train b", "eval b", "train a again", "eval base"}
+    monkeypatch.setattr(script, "runs", ("a", "b"))
+    for run, step in (("a", 5), ("b", 10)):  # a was started once more and stopped half way
+        (tmp_path / run / f"step_{step}/state").mkdir(parents=True)
+        (tmp_path / run / f"step_{step}/state/state.json").write_text(json.dumps({"step": step, "steps": 10}))
+    assert set(script.done_before()) == {"train b", "eval b", "eval base"}
 
 
 def test_an_impossible_run_is_refused_before_the_first_one_starts(tmp_path, tokens):
@@ -146,11 +151,12 @@ def test_a_model_that_cannot_be_fetched_is_one_line(tmp_path):
     assert result.returncode == 2 and "cannot be fetched" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("config, only", [("study_smollm2_code", "r16-75"), ("study_smollm2_full", "r16-attention-s3-4ep")])
-def test_lists_of_the_replication_are_possible(tmp_path, tokens, config, only):
+@pytest.mark.parametrize("config, only, stages", [("study_smollm2_code", "r16-75", 5),
+                                                  ("study_smollm2_full", "r16-attention-s3-4ep", 6)])
+def test_lists_of_the_replication_are_possible(tmp_path, tokens, config, only, stages):
     result = run_here("study.py", ROOT / f"config/{config}.py", f"--base={need('data/stories260k')}", f"--only={only}",
                       f"--train=--data={tokens}/cpt --global_batch=4", "--dry_run=True", f"--out_dir={tmp_path}")
-    assert result.returncode == 0 and result.stdout.count("to do") in (5, 6), result.stderr
+    assert result.returncode == 0 and result.stdout.count("to do") == stages, result.stderr
 
 
 def test_published_models_are_listed_with_what_the_paper_found(tmp_path):
