@@ -12,7 +12,7 @@ Two ways to put an item to a model, both scored in one pass:
             unweighted mean of the three accuracies.
   lm_eval   EleutherAI's lm-evaluation-harness (0.4.2): question and choice are tokenized as one text; `acc` takes the
             choice with the highest sum of log-probabilities, `acc_norm` divides it by the characters of the choice.
-TASK_loss (not of MMLU), nats a token of the right choice as the gauntlet puts it, moves long before an accuracy does.
+TASK_loss (not of MMLU), nats a token of the right choice as the gauntlet puts it, is finer than an accuracy.
 
 A token that several sequences begin with is computed once: the choices of an item, its two ways, and MMLU's questions
 after the same shots make one tree, whose tokens see their ancestors. A batch is a flat list of such tokens, without

@@ -11,7 +11,7 @@ data/raw/ holds what the original repositories have: gsm8k/train.jsonl and test.
 hellaswag_val.jsonl (rowanz/hellaswag), HumanEval.jsonl.gz (openai/human-eval). models/smollm2 is
 HuggingFaceTB/SmolLM2-135M-Instruct; NOTES.md says where the weights came from that README's numbers are of.
 
-A step is one row of 1,024 tokens: a small batch learns most from so few. The learning rates are the best of those that
+A step is one row of 1,024 tokens: a small batch, as there are so few. The learning rates are the best of those that
 were tried at 75 steps, r=64's between two of them (NOTES.md). config/study_smollm2_full.py has whole epochs and three
 seeds, for a GPU; config/study_smollm2_code.py goes on from the same model on Python source.
 """
