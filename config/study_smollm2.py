@@ -4,8 +4,9 @@ For study.py: the paper's comparison on a real model, at a size for two CPU core
     for s in train test; do python prepare_data.py --kind=ift --source=data/raw/gsm8k/$s.jsonl --tokenizer=models/smollm2 \\
         --template='Question: {question}\\nAnswer:' --response_field=answer --response_prefix=' ' --val_fraction=0 \\
         --out_dir=data/gsm8k_smollm2_$s; done
-    python study.py config/study_smollm2.py          # two to three hours on two cores, by calculation
+    python study.py config/study_smollm2.py          # four hours on two cores, by calculation
     python claims.py --runs='out/smollm2/*' --learning='loss gsm8k_test' --forgetting=hellaswag_loss
+    python claims.py --runs='out/smollm2/base,out/smollm2/*-75*' --learning='loss gsm8k_test' --forgetting=hellaswag_loss
 
 data/raw/ holds what the original repositories have: gsm8k/train.jsonl and test.jsonl (openai/grade-school-math),
 hellaswag_val.jsonl (rowanz/hellaswag), HumanEval.jsonl.gz (openai/human-eval). models/smollm2 is
@@ -23,6 +24,8 @@ _methods = globals().get('_methods') or {
     'r64': '--lora_rank=64 --learning_rate=2.5e-4', 'r256': '--lora_rank=256 --learning_rate=7.5e-5'}
 _lengths = globals().get('_lengths') or {'75': '--max_steps=75', '225': '--max_steps=225'}
 runs = tuple(f'{_name}-{_end} {_knobs} {_length}' for _end, _length in _lengths.items() for _name, _knobs in _methods.items())
+runs += tuple(f'{_name}-75-s{_seed} {_knobs} --max_steps=75 --seed={_seed}' for _seed in globals().get('_seeds', (1, 2))
+              for _name, _knobs in _methods.items())
 train = train or ('--data=data/gsm8k_smollm2_train --global_batch=1 --microbatch=1 --compile=True --dtype=bfloat16 '
                   '--save_interval=75 --keep_last=1')
 _loss = globals().get('_loss') or 'gsm8k_test=data/gsm8k_smollm2_test'

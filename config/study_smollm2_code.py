@@ -14,6 +14,7 @@ from pathlib import Path
 
 out_dir = out_dir or 'out/smollm2_code'
 _lengths = {'75': '--max_steps=75'}
+_seeds = ()
 _loss, _words = 'stdlib=data/stdlib_smollm2', 'loss on held-out modules'
 train = train or ('--data=data/stdlib_smollm2 --global_batch=1 --microbatch=1 --compile=True --dtype=bfloat16 '
                   '--eval_rows=4 --save_interval=75 --keep_last=1')

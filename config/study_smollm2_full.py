@@ -16,6 +16,7 @@ _plain = {'full': '--learning_rate=1e-5', 'r16': '--lora_rank=16 --learning_rate
 _methods = {f'{_name}-s{_seed}': f'{_knobs} --seed={_seed}' for _seed in (1, 2, 3) for _name, _knobs in _plain.items()}
 _lengths = {f'{_n}ep': f'--max_epochs={_n}' for _n in (1, 2, 4)}
 _limits = ('', '', '')
+_seeds = ()
 train = train or ('--data=data/gsm8k_smollm2_train --global_batch=8 --microbatch=8 --compile=True --save_interval=100 '
                   '--keep_last=1')
 exec((Path(__file__).parent / 'study_smollm2.py').read_text())
