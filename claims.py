@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import configure
-from results import falls, mean_of_seeds, problems, read_run, targets_name
+from results import falls, mean_of_seeds, problems, read_run, regularised, targets_name
 from runtime import one_line_errors
 
 # -----------------------------------------------------------------------------
@@ -41,7 +41,7 @@ class Method(NamedTuple):
 def method_of(config):
     """The Method of a run's knobs; None for what the claims do not speak of."""
     rank = config.get("lora_rank") or 0
-    changed = [name for name in ("weight_decay", "attention_dropout") if config.get(name)]
+    changed = regularised(config)
     targets = targets_name(config.get("lora_targets", "all")) if rank else "all"
     changed += [targets] if targets != "all" else []
     return Method(rank, changed[0].replace("_", " ") if changed else "") if len(changed) < 2 else None
@@ -84,9 +84,11 @@ def read_runs(folders):
                      for metric, steps in run.metrics.items()}
             bases.setdefault((folder.parent, run.name), {}).update(found)
             continue
-        if run.config.get("scratch") or not (method := method_of(run.config)) or not run.places:
+        if run.config.get("scratch") or not (method := method_of(run.config)):
             continue  # a pretraining, or nothing that the claims speak of
-        steps = max(run.places)
+        if not (steps := max(run.places, default=0)):
+            problems[f"{folder}: nothing was measured after step 0, left out"] += 1
+            continue
         key = run.config.get("seed"), method, steps
         beside = bases.get((folder.parent, Path(run.config.get("base", "")).name), {})
         if key in changes:
@@ -98,16 +100,22 @@ def read_runs(folders):
                 raise ValueError(f"{folder}: no {metric!r} of the base, at step 0 or in a folder beside it")
         both = []
         for metric, better in ((learning, 1), (forgetting, -1)):
-            before, items = beside.get(metric, (run.metrics[metric].get(0), ()))
-            rise = change(metric, before, run.metrics[metric][steps], items, run.items.get((metric, steps), ()))
+            first, items = run.metrics[metric].get(0), run.items.get((metric, steps), ())
+            before, items_before = (first, ()) if first and not items else beside.get(metric, (first, ()))  # of the same rows
+            rise = change(metric, before, run.metrics[metric][steps], items_before, items)
             sign = -better if falls(metric) else better
             both.append(rise._replace(value=sign * rise.value, items=tuple(sign * x for x in rise.items)))
         changes[key] = tuple(both)
         if (folder / "spectrum.json").is_file():
             content = json.loads((folder / "spectrum.json").read_text())
-            last = len(content["checkpoints"]) - 1
-            ranks[key] = statistics.fmean(m["effective_rank"][fraction] for m in content["matrices"]
-                                          if m["matrix"] == "D" and m["checkpoint"] == last)
+            taken = [m["effective_rank"] for i, made in enumerate(content["checkpoints"]) if made["step"] == steps
+                     for m in content["matrices"] if m["matrix"] == "D" and m["checkpoint"] == i]
+            if taken and fraction not in taken[0]:
+                raise ValueError(f"fraction: {folder}/spectrum.json has {', '.join(taken[0])}, not {fraction!r}")
+            if taken:
+                ranks[key] = statistics.fmean(found[fraction] for found in taken)
+            else:
+                problems[f"{folder}: spectrum.json is not of step {steps}, left out"] += 1
     return changes, ranks
 
 
@@ -186,11 +194,17 @@ def claims(changes, ranks):
 if __name__ == "__main__":
     with one_line_errors():
         configure(globals())
+        if not runs:
+            raise ValueError("runs is not set; see --help")
+        if unmatched := [pattern for pattern in runs if not glob.glob(pattern)]:
+            raise ValueError(f"runs: nothing is named {', '.join(unmatched)}")
         folders = [path for pattern in runs for path in sorted(map(Path, glob.glob(pattern))) if path.is_dir()]
         changes, ranks = read_runs(folders)
         if not changes:
-            raise ValueError("runs: no finished run of train.py in " + (", ".join(runs) or "nothing"))
-        print(f"Learned: {learning}, forgotten: {forgetting}; {len(changes)} runs, seeds {len({k[0] for k in changes})}\n")
+            raise ValueError(f"runs: no finished run of train.py is named {', '.join(runs)}; for those in a folder say FOLDER/*")
+        longest = max(steps for _, _, steps in changes)
+        seeds = {seed for seed, _, steps in changes if steps == longest}
+        print(f"Learned: {learning}, forgotten: {forgetting}; {len(changes)} runs, {len(seeds)} seeds of {longest} steps\n")
         print("| claim | | difference | |\n|---|---|---|---|")
         for claim, rows in claims(changes, ranks):
             for i, row in enumerate(rows or [("", "", "no such runs")]):

@@ -23,7 +23,7 @@ import matplotlib
 import numpy as np
 
 from configurator import configure
-from results import curve_of, ends_of, falls, main_settings, number, pick, points_of, problems, read_json, read_run
+from results import curve_of, ends_of, falls, main_settings, number, pick, points_of, problems, read_json, read_run, regularised, setting_of
 from runtime import one_line_errors
 
 matplotlib.use("Agg")
@@ -205,11 +205,11 @@ def curves(points, bases, metrics):
 
 def curve_panel(ax, points, metric, base):
     """A metric by length, a line for each rank, the base as (value, half an interval) or None."""
-    mains = main_settings([p for p in points if metric in p.values])
-    lines = {rank: [p for p in curve_of(points, setting) if metric in p.values] for rank, setting in mains}
+    have = [p for p in points if metric in p.values]
+    lines = {rank: curve_of(have, setting) for rank, setting in main_settings(have)}
     kind = length_axis(ax, [p for line in lines.values() for p in line], x)
     for rank, line in lines.items():
-        style = look(rank, lines)
+        style = look(rank, {p.rank for p in points})
         xs, pairs = [p.place[kind] for p in line], [p.values[metric] for p in line]
         draw(ax, xs, pairs, **style)
         name_end(ax, xs[-1], pairs[-1][0], method_name(rank), style["color"])
@@ -279,55 +279,74 @@ def plane_panel(ax, learn, forget, series, base_learn, base_forget):
                       for v in (list(sizes)[::max(1, len(sizes) - 1)] if len(sizes) > 1 else [])]
 
 
-def story(points, bases, contents):
+def share_of(spectrum):
+    """Of the squares, for the effective rank: 0.9 where spectrum.py took it, else the most that it took."""
+    shares = spectrum["matrices"][0]["effective_rank"]
+    return "0.9" if "0.9" in shares else max(shares)
+
+
+def ranks_of_changes(loaded, settings):
+    """{setting: [(tokens, mean effective rank of D, of a random matrix, share)]} of spectrum.py's JSON, [(path, content)].
+
+    settings {run folder: setting}: the file lies in it, or names a checkpoint that does."""
+    found = defaultdict(list)
+    for path, content in loaded:
+        share = share_of(content)
+        for i, made in enumerate(content["checkpoints"]):
+            rows = [r for r in content["matrices"] if r["matrix"] == "D" and r["checkpoint"] == i]
+            setting = settings.get(path.parent, settings.get(Path(made["folder"]).parent))
+            found[setting].append((made.get("tokens") or 0, *(statistics.fmean(r[name][share] for r in rows)
+                                                              for name in ("effective_rank", "random_rank")), share))
+    return found
+
+
+def story(points, bases, changes):
     """The paper in one picture, of the dataset with most points: learning and forgetting by length, both on a plane, and the
-    effective rank of what each method changed (contents: of spectrum.py), the longest run of each."""
-    panels = [(some, pick(learning, some), pick(forgetting, some), base) for (_, base), some in datasets_of(points).items()]
-    panels = [panel for panel in panels if panel[1] and panel[2]]
-    if not panels or not contents:
+    effective rank of what each method changed (of ranks_of_changes), the mean over seeds at the longest."""
+    panels = [(some, learn, forget, base) for (_, base), some in datasets_of(points).items()
+              if (learn := pick(learning, some)) and (forget := pick(forgetting, some))]
+    if not panels:
         return None
     some, learn, forget, base = max(panels, key=lambda panel: len(panel[0]))
+    series = [(name, style, both) for name, style, line in main_series(some)
+              if (both := [p for p in line if learn in p.values and forget in p.values])]
+    measured = [(rank, changes[setting]) for rank, setting in main_settings(some) if setting in changes]
+    if not series or not measured:
+        return None
     fig, (learned, forgot, both, ranks_of_change) = grid(4, height=2.5)
     for ax, metric, title in ((learned, learn, "What was learned"), (forgot, forget, "What was forgotten")):
         curve_panel(ax, some, metric, bases.get((base, metric)))
         ax.set_title(title)
-    mains = main_settings(some)
-    series = [(method_name(rank), look(rank, [r for r, _ in mains]), curve_of(some, setting)) for rank, setting in mains]
     plane_panel(both, learn, forget, series, bases.get((base, learn)), bases.get((base, forget)))
     both.set_title("Both: better further up and right")
 
-    longest = {}  # rank of LoRA, 0 = full -> (tokens, mean effective rank of D, mean of chance)
-    for content in contents:
-        share = "0.9" if "0.9" in content["matrices"][0]["effective_rank"] else max(content["matrices"][0]["effective_rank"])
-        for i, made in enumerate(content["checkpoints"]):
-            rows = [r for r in content["matrices"] if r["matrix"] == "D" and r["checkpoint"] == i]
-            found = (made.get("tokens") or 0, statistics.mean(r["effective_rank"][share] for r in rows),
-                     statistics.mean(r["random_rank"][share] for r in rows))
-            longest[made["lora_rank"] or 0] = max(found, longest.get(made["lora_rank"] or 0, found))
-    order = sorted(longest, key=lambda rank: rank or math.inf)
-    for at, rank in enumerate(order):
-        ranks_of_change.bar(at, longest[rank][1], color=look(rank, longest)["color"], width=0.6)
-        ranks_of_change.plot([at - 0.4, at + 0.4], [longest[rank][2]] * 2, color=CHANCE, ls="--", lw=1)
-        ranks_of_change.annotate(f"{longest[rank][1]:.3g}", (at, longest[rank][1]), (0, 2), textcoords="offset points",
-                                 ha="center", fontsize=7)
+    order = sorted((rank for rank, _ in measured), key=lambda rank: rank or math.inf)
+    for rank, found in measured:
+        at, longest, share = order.index(rank), max(f[0] for f in found), found[0][-1]
+        mean, chance = (statistics.fmean(values) for values in zip(*(f[1:3] for f in found if f[0] == longest)))
+        ranks_of_change.bar(at, mean, color=look(rank, {p.rank for p in some})["color"], width=0.6)
+        ranks_of_change.plot([at - 0.4, at + 0.4], [chance] * 2, color=CHANCE, ls="--", lw=1)
+        ranks_of_change.annotate(f"{mean:.3g}", (at, mean), (0, 2), textcoords="offset points", ha="center", fontsize=7)
     ranks_of_change.set_xticks(range(len(order)), [method_name(rank).replace(" ", "\n") for rank in order])
     ranks_of_change.set(title="Rank of the change", ylabel=f"rank for {float(share):.0%} of its squares\n(dashed: a random matrix)")
     return fig
 
 
+def main_series(points):
+    """[(name, style, points by length)] of the settings that a dataset's curves show, for `plane`."""
+    return [(method_name(rank), look(rank, {p.rank for p in points}), curve_of(points, setting))
+            for rank, setting in main_settings(points)]
+
+
 def pareto(points, bases):
     """Figure 3: the methods on the plane of learning and forgetting."""
-    def series(some):
-        mains = main_settings(some)
-        return [(method_name(rank), look(rank, [r for r, _ in mains]), curve_of(some, setting)) for rank, setting in mains]
-    return plane(points, bases, series)
+    return plane(points, bases, main_series)
 
 
 def regularisers(points, bases):
     """Figure 4: full finetuning with weight decay, attention dropout or another optimizer, and LoRA, on the same plane."""
     def series(some):
-        mains = main_settings(some)
-        full = next((setting for rank, setting in mains if not rank), None)
+        full = next((setting for rank, setting in main_settings(some) if not rank), None)
         if full is None:
             return []
         plain, found = dict(full[5]), []
@@ -337,9 +356,8 @@ def regularisers(points, bases):
                 found.append((", ".join(f"{k.replace('_', ' ')} {v}" for k, v in changed.items()), setting))
         if not found:
             return []
-        lines = [(method_name(rank), look(rank, [r for r, _ in mains]), curve_of(some, setting)) for rank, setting in mains]
-        return lines + [(f"full, {name}", {"color": OTHERS[i % 3], "marker": "XphH*"[i % 5]}, curve_of(some, setting))
-                        for i, (name, setting) in enumerate(sorted(found))]
+        return main_series(some) + [(f"full, {name}", {"color": OTHERS[i % 3], "marker": "XphH*"[i % 5]}, curve_of(some, setting))
+                                    for i, (name, setting) in enumerate(sorted(found))]
     return plane(points, bases, series)
 
 
@@ -404,11 +422,10 @@ def targets(points, bases):
     """Figure 7: which modules have adapters, a line for each rank."""
     def families(some):
         lines = defaultdict(list)
-        ends = [p for p in ends_of([p for p in some if p.rank and p.targets in TARGETS])]
-        usual = Counter(p.other for p in ends if p.targets != "all")
-        for p in ends:
-            if usual and p.other == max(usual, key=usual.get) and p.alpha == 2 * p.rank:
-                lines[p.rank].append(p)
+        ends = [p for p in ends_of([p for p in some if p.rank and p.targets in TARGETS]) if p.alpha == 2 * p.rank]
+        for rank in {p.rank for p in ends}:
+            usual = Counter(p.other for p in ends if p.rank == rank and p.targets != "all")
+            lines[rank] = [p for p in ends if p.rank == rank and usual and p.other == max(usual, key=usual.get)]
         return {(f"r={rank}", *look(rank, {p.rank for p in some}).values()): line for rank, line in sorted(lines.items())}
     return sweep(points, bases, families, lambda p: TARGETS.index(p.targets), "modules with adapters", names=TARGETS)
 
@@ -422,7 +439,7 @@ def learning_rates(points, bases):
     def families(some):
         lines = defaultdict(list)
         for p in ends_of(some):
-            if p.targets == "all" and p.alpha == 2 * p.rank and float(dict(p.other).get("weight_decay", 0)) < 1e-4:
+            if p.targets == "all" and p.alpha == 2 * p.rank and not regularised(dict(p.other)):
                 rest = tuple(kv for kv in p.other if kv[0] != "learning_rate")
                 lines[p.rank, rest].append(p)
         lines = {key: line for key, line in sorted(lines.items()) if len({rate_of(p) for p in line}) > 1}
@@ -504,7 +521,7 @@ def diversity(all_runs):
 
 
 def training(all_runs):
-    """Loss of the training steps, a running median, and the held-out losses as points."""
+    """Loss of the training steps and its running median, of the longest run of each rank."""
     lines = []
     for run in all_runs:
         log = [(line["tokens"], loss) for line in run.log
@@ -566,9 +583,8 @@ def module_panels(spectrum, height):
 
 def finish_panels(fig, panels, xlabel, ylabel, entries):
     """Name the axes once, and put one legend, [(name, line style)], in the free place of the grid or below it."""
-    for ax in panels.values():
-        if ax.get_subplotspec().rowspan.stop == ax.get_gridspec().nrows or len(panels) - 4 < list(panels.values()).index(ax) + 1:
-            ax.set_xlabel(xlabel)
+    for ax in list(panels.values())[-4:]:  # those with nothing below
+        ax.set_xlabel(xlabel)
     fig.supylabel(ylabel, fontsize=8)
     handles = [plt.Line2D([], [], label=name, **style) for name, style in entries]
     free = [ax for ax in fig.axes if not ax.get_visible()]
@@ -582,8 +598,7 @@ def finish_panels(fig, panels, xlabel, ylabel, entries):
 
 def effective_rank(spectrum):
     """Figure 6: least rank that holds the share of D's squares, by block, a panel for each module."""
-    looks, first = checkpoint_names(spectrum), spectrum["matrices"][0]["effective_rank"]
-    share = "0.9" if "0.9" in first else max(first)
+    looks, share = checkpoint_names(spectrum), share_of(spectrum)
     fig, panels = module_panels(spectrum, 1.55)
     for module, ax in panels.items():
         before = rows_of(spectrum, "W0", module)
@@ -773,13 +788,15 @@ if __name__ == "__main__":
         if wrong := [label for label in labels if "=" not in label]:
             raise ValueError(f"labels: expected METRIC=WORDS, found {wrong[0]!r}")
         named = [Path(path) for pattern in runs for path in sorted(glob.glob(pattern)) or [pattern]]
-        folders = [path for path in named if path.is_dir()]
+        folders = [path for path in dict.fromkeys(named) if path.is_dir()]
         problems.update(f"{path}: no such folder, left out" for path in named if not path.exists())
         every = [read_run(folder) for folder in folders]
         read = [run for run in every if run.metrics or run.log]
         problems.update(f"{run.name}: neither results nor a log, left out" for run in every if run not in read)
         files = list(spectra) or [folder / "spectrum.json" for folder in folders if (folder / "spectrum.json").is_file()]
-        loaded = [(Path(file), content) for file in files if is_whole(content := read_json(file))]
+        contents = [(Path(file), read_json(file)) for file in files]
+        loaded = [(path, content) for path, content in contents if is_whole(content)]
+        problems.update(f"{path}: no whole spectrum, left out" for path, content in contents if content and not is_whole(content))
         tables = [read_json(file) for file in benches]
         points, bases = points_of(read)
         wanted = figures or _choices["figures"]
@@ -788,31 +805,34 @@ if __name__ == "__main__":
                     "targets": lambda: targets(points, bases), "learning_rates": lambda: learning_rates(points, bases),
                     "alphas": lambda: alphas(points, bases), "regularisers": lambda: regularisers(points, bases),
                     "pass_at_k": lambda: pass_at_k(read), "diversity": lambda: diversity(read),
-                    "story": lambda: story(points, bases, [c for _, c in loaded if c["kind"] == "spectrum"]),
+                    "story": lambda: story(points, bases, ranks_of_changes(
+                        [(path, content) for path, content in loaded if content["kind"] == "spectrum"],
+                        {folder: setting_of(run) for folder, run in zip(folders, every)})),
                     "training": lambda: training(read), "speed": lambda: speed(read, tables),
                     "throughput": lambda: throughput(tables)}
+        drawings = {name: drawing for name, drawing in drawings.items() if name in wanted}
         several = sum(content["kind"] == "spectrum" for _, content in loaded) > 1
+        same_name = Counter(path.parent.name for path, _ in loaded)
         for path, content in loaded:
-            suffix = f"_{path.parent.name}" if several and path.name == "spectrum.json" else f"_{path.stem}" if several else ""
+            folder = "_".join(path.parts[-3 if same_name[path.parent.name] > 1 else -2:-1])
+            suffix = f"_{folder}" if several and path.name == "spectrum.json" else f"_{path.stem}" if several else ""
             for name, drawing in (("noise", noise),) if content["kind"] == "noise" else (
                     ("effective_rank", effective_rank), ("spectra", spectra_of_one), ("directions", directions)):
                 if name in wanted:
                     drawings[name + suffix] = lambda drawing=drawing, content=content: drawing(content)
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         plt.rcParams.update(STYLE)
-        drawn, without = [], []
+        drawn, without, metrics = [], [], sorted({m for run in read for m in run.metrics})
         for name, drawing in drawings.items():
-            if any(name == w or name.startswith(f"{w}_") for w in wanted):
-                fig = drawing()
-                (without.append(name) if fig is None else drawn.append(name))
-                if fig is not None:
-                    print("wrote", ", ".join(map(str, save(fig, name))))
+            fig = drawing()
+            (without.append(name) if fig is None else drawn.append(name))
+            if fig is not None:
+                print("wrote", ", ".join(map(str, save(fig, name))))
         if without:
-            print(f"no data for: {', '.join(without)}")
+            print(f"no data for: {', '.join(without)}" + (f"; metrics found: {', '.join(metrics)}" if drawn else ""))
         for problem, count in problems.items():
             print(f"note: {count} {problem}" if "left out" not in problem else f"note: {problem}")
         if not drawn:
-            metrics = sorted({m for run in read for m in run.metrics})
             raise ValueError(f"nothing to draw from {len(read)} runs, {len(loaded)} spectra, {len(tables)} benches; metrics "
                              f"found: {', '.join(metrics) or 'none'}; learning={','.join(learning)}, "
                              f"forgetting={','.join(forgetting)}")

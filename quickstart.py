@@ -1,11 +1,11 @@
-"""
+r"""
 Quickstart: the paper in small. In under ten minutes on two CPU cores it pretrains a tiny Llama on one domain (the Python
 source that every installation carries), finetunes it on another (word problems in GSM8K's form) in full and with LoRA at
 three ranks, for two durations, asks what each learned and forgot, and draws it as one picture.
 
     python quickstart.py
     python quickstart.py --lora_ranks=1,4,16,64            # what is there already is not made again
-    for s in 1 2 3 4 5; do python quickstart.py --claims=True --seed=$s --out_dir=out/claims/$s; done; python claims.py \\
+    for s in 1 2 3 4 5; do python quickstart.py --claims=True --seed=$s --out_dir=out/claims/$s; done; python claims.py \
         --runs='out/claims/*/*' --learning='loss target' --forgetting='loss source'     # over an hour: each claim, with intervals
 
 Every step is a command of this codebase, printed before it runs: the same ones, with other folders, do the 7B study. The
@@ -25,7 +25,9 @@ from pathlib import Path
 
 import sentencepiece
 
+from claims import Change, spared
 from configurator import configure
+from results import read_run
 from runtime import one_line_errors
 
 # -----------------------------------------------------------------------------
@@ -227,13 +229,7 @@ def list_of_runs(base, data):
 
 def last_values(folder):
     """{metric: value} at the last step of a run or a base, its held-out losses as 'loss NAME'."""
-    values = {}
-    for name, prefix in (("log.jsonl", "loss "), ("results.jsonl", "")):
-        lines = (folder / name).read_text().splitlines() if (folder / name).is_file() else []
-        for line in map(json.loads, lines):
-            values |= {f"{prefix}{k}": v for k, v in line["val"].items()} if "val" in line else {}
-            values |= {line["metric"]: line["value"]} if "metric" in line else {}
-    return values
+    return {metric: steps[max(steps)][0] for metric, steps in read_run(folder).metrics.items()}
 
 
 # ----------------------------------------------------------------------------- results
@@ -256,14 +252,12 @@ def compare_at_equal_learning(full, loras):
     """Sentences about what full finetuning forgot by the time it had learned as much as each LoRA run.
 
     full: [(learned, forgot)] by duration; between durations, and before the first, a straight line is drawn."""
-    points, sentences = sorted([(0.0, 0.0), *full]), []
+    sentences, known = [], lambda pair: tuple(map(Change, pair))
     for rank, (learned, forgot) in loras.items():
-        between = [(a, b) for a, b in zip(points, points[1:]) if a[0] <= learned <= b[0] and b[0] > a[0]]
-        if not between:
+        if (more := spared(map(known, full), known((learned, forgot)))) is None:
             sentences.append(f"r={rank} learned {learned:.3f}, more than full finetuning ever did")
             continue
-        (x0, y0), (x1, y1) = between[0]
-        expected = y0 + (y1 - y0) * (learned - x0) / (x1 - x0)
+        expected = forgot + more[0]
         sentences.append(f"r={rank} learned {learned:.3f} and forgot {forgot:.3f}, where full finetuning of that learning forgot "
                          f"about {expected:.3f}: {'less' if forgot < expected else 'not less'}")
     return "At equal learning: " + "; ".join(sentences) + "."

@@ -12,6 +12,7 @@ NO_SETTING = {"data", "base", "out_dir", "resume", "auto_resume", "resume_from",
               "save_interval", "keep_last", "async_save", "checkpoint_at", "max_skipped", "device", "compile", "lora_kernel",
               "shard", "shard_ranks", "activation_checkpointing", "memory_gb", "dry_run", "gpus", "gpu", "mfu", "data_rows",
               "lora_rank", "lora_alpha", "lora_targets"}
+REGULARISERS = {"weight_decay": 1e-5, "attention_dropout": 1e-9}  # of figure 4, from where on; code CPT's decay of 1e-6 is none
 T_975 = {2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t by degrees of freedom
 problems = Counter()
 
@@ -125,41 +126,54 @@ def targets_name(targets):
     return "attention" if names == attention else "mlp" if names == mlp else "all" if names == attention | mlp else str(targets)
 
 
+def regularised(config):
+    """The names of the paper's regularisers that the knobs switch on."""
+    return [name for name, least in REGULARISERS.items() if float(config.get(name) or 0) >= least]
+
+
+def setting_of(run):
+    """What the seeds and lengths of a series share: (dataset, base, rank, alpha, targets, other knobs), as in Point."""
+    rank = run.config.get("lora_rank") or 0
+    alpha = (run.config.get("lora_alpha") or 2 * rank) if rank else 0
+    targets = targets_name(run.config.get("lora_targets", "all")) if rank else "all"
+    other = tuple(sorted((k, str(v)) for k, v in run.config.items() if k not in NO_SETTING and (rank or k != "lora_dropout")
+                         and k != "rslora" or k == "rslora" and v))
+    base = Path(run.config["base"]).name if run.config.get("base") else run.name
+    return Path(run.config.get("data", "")).name, base, rank, alpha, targets, other
+
+
 def mean_of_seeds(pairs):
     """(mean, half width of its 95% interval or None) of the (value, stderr) of each seed."""
     values, errors = [v for v, _ in pairs], [e for _, e in pairs if e]
     mean = statistics.fmean(values)
     if len(values) > 2:
-        return mean, T_975.get(len(values) - 1, 2.1) * statistics.stdev(values) / len(values) ** 0.5
+        return mean, T_975.get(df := len(values) - 1, 1.96 + 2.6 / df) * statistics.stdev(values) / len(values) ** 0.5
     return mean, 1.96 * sum(errors) / len(values) if len(errors) == len(values) else None  # the same items: not independent
 
 
 def points_of(all_runs):
     """[Point] of the trained steps of all runs; {(base, metric): (value, half width or None)} of the bases."""
-    groups, bases = defaultdict(list), defaultdict(list)
+    groups, bases = defaultdict(list), defaultdict(dict)
+    seen = set()
     for run in all_runs:
-        base = Path(run.config["base"]).name if run.config.get("base") else run.name
-        rank = run.config.get("lora_rank") or 0
-        alpha = (run.config.get("lora_alpha") or 2 * rank) if rank else 0
-        targets = targets_name(run.config.get("lora_targets", "all")) if rank else "all"
-        other = tuple(sorted((k, str(v)) for k, v in run.config.items() if k not in NO_SETTING and (rank or k != "lora_dropout")
-                             and k != "rslora" or k == "rslora" and v))
+        setting, seed = setting_of(run), run.config.get("seed")
         last = max((s for steps in run.metrics.values() for s in steps), default=0)
         for metric, steps in run.metrics.items():
             for step, value in steps.items():
                 if step == 0 or not run.config:
-                    bases[base, metric].append(value)
-                else:
-                    dataset = Path(run.config.get("data", "")).name
-                    groups[dataset, base, rank, alpha, targets, other, step, step == last].append(
-                        (metric, value, run.places[step]))
+                    bases[setting[1], metric].setdefault(seed, value)
+                elif (one := (setting, seed, metric, step, step == last)) not in seen:
+                    seen.add(one)
+                    groups[*setting, step, step == last].append((metric, value, run.places[step]))
+                elif step == last:
+                    problems[f"{run.name}: a second run of one setting, seed and length, left out"] = 1
     points = []
     for (*setting, _, last), found in groups.items():
         by_metric = defaultdict(list)
         for metric, value, _ in found:
             by_metric[metric].append(value)
         points.append(Point(*setting, found[0][2], last, {m: mean_of_seeds(v) for m, v in by_metric.items()}))
-    return points, {key: mean_of_seeds(values[:1]) for key, values in bases.items()}
+    return points, {key: mean_of_seeds([of[None]] if None in of else [*of.values()]) for key, of in bases.items()}
 
 
 def main_settings(points):
@@ -170,7 +184,7 @@ def main_settings(points):
 
     def merit(setting, lengths):
         other = dict(setting[5])
-        paper = setting[4] == "all" and setting[3] == 2 * setting[2] and float(other.get("weight_decay", 0)) < 1e-4
+        paper = setting[4] == "all" and setting[3] == 2 * setting[2] and not regularised(other)
         return len({s for s, last in lengths if last}), len(lengths), paper
 
     same = Counter(s[5] for settings in by_rank.values() for s in settings)  # then what the other ranks use as well

@@ -8,9 +8,14 @@ import pytest
 from conftest import run_here
 
 from claims import Change, Method, claims, combine, method_of, spared, verdict
-from results import mean_of_seeds
+from results import mean_of_seeds, problems
 
 BASE = {"learned": 5.0, "kept": 3.0}
+
+
+@pytest.fixture(autouse=True)
+def no_notes():
+    problems.clear()  # of earlier tests in this process
 
 
 def write_run(folder, learned, forgot, seed=1, steps=10, effective_rank=None, **config):
@@ -22,7 +27,7 @@ def write_run(folder, learned, forgot, seed=1, steps=10, effective_rank=None, **
         json.dumps({"step": step, "tokens": step, "val": {"target": a, "source": b}}) + "\n" for step, a, b in lines))
     if effective_rank:
         rows = [{"matrix": "D", "checkpoint": 0, "effective_rank": {"0.9": r}} for r in effective_rank]
-        (folder / "spectrum.json").write_text(json.dumps({"checkpoints": [{}], "matrices": rows}))
+        (folder / "spectrum.json").write_text(json.dumps({"checkpoints": [{"step": steps}], "matrices": rows}))
 
 
 def table(tmp_path, learning="loss target", forgetting="loss source"):
@@ -91,6 +96,25 @@ def test_items_of_an_evaluation_make_an_interval_for_one_seed(tmp_path):
     numbers, said = rows["C1", "full - LoRA r=4"]
     assert said == "holds" and numbers == f"+0.100 ± {1.96 * 0.01 * math.sqrt(2):.3f} (n=1)"
     assert rows["C2", "full - LoRA r=4"][1] == "cannot be told"  # both forgot .1, and the base has no items
+
+
+def test_a_log_is_compared_with_its_own_start_and_a_run_that_only_began_is_left_out(tmp_path):
+    write_run(tmp_path / "a/full", 2.0, 1.0, weight_decay=1e-6)  # code CPT's, which is no regulariser
+    write_run(tmp_path / "a/r4", 1.0, 0.1, lora_rank=4)
+    write_run(tmp_path / "a/r16", 1.0, 0.1, lora_rank=16, steps=0)
+    write_run(tmp_path / "a/r64", 1.0, 0.1, lora_rank=64, effective_rank=[9])
+    spectrum = tmp_path / "a/r64/spectrum.json"
+    spectrum.write_text(spectrum.read_text().replace('"step": 10', '"step": 5'))
+    (tmp_path / "a/base").mkdir()
+    (tmp_path / "a/base/results.jsonl").write_text(json.dumps(  # of other rows than those of the logs
+        {"metric": "loss target", "value": 3.0, "stderr": 0.01, "step": 0, "settings": {"model": "b"}}))
+    result = run_here("claims.py", f"--runs={tmp_path}/*/*", "--learning=loss target", "--forgetting=loss source")
+    assert result.returncode == 0 and "a/r16: nothing was measured after step 0, left out" in result.stdout, result.stderr
+    assert "| full - LoRA r=4 | +1.000 (n=1) |" in result.stdout and "LoRA r=16" not in result.stdout
+    assert "a/r64: spectrum.json is not of step 10, left out" in result.stdout
+    spectrum.write_text(spectrum.read_text().replace('"step": 5', '"step": 10'))
+    result = run_here("claims.py", f"--runs={tmp_path}/*/*", "--learning=loss target", "--forgetting=loss source", "--fraction=0.5")
+    assert result.returncode == 2 and "fraction: " in result.stderr and "has 0.9, not '0.5'" in result.stderr
 
 
 @pytest.mark.parametrize("mean, half, least, said", [(1.0, 0.5, 0.0, "holds"), (0.4, 0.5, 0.0, "cannot be told"),
@@ -181,6 +205,12 @@ def test_runs_with_other_items_than_the_base_are_refused(evaluated):
     path.write_text(path.read_text().replace("[0.4, 0.6, 0.8]", "[0.4, 0.6]"))
     result = run_here("claims.py", f"--runs={evaluated}/*/*", "--learning=acc", "--forgetting=kept")
     assert result.returncode == 2 and "acc: 3 items of the base, 2 of a run" in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize("runs, message", [("", "runs is not set"), ("{0}/*/*,{0}/none*", "none*"), ("{0}/a", "say FOLDER/*")])
+def test_runs_that_are_not_there(evaluated, runs, message):
+    result = run_here("claims.py", f"--runs={runs.format(evaluated)}")
+    assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
 
 
 @pytest.mark.parametrize("apart, said", [(4, "cannot be told"), (5, "cannot be told"), (6, "holds")])

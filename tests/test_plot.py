@@ -2,6 +2,7 @@
 import itertools
 import json
 import math
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -278,20 +279,36 @@ def test_spectra_show_the_files_numbers():
 
 def test_story_is_the_four_panels_with_the_files_numbers(tmp_path):
     points, bases = load(study(tmp_path / "runs"))
-    contents = [spectrum_json(checkpoints=((None, 100), (16, 100))), spectrum_json(checkpoints=((None, 50),))]
-    learned, forgot, both, ranks = plot.story(points, bases, contents).axes
+    full, r16 = (next(p.setting for p in points if p.rank == rank) for rank in (0, 16))
+    changes = {r16: [(50, 99, 9, "0.9"), (100, 5, 8, "0.9")],  # the longest is shown, and of full the mean of two seeds
+               full: [(100, 20, 30, "0.9"), (100, 40, 30, "0.9")], ("mlp",): [(200, 70, 30, "0.9")]}
+    learned, forgot, both, ranks = plot.story(points, bases, changes).axes
     assert line_with(learned, FULL) == ([1, 2, 4], pytest.approx([0.1, 0.2, 0.4]))
     assert len(both.collections) >= 3 and [t.get_text() for t in ranks.get_xticklabels()] == ["LoRA\nr=16", "full"]
-    want = [np.mean([r["effective_rank"]["0.9"] for r in contents[0]["matrices"] if r["matrix"] == "D" and r["checkpoint"] == i])
-            for i in (1, 0)]
-    assert [bar.get_height() for bar in ranks.patches] == pytest.approx(want)
-    assert plot.story(points, bases, []) is None
+    assert [bar.get_height() for bar in sorted(ranks.patches, key=lambda bar: bar.get_x())] == [5, 30]
+    assert plot.story(points, bases, {}) is None
+    without = [p._replace(values={"gsm8k_strict_match": p.values["gsm8k_strict_match"]}) if p.rank else p for p in points]
+    assert len(plot.story(without, bases, changes).axes[2].collections) < len(both.collections)  # LoRA's are not on the plane
+
+
+def test_ranks_of_changes_belong_to_the_run_they_were_taken_of():
+    content, settings = spectrum_json(checkpoints=((None, 100), (16, 100))), {Path("out/a"): "A", Path("f"): "F"}
+    content["checkpoints"][1]["folder"] = "elsewhere/step_9"
+    for where, expected in (("out/a/spectrum.json", {"A": [41, 17]}), ("x.json", {None: [41, 17]})):
+        found = plot.ranks_of_changes([(Path(where), content)], settings)
+        assert {s: [mean for _, mean, _, _ in rows] for s, rows in found.items()} == expected
+    content["checkpoints"][0]["folder"] = "f/step_1"
+    found = plot.ranks_of_changes([(Path("x.json"), content)], settings)
+    assert found["F"] == [(100, 41, 33, "0.9")] and found[None] == [(100, 17, 33, "0.9")]
 
 
 # ----------------------------------------------------------------------------- the script, with bad input too
 def test_script_draws_every_figure_there_is_data_for(tmp_path):
     study(tmp_path / "runs", lengths=(10, 20))
-    (tmp_path / "s.json").write_text(json.dumps(spectrum_json()))
+    taken = spectrum_json()
+    for made, run in zip(taken["checkpoints"], ("r0-20", "r16-20")):
+        made["folder"] = str(tmp_path / "runs" / run / "step_20")
+    (tmp_path / "s.json").write_text(json.dumps(taken))
     noise = {"kind": "noise", "spectra": {"A": {"singular_values": [2.0, 1.0], "effective_rank": {"0.9": 2}}},
              "differences": [{"log10_c": c, "mean_difference": 10.0 ** c} for c in (-1, 0)]}
     (tmp_path / "n.json").write_text(json.dumps(noise))
@@ -308,6 +325,39 @@ def test_script_draws_every_figure_there_is_data_for(tmp_path):
         run_plot(tmp_path / "pdf", runs=tmp_path / "runs" / "*", figures="pareto", formats="pdf")
         pdfs.append((tmp_path / "pdf" / "pareto.pdf").read_bytes())
     assert pdfs[0] == pdfs[1] and pdfs[0].startswith(b"%PDF")  # the same data, the same bytes
+
+
+def test_a_figure_is_asked_for_by_its_whole_name_and_spectra_of_namesakes_stay_apart(tmp_path):
+    for seed in (1, 2):
+        for rate in (1e-5, 1e-4):
+            run = write_run(tmp_path / f"{seed}/full-{rate}", ((10, LEARN, 0.2),), seed=seed, learning_rate=rate)
+            (run / "spectrum.json").write_text(json.dumps(spectrum_json(checkpoints=((None, 100),))))
+    (tmp_path / "1/full-1e-05/spectrum.json").write_text('{"kind": "spectrum", "matrices": []}')
+    process = run_plot(tmp_path / "fig", runs=f"{tmp_path}/*/full*", figures="learning,effective_rank")
+    assert process.returncode == 0 and "full-1e-05/spectrum.json: no whole spectrum" in process.stdout, process.stderr
+    assert {p.name for p in (tmp_path / "fig").iterdir()} == {
+        "learning.png", "effective_rank_1_full-0.0001.png", "effective_rank_2_full-0.0001.png", "effective_rank_full-1e-05.png"}
+
+
+def test_plain_full_finetuning_is_the_one_without_a_regulariser(tmp_path):
+    write_base(tmp_path / "base")
+    for name, more in (("a", {"attention_dropout": 0.1}), ("b", {"weight_decay": 5e-5}), ("c", {"weight_decay": 1e-6})):
+        write_run(tmp_path / name, ((10, LEARN, 0.2),), **more)
+    points, _ = load(tmp_path)
+    (_, setting), = main_settings(points)
+    assert dict(setting[5])["weight_decay"] == "1e-06" and "attention_dropout" not in dict(setting[5])
+
+
+def test_one_seed_twice_is_one_and_another_seeds_base_is_another(tmp_path):
+    for name, seed, value in (("a", 1, 0.2), ("b", 1, 0.9), ("c", 2, 0.4)):
+        write_run(tmp_path / name, ((10, LEARN, value),), [{"step": 0, "val": {"source": 3.0 + seed}}], seed=seed)
+    points, bases = load(tmp_path)
+    (point,) = (p for p in points if p.place["step"] == 10)
+    assert point.values[LEARN][0] == pytest.approx(0.3) and "b: a second run" in "".join(plot.problems)
+    assert bases["base", "loss source"][0] == pytest.approx(4.5)
+    (tmp_path / "base").mkdir()  # what was evaluated goes before what a log says
+    (tmp_path / "base/results.jsonl").write_text(json.dumps({"step": 0, "metric": "loss source", "value": 7.0, "stderr": 0.1}))
+    assert load(tmp_path)[1]["base", "loss source"] == (7.0, pytest.approx(0.196))
 
 
 def training_records():
