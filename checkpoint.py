@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lora import known_by, save_adapter
 from model import fill, whole
 from parallel import barrier, is_sharded, own_group
-from runtime import RANK, fsync_folder, print0, write_whole
+from runtime import RANK, fsync_folder, print0, read_object, write_whole
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
@@ -162,17 +162,22 @@ def load_optimizer(model, optim, folder):
             dcp.load(momenta, storage_reader=reader)
 
 
+def read_state(folder):
+    """The state.json of a checkpoint of train.py; {} for any other folder. Raises ValueError if it is no whole object."""
+    path = folder / "state" / "state.json"
+    return read_object(path) if path.is_file() else {}
+
+
 def checkpoint_state(folder, config, fingerprint, free):
     """state.json of a checkpoint to go on from; raises ValueError when it belongs to a run with other knobs than `free`."""
     folder = Path(folder)
-    if not (folder / "state" / "state.json").is_file():
+    if not (state := read_state(folder)):
         raise ValueError(f"{folder}: no complete checkpoint of train.py (state/state.json is missing)")
     try:
-        state = json.loads((folder / "state" / "state.json").read_text())
         before = state["config"]
         if state["data"] != fingerprint:
             raise ValueError(f"resume: {folder} was trained on other data than {config['data']}")
-    except (KeyError, TypeError, json.JSONDecodeError) as e:
+    except (KeyError, TypeError) as e:
         raise ValueError(f"{folder}/state/state.json: not written by train.py ({e!r})") from None
     if changed := [k for k in config if k not in free and before.get(k) != config[k]]:
         raise ValueError(f"resume: {folder} was trained with " +

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from checkpoint import read_state
 from lora import fingerprint, is_adapter, load_adapter, merge_lora
 from model import Llama
 from records import Source, check_format, from_hub, parse
@@ -80,6 +81,9 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
         raise ValueError(f"{judged} is a run; give one of its checkpoints: {', '.join(steps)}")
     if is_adapter(base):
         raise ValueError(f"model: {base} is an adapter, expected the base of {adapter}")
+    if missing := [str(folder) for folder in (judged, base) if not Path(folder).is_dir()]:
+        there = ", ".join(p.name for p in sorted(Path(missing[0]).parent.glob("step_*")))
+        raise ValueError(f"{missing[0]}: no such folder" + (f"; there are {there} beside it" if there else ""))
     tok = load_tokenizer(tokenizer or base)
     llama = Llama.from_pretrained(base, torch.promote_types(dtype, torch.float32) if adapter else dtype, device)
     weights = fingerprint(llama)
@@ -98,8 +102,7 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
 def place(judged, elsewhere, always=False):
     """A Subject without a model: run, step and folder of a checkpoint, whose results.jsonl is its run's; or items and
     results in the folder `elsewhere`, if `judged` is no checkpoint or if that is asked for."""
-    state = judged / "state" / "state.json"
-    trained = json.loads(state.read_text()) if state.is_file() else {}
+    trained = read_state(judged)
     name, step = (judged.resolve().parent if trained else judged.resolve()).name, trained.get("step", 0)
     folder, results = (judged, judged.parent) if trained and not always else (Path(elsewhere), Path(elsewhere))
     return Subject(None, None, name, step, trained.get("tokens"), epoch_of(judged.parent / "log.jsonl", step), folder,

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from model import GROUPS, PROJECTIONS, Llama, Projection, compare_names, fill, open_weights, whole
+from runtime import read_object
 
 # ----------------------------------------------------------------------------- knobs of the script
 base = ""           # model folder the adapter was trained on
@@ -353,14 +354,7 @@ def read_adapter_config(folder):
 
     Raises FileNotFoundError, or ValueError for what this LoRA does not compute."""
     path = Path(folder) / "adapter_config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found; an adapter folder holds it and adapter_model.safetensors")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: holds no object")
+    config = read_object(path, "an adapter folder holds it and adapter_model.safetensors")
     for key, allowed in (("peft_type", ("LORA",)), ("use_dora", (None, False)), ("fan_in_fan_out", (None, False)),
                          ("bias", (None, "none")), ("modules_to_save", (None, [])), ("rank_pattern", (None, {})),
                          ("alpha_pattern", (None, {})), ("layer_replication", (None, [])),
@@ -405,21 +399,25 @@ def apply_saved_lora(model, folder):
     return apply_lora(model, rank, alpha, dropout, names, rslora, chosen)
 
 
+def open_adapter_weights(folder, expected, base_fingerprint):
+    """{name: open file} of a PEFT folder; expected {name: shape}, base_fingerprint() of the base in hand.
+
+    Raises ValueError when a tensor is missing, unexpected or misshaped, or was trained on another base."""
+    shapes, where = open_weights(folder, "adapter_model.safetensors")
+    trained_on = next((file.metadata() or {} for file in where.values()), {}).get("base_fingerprint")
+    if trained_on and trained_on != base_fingerprint():
+        raise ValueError(f"{folder}: this adapter was trained on another base model")
+    if problems := compare_names(expected, shapes):
+        raise ValueError(f"{folder}: adapter does not fit this model: {problems}")
+    return where
+
+
 @torch.no_grad()
 def load_adapter_weights(model, folder):
-    """Fill the adapters of a model from a PEFT folder; returns the model.
-
-    Raises ValueError when a tensor is missing, unexpected or misshaped, or when the adapter says it was trained on
-    another base."""
-    folder = Path(folder)
-    shapes, where = open_weights(folder, "adapter_model.safetensors")
-    file = next(iter(where.values()), None)
-    trained_on = file and (file.metadata() or {}).get("base_fingerprint")
-    if trained_on and trained_on != fingerprint(model):
-        raise ValueError(f"{folder}: this adapter was trained on another base model")
+    """Fill the adapters of a model from a PEFT folder; returns the model. Raises as open_adapter_weights."""
     tensors = adapter_tensors(model)
-    if problems := compare_names({name: (rows, p.shape[1]) for name, (p, _, rows) in tensors.items()}, shapes):
-        raise ValueError(f"{folder}: adapter does not fit this model: {problems}")
+    where = open_adapter_weights(Path(folder), {name: (rows, p.shape[1]) for name, (p, _, rows) in tensors.items()},
+                                 lambda: fingerprint(model))
     pieces = {}  # parameter -> its adapters' tensors, in row order
     for name, (p, _, _) in tensors.items():
         pieces.setdefault(p, []).append(where[name].get_tensor(name))

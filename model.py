@@ -27,6 +27,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from attention import KVCache, causal_attention, document_attention, document_positions
+from runtime import read_object
 
 IGNORE = -100  # a target with this value is not predicted
 
@@ -63,14 +64,7 @@ class LlamaConfig:
 
         Raises FileNotFoundError without the file, ValueError for anything this model does not compute."""
         path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: not found; a model folder holds config.json and *.safetensors")
-        try:
-            hf = json.loads(path.read_text())
-        except ValueError as e:
-            raise ValueError(f"{path}: not valid JSON ({e})") from None
-        if not isinstance(hf, dict):
-            raise ValueError(f"{path}: holds no object")
+        hf = read_object(path, "a model folder holds config.json and *.safetensors")
         rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", hf.get("rope_theta", 10000.0))
         kind = rope.get("rope_type", rope.get("type", "default"))

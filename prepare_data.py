@@ -1,9 +1,9 @@
-"""
+r"""
 Stage 1: text, prompt/response records or conversations -> token files that train.py memory-maps.
 
     python prepare_data.py --source=notes.txt --tokenizer=models/llama2 --out_dir=data/notes
-    python prepare_data.py --kind=ift --source=gsm8k/train.jsonl --tokenizer=models/llama2 --out_dir=data/gsm8k \\
-        --template='Question: {question}\\nAnswer:' --response_field=answer
+    python prepare_data.py --kind=ift --source=gsm8k/train.jsonl --tokenizer=models/llama2 --out_dir=data/gsm8k \
+        --template='Question: {question}\nAnswer:' --response_field=answer
     python prepare_data.py --preset=magicoder --tokenizer=models/llama2 --out_dir=data/magicoder   # fetched from the hub
     python prepare_data.py --inspect=data/magicoder                  # what is in it, with its checksums verified
 

@@ -127,6 +127,19 @@ def write_whole(path, text):
     partial.rename(path)
 
 
+def read_object(path, hint=""):
+    """The object in a .json file; raises FileNotFoundError, which the hint explains, or ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found{hint and '; ' + hint}")
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds no object")
+    return found
+
+
 def append_jsonl(path, record):
     """Add one object as a line."""
     if RANK == 0:

@@ -24,8 +24,9 @@ import torch
 from tqdm import tqdm
 
 from checkpoint import checkpoints as checkpoints_of
+from checkpoint import read_state
 from configurator import configure
-from lora import fingerprint_of, is_adapter, read_adapter_config, resolve_targets
+from lora import fingerprint_of, is_adapter, open_adapter_weights, read_adapter_config, resolve_targets
 from model import PROJECTIONS, LlamaConfig, compare_names, open_weights
 from runtime import device_name, one_line_errors, peak_memory, pick_device, versions, write_whole
 
@@ -269,18 +270,13 @@ def open_model(folder, config):
 def open_adapter(folder, config, base_identity):
     """A Checkpoint of a PEFT folder for a base; raises as read_adapter_config, or ValueError if it does not fit."""
     rank, alpha, _, rslora, chosen = read_adapter_config(folder)
-    shapes, where = open_weights(folder, "adapter_model.safetensors")
     expected = {}
     for layer in range(config.num_hidden_layers):
         for module, (rows, columns) in config.projection_shapes.items():
             if chosen(layer, module):
                 expected[f"base_model.model.{path_of(layer, module)}.lora_A.weight"] = (rank, columns)
                 expected[f"base_model.model.{path_of(layer, module)}.lora_B.weight"] = (rows, rank)
-    if problems := compare_names(expected, shapes):
-        raise ValueError(f"{folder}: adapter does not fit the base: {problems}")
-    trained_on = next((file.metadata() or {} for file in where.values()), {}).get("base_fingerprint")
-    if trained_on and trained_on != base_identity:
-        raise ValueError(f"{folder}: this adapter was trained on another base model")
+    where = open_adapter_weights(folder, expected, lambda: base_identity)
     digest = hashlib.sha256((Path(folder) / "adapter_model.safetensors").read_bytes()).hexdigest()
     return Checkpoint(Path(folder), where, rank, alpha / (rank ** 0.5 if rslora else rank), chosen, digest)
 
@@ -299,15 +295,6 @@ def find_checkpoints(folders):
     if twice := [str(p) for p in found if found.count(p) > 1]:
         raise ValueError(f"tuned: {twice[0]} is named twice")
     return found
-
-
-def read_state(folder):
-    """The state.json of a checkpoint of train.py; {} for any other folder."""
-    path = folder / "state" / "state.json"
-    try:
-        return json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as e:
-        raise ValueError(f"{path}: not valid JSON ({e})") from None
 
 
 def base_of(folders):
@@ -490,7 +477,8 @@ if __name__ == "__main__":
         folders = find_checkpoints(tuned)
         runs = {folder.parent for folder in folders}
         if not out and (len(runs) > 1 or not read_state(folders[0])):
-            raise ValueError("out is not set, and the checkpoints are not those of one run; see --help")
+            raise ValueError(("tuned names several runs" if len(runs) > 1 else f"tuned: {folders[0]} is no run and no checkpoint of "
+                              "train.py") + "; say where to write with --out=FILE.json")
         path = Path(out or folders[0].parent / "spectrum.json")
         base = base or base_of(folders)
         shape = LlamaConfig.from_json(base)

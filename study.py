@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from checkpoint import checkpoints
+from checkpoint import checkpoints, read_state
 from configurator import configure
 from lora import is_adapter
 from runtime import append_jsonl, one_line_errors
@@ -95,7 +95,7 @@ def is_complete(name):
     """Whether the newest checkpoint of a run is its last: train.py ends with status 0 when it is asked to stop."""
     if not (found := checkpoints(Path(out_dir) / name)):
         return False
-    state = json.loads((found[-1][1] / "state" / "state.json").read_text())
+    state = read_state(found[-1][1])
     return state["step"] >= state["steps"]
 
 
@@ -158,6 +158,12 @@ def check_all(entries, base):
     """Refuse a study one of whose commands has an impossible combination of knobs, before any of them starts."""
     planned = {f"runs: {name}: {shlex.join(words)}": [*train_command(name, words, base, launch=""), "--dry_run=True"]
                for name, words in entries.items() if is_run(name) and not checkpoints(Path(out_dir) / name)}
+    for knob, where in [("base", base), *((f"models: {name}", words[0]) for name, words in entries.items()
+                                          if words and not is_run(name))]:
+        if not where.startswith("hf://") and not any((Path(where) / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
+            raise ValueError(f"{knob}: {where} holds neither config.json nor adapter_config.json")
+    if unknown := [text for text in evals if not (Path(__file__).parent / text.split()[0]).is_file()]:
+        raise ValueError(f"evals: no script named {unknown[0].split()[0]}")
     others = [f"{script} {words}" for script, words in (("spectrum.py", spectrum), ("plot.py", plot)) if words != "none"]
     planned |= {text: [*shlex.split(text), "--help"] for text in [*evals, *others]}
     with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
@@ -173,13 +179,11 @@ def progress(entries, done, now=()):
     stages = ["train", *judging, *([] if spectrum == "none" else ["spectrum.py"])]
     rows = [["", *(stage.removesuffix(".py") for stage in stages)]]
     for name, words in entries.items():
-        cells = {stage: "to do" if is_run(name) or stage in judging else "-" for stage in stages}
+        times = {stage: [] for stage in stages}  # of its commands: an evaluation with several settings, of several checkpoints
         for stage, command in commands(name, words, base, download=False):
-            if shlex.join(command) in done:
-                cells[stage] = f"{done[shlex.join(command)] / 60:.1f} min"
-            elif (name, stage) == now:
-                cells[stage] = "running"
-        rows.append([name, *cells.values()])
+            times[stage].append(done.get(shlex.join(command)))
+        rows.append([name, *(f"{sum(found) / 60:.1f} min" if found and None not in found else "running" if (name, stage) == now
+                             else "to do" if is_run(name) or stage in judging else "-" for stage, found in times.items())])
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
 
@@ -210,7 +214,7 @@ if __name__ == "__main__":
         if stray := [name for name in read_list(expected, "expected") if name not in everything]:
             raise ValueError(f"expected: no model or run is named {', '.join(stray)}")
         entries = {name: everything[name] for name in chosen(list(everything))}
-        base = fetch(base)
+        base = fetch(base, not dry_run) or base
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         check_all(entries, base)
         if dry_run:

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -32,7 +33,7 @@ from parallel import add_up, add_up_gradients, check_replicas, is_sharded, leave
 from plan import compare_with_paper, flops_of_batch, predict_memory, shape_of
 from rows import PlannedRows, TokenRows, held_out, rows_of_step, spread, stack
 from runtime import (LOCAL_WORLD, PEAK_TFLOPS, RANK, WORLD, append_jsonl, device_name, join_ranks, matmul_flops,
-                     one_line_errors, peak_flops, peak_memory, pick_device, pick_dtype, print0, versions)
+                     one_line_errors, peak_flops, peak_memory, pick_device, pick_dtype, print0, versions, write_whole)
 
 # -----------------------------------------------------------------------------
 # what
@@ -284,6 +285,9 @@ def check_knobs(ranks):
         raise ValueError("resume goes on in out_dir, resume_from starts a new out_dir: say one of them")
     if scratch and (lora_rank or adapter):
         raise ValueError("scratch: LoRA needs a pretrained base; say scratch=False or lora_rank=0")
+    if not lora_rank and (lora_alpha is not None or lora_targets != "all" or rslora):
+        raise ValueError("lora_alpha, lora_targets and rslora say how LoRA is made, but lora_rank is 0" +
+                         (": an adapter brings them" if adapter else ", which is full finetuning"))
     if lora_rank and adapter:
         raise ValueError("adapter: it brings its own rank; say lora_rank=0")
     if not 0 <= attention_dropout < 1:
@@ -334,6 +338,9 @@ if __name__ == "__main__":
                        "alpha_f_cooldown"}
             # "skipped" is missing in older checkpoints
             state |= checkpoint_state(started_from, config, train_rows.sha256, _free | (set() if goes_on else new_run))
+
+        if dry_run and (first := re.fullmatch(r"step_(\d+)", Path(resume_from).name)):
+            state["step"] = int(first[1])
 
         # model: frozen weights in the compute dtype, trained ones in fp32 (param_dtype for full finetuning). It is made
         # on meta, sharded, and then each rank reads its part
@@ -404,7 +411,7 @@ if __name__ == "__main__":
         log = Path(out_dir) / "log.jsonl"
         if RANK == 0:
             start_log(log, state["step"] if started_from else -1)
-            (Path(out_dir) / "config.json").write_text(json.dumps({"config": config, "versions": versions()}, indent=1))
+            write_whole(Path(out_dir) / "config.json", json.dumps({"config": config, "versions": versions()}, indent=1))
         keep = {step_at(at, tokens_a_step) if at >= 1e6 else int(at) for at in checkpoint_at}
 
         stop = []  # signals that arrived: the run ends after the step in hand, with a checkpoint

@@ -1,14 +1,14 @@
-"""
+r"""
 Code IFT: Magicoder-Evol-Instruct-110K, 72.97M tokens an epoch. Learned: HumanEval. LoRA with --lora_rank=256.
 
-    python prepare_data.py --preset=magicoder --packing=paper --paper_epochs=16 \\
-        --tokenizer=models/Llama-2-7b-chat-hf --out_dir=data/magicoder
+    python prepare_data.py --preset=magicoder --packing=paper --paper_epochs=16 \
+        --tokenizer=models/Llama-2-7b-hf --out_dir=data/magicoder
      1 GPU   python train.py config/code_ift.py --lora_rank=256
      8 GPUs  torchrun --nproc_per_node=8 train.py config/code_ift.py --max_epochs=8
     32 GPUs  torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=NODE0:29500 train.py config/code_ift.py
 
 193 steps an epoch. --dry_run=True prints hours and memory for your GPUs; 4 epochs on 8 H100
-at 45% of their peak (a prediction, not measured): 2.0 h and 33 GB a GPU in full, 1.6 h and 40 GB with r=256, and a third
+at 45% of their peak (a prediction, not measured): 2.0 h and 26 GB a GPU in full, 1.6 h and 34 GB with r=256, and a third
 more time for activation checkpointing.
 Each duration is a run with its own schedule: --max_epochs=1, 2, 4, 8, 16.
 

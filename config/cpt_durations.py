@@ -26,6 +26,7 @@ def _cooldown(tokens):
     return round(0.2 * _steps(tokens))
 
 
+assert seq_len, "cpt_durations.py goes after the file of a run: train.py config/math_cpt.py config/cpt_durations.py"
 schedule = 'inv_sqrt'
 warmup_steps = 1000
 cooldown_steps = _cooldown(max_tokens)

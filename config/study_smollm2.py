@@ -1,8 +1,8 @@
-"""
+r"""
 For study.py: the paper's comparison on a real model, at a size for two CPU cores: SmolLM2-135M, math IFT on GSM8K.
 
-    for s in train test; do python prepare_data.py --kind=ift --source=data/raw/gsm8k/$s.jsonl --tokenizer=models/smollm2 \\
-        --template='Question: {question}\\nAnswer:' --response_field=answer --response_prefix=' ' --val_fraction=0 \\
+    for s in train test; do python prepare_data.py --kind=ift --source=data/raw/gsm8k/$s.jsonl --tokenizer=models/smollm2 \
+        --template='Question: {question}\nAnswer:' --response_field=answer --response_prefix=' ' --val_fraction=0 \
         --out_dir=data/gsm8k_smollm2_$s; done
     python study.py config/study_smollm2.py          # four hours on two cores, by calculation
     python claims.py --runs='out/smollm2/*' --learning='loss gsm8k_test' --forgetting=hellaswag_loss

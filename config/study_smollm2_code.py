@@ -1,8 +1,8 @@
-"""
+r"""
 For study.py: config/study_smollm2.py's shape with continued pretraining on code, packages of Python's standard library.
 
     L=$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')
-    python prepare_data.py --tokenizer=models/smollm2 --out_dir=data/stdlib_smollm2 --val_fraction=0.2 \\
+    python prepare_data.py --tokenizer=models/smollm2 --out_dir=data/stdlib_smollm2 --val_fraction=0.2 \
         --source=$L/asyncio,$L/email,$L/http,$L/importlib,$L/json,$L/logging,$L/multiprocessing,$L/unittest,$L/urllib,$L/xml
     python study.py config/study_smollm2_code.py
     python claims.py --runs='out/smollm2_code/*' --learning='loss stdlib' --forgetting=hellaswag_loss

@@ -1,14 +1,14 @@
-"""
+r"""
 Chat IFT: the Tulu-v2 mixture, about 326,000 conversations. Learned: MT-bench, GSM8K, MMLU. LoRA with --lora_rank=256.
 
-    python prepare_data.py --preset=tulu_v2 --packing=paper --paper_epochs=6 \\
-        --tokenizer=models/Llama-2-7b-chat-hf --out_dir=data/tulu_v2
+    python prepare_data.py --preset=tulu_v2 --packing=paper --paper_epochs=6 \
+        --tokenizer=models/Llama-2-7b-hf --out_dir=data/tulu_v2
      1 GPU   python train.py config/tulu_ift.py --lora_rank=256
      8 GPUs  torchrun --nproc_per_node=8 train.py config/tulu_ift.py
     32 GPUs  torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=NODE0:29500 train.py config/tulu_ift.py
 
 The paper does not say the steps of an epoch. --dry_run=True prints hours and memory for your GPUs; 6 epochs on 8 H100
-at 45% of their peak, if a guess at the rows is right: 10 h and 33 GB a GPU in full, 8 h and 40 GB with r=256, and a third
+at 45% of their peak, if a guess at the rows is right: 10 h and 26 GB a GPU in full, 8 h and 34 GB with r=256, and a third
 more time for activation checkpointing.
 One run; its checkpoints after 2 and 4 epochs are "hot", the schedule goes on to 6.
 

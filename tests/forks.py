@@ -1,6 +1,4 @@
-"""Ranks of train.py as forks of one process, which spares the import of torch: for campaigns of many short runs.
-
-The process that forks must not have imported runtime, which reads the rank when it is imported."""
+"""Ranks of train.py as forks of one process, which spares the import of torch: for campaigns of many short runs."""
 import os
 import runpy
 import signal
@@ -64,6 +62,7 @@ def fork_ranks(ranks, argv, output, beats=None, fatal=None):
     def work(rank):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
                           MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        del sys.modules["runtime"]  # which read the rank when it was imported; train.py and what knows of ranks do so anew
         sys.argv = ["train.py", *argv]
         if beats is not None:
             watch(rank, beats, fatal[1] if fatal and fatal[0] == rank else -1)

@@ -70,7 +70,7 @@ def test_continued_pretraining_on_stories_in_full(tmp_path):
 
 @pytest.mark.parametrize("knobs, wanted", [
     (dict(), "model is not set"), (dict(model="nowhere"), "nowhere"), (dict(model="{base}", max_new_tokens=600), "max_position"),
-    (dict(model="{base}", adapter="nowhere"), "adapter_config.json"), (dict(model="{base}", tokenizer="nowhere"), "nowhere")])
+    (dict(model="{base}", adapter="nowhere"), "nowhere: no such folder"), (dict(model="{base}", tokenizer="nowhere"), "nowhere")])
 def test_sample_refuses_in_one_line(knobs, wanted):
     base = need("data/stories260k")
     result = run_here("sample.py", "--prompt=a", *(f"--{k}={v}".format(base=base) for k, v in knobs.items()))

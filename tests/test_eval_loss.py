@@ -91,7 +91,7 @@ def test_error_of_the_ratio_is_that_of_drawing_rows_anew():
 
 @pytest.mark.parametrize("more, message", [
     (["--data="], "data is not set"), (["--data=a=x,a=y"], "two of one name"), (["--rows=-1"], "rows is negative"),
-    (["--data=nowhere"], "no meta.json"), (["--seq_len=32"], "packed for 64"), (["--model=nowhere"], "nowhere")])
+    (["--data=nowhere"], "no meta.json"), (["--seq_len=32"], "packed for 64"), (["--model=nowhere"], "nowhere: no such folder")])
 def test_bad_input_is_one_line(studied, tmp_path, more, message):
     out, base, _ = studied
     given = {"--model": base, "--data": f"a={out / 'ift'}", "--out_dir": tmp_path}

@@ -325,7 +325,7 @@ def test_bad_input_is_one_line(folders):
     one_line(spectrum_of(folders, "absent")[0], "absent", "no such folder")
     one_line(spectrum_of(folders, "full", "full")[0], "named twice")
     one_line(run_here("spectrum.py"), "tuned is not set")
-    one_line(run_here("spectrum.py", f"--tuned={folders / 'full'}"), "out is not set")
+    one_line(run_here("spectrum.py", f"--tuned={folders / 'full'}"), "no run and no checkpoint of train.py")
     one_line(run_here("spectrum.py", f"--tuned={folders / 'full'}", "--out=x.json"), "base is not set")
     one_line(spectrum_of(folders, "full", layers="7")[0], "layers", "0 to 1")
     one_line(spectrum_of(folders, "full", fractions="1.5")[0], "fractions")

@@ -120,6 +120,25 @@ def test_an_impossible_run_is_refused_before_the_first_one_starts(tmp_path, toke
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("text, message", [
+    ("models=('far nowhere',)", "models: far: nowhere holds neither config.json nor adapter_config.json"),
+    ("models=('base',)\nbase='nowhere'", "base: nowhere holds neither"),
+    ("models=('base',)\nevals=('eval_gsm8.py',)", "evals: no script named eval_gsm8.py")])
+def test_what_is_not_there_is_refused_before_the_first_run(tmp_path, text, message):
+    result = study(tmp_path / "x.py", f"out_dir={str(tmp_path / 'out')!r}\nbase={str(need('data/stories260k'))!r}\n{text}")
+    assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_is_done_when_all_its_commands_are(tmp_path, monkeypatch):
+    for knob, value in {"out_dir": str(tmp_path), "evals": ("eval_loss.py --a=1", "eval_loss.py --a=2"), "spectrum": "none",
+                        "base": "b"}.items():
+        monkeypatch.setattr(script, knob, value)
+    both = [command for _, command in script.commands("base", [], "b")]
+    row = lambda *done: script.progress({"base": []}, {script.shlex.join(c): 60.0 for c in done}).splitlines()[1].split()
+    assert row(*both) == ["base", "-", "2.0", "min"] and row(both[0]) == row() == ["base", "-", "to", "do"]
+
+
 def test_figures_that_cannot_be_drawn_fail_the_study(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/figures").write_text("in the way")
