@@ -171,8 +171,9 @@ def read_state(folder):
 def checkpoint_state(folder, config, fingerprint, free):
     """state.json of a checkpoint to go on from; raises ValueError when it belongs to a run with other knobs than `free`."""
     folder = Path(folder)
-    if not (state := read_state(folder)):
+    if not (folder / "state" / "state.json").is_file():
         raise ValueError(f"{folder}: no complete checkpoint of train.py (state/state.json is missing)")
+    state = read_state(folder)
     try:
         before = state["config"]
         if state["data"] != fingerprint:

@@ -8,7 +8,8 @@ A run is a folder of train.py; one seed's runs are compared with one another, an
 difference, with its 95% interval (Student's t). With one seed or two the interval is that of the evaluation's items, the same
 ones in both runs, so of their differences (values.jsonl; without it the errors of the two are taken as independent); it says
 nothing about other seeds. A loss from train.py's log has no items, and a claim with no interval cannot be told. It holds where
-the whole interval does. A base is a folder beside the runs, else step 0 of their logs. All at the longest duration.
+the whole interval does. What a run began with is its base's folder beside it, or step 0 of its log for what train.py logged.
+All at the longest duration.
 """
 import glob
 import json
@@ -101,7 +102,8 @@ def read_runs(folders):
         both = []
         for metric, better in ((learning, 1), (forgetting, -1)):
             first, items = run.metrics[metric].get(0), run.items.get((metric, steps), ())
-            before, items_before = (first, ()) if first and not items else beside.get(metric, (first, ()))  # of the same rows
+            in_log = first and run.metrics[metric][steps][1] is None  # whose rows need not be those of eval_loss.py
+            before, items_before = (first, ()) if in_log else beside.get(metric, (first, ()))
             rise = change(metric, before, run.metrics[metric][steps], items_before, items)
             sign = -better if falls(metric) else better
             both.append(rise._replace(value=sign * rise.value, items=tuple(sign * x for x in rise.items)))

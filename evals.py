@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import read_state
+from checkpoint import checkpoints, read_state
 from lora import fingerprint, is_adapter, load_adapter, merge_lora
 from model import Llama
 from records import Source, check_format, from_hub, parse
@@ -82,7 +82,7 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
     if is_adapter(base):
         raise ValueError(f"model: {base} is an adapter, expected the base of {adapter}")
     if missing := [str(folder) for folder in (judged, base) if not Path(folder).is_dir()]:
-        there = ", ".join(p.name for p in sorted(Path(missing[0]).parent.glob("step_*")))
+        there = ", ".join(p.name for _, p in checkpoints(Path(missing[0]).parent))
         raise ValueError(f"{missing[0]}: no such folder" + (f"; there are {there} beside it" if there else ""))
     tok = load_tokenizer(tokenizer or base)
     llama = Llama.from_pretrained(base, torch.promote_types(dtype, torch.float32) if adapter else dtype, device)

@@ -160,9 +160,11 @@ def length_axis(ax, points, kind):
 
 
 def powers_axis(ax, values):
-    """A logarithmic axis with the values themselves as ticks, thinned, if they span a factor of 4 or more."""
+    """A logarithmic axis with the values as ticks, thinned, if they span a factor of 4; a single value is the only tick."""
     values = sorted(set(values))
-    if len(values) > 1 and values[0] > 0 and values[-1] / values[0] >= 4:
+    if len(values) == 1:
+        ax.set_xticks(values, [short(values[0])])
+    elif len(values) > 1 and values[0] > 0 and values[-1] / values[0] >= 4:
         ax.set_xscale("log", base=2)
         kept = [values[-1]]
         for v in reversed(values[:-1]):
@@ -198,7 +200,7 @@ def curves(points, bases, metrics):
         return None
     fig, axes = grid(len(panels))
     for ax, ((dataset, base), (some, metric)) in zip(axes, panels.items()):
-        curve_panel(ax, some, metric, bases.get((base, metric)))
+        curve_panel(ax, some, metric, bases.get((dataset, base, metric)))
         ax.set_title(dataset)
     return fig
 
@@ -240,7 +242,7 @@ def plane(points, bases, series_of):
     below = len(panels) == 1  # a legend at the side would leave too little of one column
     fig, axes = grid(len(panels), height=2.6)
     for ax, ((dataset, base), (learn, forget, series)) in zip(axes, panels.items()):
-        handles = plane_panel(ax, learn, forget, series, bases.get((base, learn)), bases.get((base, forget)))
+        handles = plane_panel(ax, learn, forget, series, *(bases.get((dataset, base, metric)) for metric in (learn, forget)))
         ax.set_title(dataset)
         if below:
             fig.set_figheight(2.4 + 0.16 * -(-len(handles) // 2))
@@ -288,13 +290,13 @@ def share_of(spectrum):
 def ranks_of_changes(loaded, settings):
     """{setting: [(tokens, mean effective rank of D, of a random matrix, share)]} of spectrum.py's JSON, [(path, content)].
 
-    settings {run folder: setting}: the file lies in it, or names a checkpoint that does."""
-    found = defaultdict(list)
+    settings {run folder: setting}: it holds a checkpoint that the file names, or the file, where all has been moved."""
+    found, settings = defaultdict(list), {folder.resolve(): setting for folder, setting in settings.items()}
     for path, content in loaded:
         share = share_of(content)
         for i, made in enumerate(content["checkpoints"]):
             rows = [r for r in content["matrices"] if r["matrix"] == "D" and r["checkpoint"] == i]
-            setting = settings.get(path.parent, settings.get(Path(made["folder"]).parent))
+            setting = settings.get(Path(made["folder"]).resolve().parent, settings.get(path.resolve().parent))
             found[setting].append((made.get("tokens") or 0, *(statistics.fmean(r[name][share] for r in rows)
                                                               for name in ("effective_rank", "random_rank")), share))
     return found
@@ -303,21 +305,18 @@ def ranks_of_changes(loaded, settings):
 def story(points, bases, changes):
     """The paper in one picture, of the dataset with most points: learning and forgetting by length, both on a plane, and the
     effective rank of what each method changed (of ranks_of_changes), the mean over seeds at the longest."""
-    panels = [(some, learn, forget, base) for (_, base), some in datasets_of(points).items()
+    panels = [([p for p in some if learn in p.values and forget in p.values], learn, forget, key)
+              for key, some in datasets_of(points).items()
               if (learn := pick(learning, some)) and (forget := pick(forgetting, some))]
-    if not panels:
-        return None
-    some, learn, forget, base = max(panels, key=lambda panel: len(panel[0]))
-    series = [(name, style, both) for name, style, line in main_series(some)
-              if (both := [p for p in line if learn in p.values and forget in p.values])]
+    some, learn, forget, key = max(panels, key=lambda panel: len(panel[0]), default=((), "", "", ()))
     measured = [(rank, changes[setting]) for rank, setting in main_settings(some) if setting in changes]
-    if not series or not measured:
+    if not measured:
         return None
     fig, (learned, forgot, both, ranks_of_change) = grid(4, height=2.5)
     for ax, metric, title in ((learned, learn, "What was learned"), (forgot, forget, "What was forgotten")):
-        curve_panel(ax, some, metric, bases.get((base, metric)))
+        curve_panel(ax, some, metric, bases.get((*key, metric)))
         ax.set_title(title)
-    plane_panel(both, learn, forget, series, bases.get((base, learn)), bases.get((base, forget)))
+    plane_panel(both, learn, forget, main_series(some), *(bases.get((*key, metric)) for metric in (learn, forget)))
     both.set_title("Both: better further up and right")
 
     order = sorted((rank for rank, _ in measured), key=lambda rank: rank or math.inf)
@@ -382,7 +381,7 @@ def sweep(points, bases, families, value_of, label, names=()):
             for part in (loras, [p for p in line if not p.rank]) if loras else (line,):
                 draw(ax, [value_of(p) for p in part], [p.values[metric] for p in part], color=colour, marker=marker)
             name_end(ax, value_of(line[-1]), line[-1].values[metric][0], name, colour)
-        at_base(ax, bases.get((base, metric)))
+        at_base(ax, bases.get((dataset, base, metric)))
         if names:
             ax.set_xticks(range(len(names)), names)
             ax.set_xlim(-0.2, len(names) - 0.8)
@@ -819,6 +818,7 @@ if __name__ == "__main__":
             for name, drawing in (("noise", noise),) if content["kind"] == "noise" else (
                     ("effective_rank", effective_rank), ("spectra", spectra_of_one), ("directions", directions)):
                 if name in wanted:
+                    suffix += f"_{len(drawings)}" if name + suffix in drawings else ""
                     drawings[name + suffix] = lambda drawing=drawing, content=content: drawing(content)
         Path(out_dir).mkdir(parents=True, exist_ok=True)
         plt.rcParams.update(STYLE)

@@ -229,7 +229,8 @@ def list_of_runs(base, data):
 
 def last_values(folder):
     """{metric: value} at the last step of a run or a base, its held-out losses as 'loss NAME'."""
-    return {metric: steps[max(steps)][0] for metric, steps in read_run(folder).metrics.items()}
+    found = read_run(folder)
+    return {metric: steps[max(found.places)][0] for metric, steps in found.metrics.items() if max(found.places) in steps}
 
 
 # ----------------------------------------------------------------------------- results

@@ -152,16 +152,18 @@ def mean_of_seeds(pairs):
 
 
 def points_of(all_runs):
-    """[Point] of the trained steps of all runs; {(base, metric): (value, half width or None)} of the bases."""
-    groups, bases = defaultdict(list), defaultdict(dict)
-    seen = set()
+    """[Point] of the trained steps of all runs; {(dataset, base, metric): (value, half width or None)} of their bases: as
+    evaluated, else step 0 of the logs."""
+    groups, evaluated, starts, seen = defaultdict(list), {}, defaultdict(dict), set()
     for run in all_runs:
         setting, seed = setting_of(run), run.config.get("seed")
         last = max((s for steps in run.metrics.values() for s in steps), default=0)
         for metric, steps in run.metrics.items():
             for step, value in steps.items():
-                if step == 0 or not run.config:
-                    bases[setting[1], metric].setdefault(seed, value)
+                if not run.config:
+                    evaluated.setdefault((setting[1], metric), value)
+                elif step == 0:
+                    starts[*setting[:2], metric].setdefault(seed, value)
                 elif (one := (setting, seed, metric, step, step == last)) not in seen:
                     seen.add(one)
                     groups[*setting, step, step == last].append((metric, value, run.places[step]))
@@ -173,7 +175,9 @@ def points_of(all_runs):
         for metric, value, _ in found:
             by_metric[metric].append(value)
         points.append(Point(*setting, found[0][2], last, {m: mean_of_seeds(v) for m, v in by_metric.items()}))
-    return points, {key: mean_of_seeds([of[None]] if None in of else [*of.values()]) for key, of in bases.items()}
+    bases = {key: mean_of_seeds([*of_seed.values()]) for key, of_seed in starts.items()}
+    return points, bases | {(dataset, base, metric): mean_of_seeds([value]) for dataset, base in {p.setting[:2] for p in points}
+                            for (name, metric), value in evaluated.items() if name == base}
 
 
 def main_settings(points):

@@ -164,6 +164,9 @@ def check_all(entries, base):
             raise ValueError(f"{knob}: {where} holds neither config.json nor adapter_config.json")
     if unknown := [text for text in evals if not (Path(__file__).parent / text.split()[0]).is_file()]:
         raise ValueError(f"evals: no script named {unknown[0].split()[0]}")
+    if base.startswith("hf://") and planned:
+        print(f"{base} is not downloaded yet, so its runs are not checked")
+        planned = {}
     others = [f"{script} {words}" for script, words in (("spectrum.py", spectrum), ("plot.py", plot)) if words != "none"]
     planned |= {text: [*shlex.split(text), "--help"] for text in [*evals, *others]}
     with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:

@@ -112,6 +112,7 @@ def test_a_log_is_compared_with_its_own_start_and_a_run_that_only_began_is_left_
     assert result.returncode == 0 and "a/r16: nothing was measured after step 0, left out" in result.stdout, result.stderr
     assert "| full - LoRA r=4 | +1.000 (n=1) |" in result.stdout and "LoRA r=16" not in result.stdout
     assert "a/r64: spectrum.json is not of step 10, left out" in result.stdout
+    assert "learned more than LoRA" not in result.stdout and "full - LoRA r=4 | +0.400 (n=1)" in result.stdout  # half of 1 - .1
     spectrum.write_text(spectrum.read_text().replace('"step": 5', '"step": 10'))
     result = run_here("claims.py", f"--runs={tmp_path}/*/*", "--learning=loss target", "--forgetting=loss source", "--fraction=0.5")
     assert result.returncode == 2 and "fraction: " in result.stderr and "has 0.9, not '0.5'" in result.stderr

@@ -156,7 +156,7 @@ def test_one_run_of_many_checkpoints_is_a_curve_and_val_losses_are_metrics(tmp_p
     write_run(tmp_path / "runs" / "a", log=log)
     points, bases = load(tmp_path / "runs")
     ax, = plot.curves(points, bases, plot.learning).axes
-    assert line_with(ax, FULL) == ([200, 400], pytest.approx([1.8, 1.6])) and bases["base", "loss val"][0] == 2
+    assert line_with(ax, FULL) == ([200, 400], pytest.approx([1.8, 1.6])) and bases["gsm8k", "base", "loss val"][0] == 2
     assert [p.place["epoch"] for p in points] == [0.02, 0.04] and "less is better" in ax.get_ylabel()
     fig = plot.training([read_run(tmp_path / "runs" / "a")])
     assert list(fig.axes[0].lines[0].get_ydata()) == [2.9, 2.8, 2.7, 2.6]
@@ -354,10 +354,10 @@ def test_one_seed_twice_is_one_and_another_seeds_base_is_another(tmp_path):
     points, bases = load(tmp_path)
     (point,) = (p for p in points if p.place["step"] == 10)
     assert point.values[LEARN][0] == pytest.approx(0.3) and "b: a second run" in "".join(plot.problems)
-    assert bases["base", "loss source"][0] == pytest.approx(4.5)
+    assert bases["gsm8k", "base", "loss source"][0] == pytest.approx(4.5)
     (tmp_path / "base").mkdir()  # what was evaluated goes before what a log says
     (tmp_path / "base/results.jsonl").write_text(json.dumps({"step": 0, "metric": "loss source", "value": 7.0, "stderr": 0.1}))
-    assert load(tmp_path)[1]["base", "loss source"] == (7.0, pytest.approx(0.196))
+    assert load(tmp_path)[1]["gsm8k", "base", "loss source"] == (7.0, pytest.approx(0.196))
 
 
 def training_records():
