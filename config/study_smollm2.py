@@ -4,7 +4,7 @@ For study.py: the paper's comparison on a real model, at a size for two CPU core
     for s in train test; do python prepare_data.py --kind=ift --source=data/raw/gsm8k/$s.jsonl --tokenizer=models/smollm2 \
         --template='Question: {question}\nAnswer:' --response_field=answer --response_prefix=' ' --val_fraction=0 \
         --out_dir=data/gsm8k_smollm2_$s; done
-    python study.py config/study_smollm2.py          # four hours on two cores, by calculation
+    python study.py config/study_smollm2.py          # six hours of one core; --only=NAME runs two at a time
     python claims.py --runs='out/smollm2/*' --learning='loss gsm8k_test' --forgetting=hellaswag_loss
     python claims.py --runs='out/smollm2/base,out/smollm2/*-75*' --learning='loss gsm8k_test' --forgetting=hellaswag_loss
 
