@@ -514,6 +514,7 @@ def diversity(all_runs):
         ax.set_yticks(range(len(series)), [name for name, _, _ in series])
         ax.set(xlabel=f"unique outputs a problem {title}")
         ax.margins(x=0.15)
+        ax.set_xlim(0, max(1, ax.get_xlim()[1]))  # where none passes as well
         ax.grid(axis="y", visible=False)
     axes[0].invert_yaxis()
     return fig

@@ -246,6 +246,8 @@ def test_pass_at_k_and_diversity(tmp_path):
     passed, failed = plot.diversity(runs).axes
     assert [bar.get_width() for bar in failed.patches] == [20, 20]
     assert [t.get_text() for t in passed.get_yticklabels()] == ["full", "LoRA r=64"]
+    none = [run._replace(metrics={m: {20: (0.0, 0.0)} for m in run.metrics}) for run in runs]
+    assert plot.diversity(none).axes[0].get_xlim() == (0, 1)
 
 
 def spectrum_json(layers=3, checkpoints=((None, 100), (16, 100))):
