@@ -23,7 +23,8 @@ import matplotlib
 import numpy as np
 
 from configurator import configure
-from results import curve_of, ends_of, falls, main_settings, number, pick, points_of, problems, read_json, read_run, regularised, setting_of
+from results import (curve_of, ends_of, falls, main_settings, number, pick, points_of, problems, read_json, read_run, regularised,
+                     setting_of)
 from runtime import one_line_errors
 
 matplotlib.use("Agg")
@@ -420,8 +421,7 @@ TARGETS = ("attention", "mlp", "all")
 def targets(points, bases):
     """Figure 7: which modules have adapters, a line for each rank."""
     def families(some):
-        lines = defaultdict(list)
-        ends = [p for p in ends_of([p for p in some if p.rank and p.targets in TARGETS]) if p.alpha == 2 * p.rank]
+        ends, lines = [p for p in ends_of([p for p in some if p.rank and p.targets in TARGETS]) if p.alpha == 2 * p.rank], {}
         for rank in {p.rank for p in ends}:
             usual = Counter(p.other for p in ends if p.rank == rank and p.targets != "all")
             lines[rank] = [p for p in ends if p.rank == rank and usual and p.other == max(usual, key=usual.get)]

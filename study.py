@@ -156,17 +156,17 @@ def run(command, quiet=False):
 
 def check_all(entries, base):
     """Refuse a study one of whose commands has an impossible combination of knobs, before any of them starts."""
-    planned = {f"runs: {name}: {shlex.join(words)}": [*train_command(name, words, base, launch=""), "--dry_run=True"]
-               for name, words in entries.items() if is_run(name) and not checkpoints(Path(out_dir) / name)}
     for knob, where in [("base", base), *((f"models: {name}", words[0]) for name, words in entries.items()
                                           if words and not is_run(name))]:
         if not where.startswith("hf://") and not any((Path(where) / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
             raise ValueError(f"{knob}: {where} holds neither config.json nor adapter_config.json")
     if unknown := [text for text in evals if not (Path(__file__).parent / text.split()[0]).is_file()]:
         raise ValueError(f"evals: no script named {unknown[0].split()[0]}")
-    if base.startswith("hf://") and planned:
-        print(f"{base} is not downloaded yet, so its runs are not checked")
-        planned = {}
+    if base.startswith("hf://"):
+        print(f"{base} is not downloaded yet, so runs that train it are not checked")
+    planned = {f"runs: {name}: {shlex.join(words)}": [*train_command(name, words, base, launch=""), "--dry_run=True"]
+               for name, words in entries.items()
+               if is_run(name) and not base.startswith("hf://") and not checkpoints(Path(out_dir) / name)}
     others = [f"{script} {words}" for script, words in (("spectrum.py", spectrum), ("plot.py", plot)) if words != "none"]
     planned |= {text: [*shlex.split(text), "--help"] for text in [*evals, *others]}
     with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
