@@ -9,23 +9,23 @@ test: .venv/installed-test
 
 # what the machine can run: on a GPU all, on a CPU a small model
 bench: .venv/installed-test
-	$(BIN)/python bench.py
-	$(BIN)/python bench_kernels.py
+	$(BIN)/python -m bench.train
+	$(BIN)/python -m bench.kernels
 
 # One call for a GPU lent for ten minutes. What matters most comes first, figures are written as they come, and a part that
 # fails costs no other. On a machine that has the packages already: make -o .venv/installed-test gpu BIN=/its/venv/bin
 GPU_OUT = out/gpu
-TRAINING = $(BIN)/python bench.py --device=cuda --parts=training
+TRAINING = $(BIN)/python -m bench.train --device=cuda --parts=training
 gpu: .venv/installed-test
 	mkdir -p $(GPU_OUT)
 	failed=; \
-	$(BIN)/python bench_kernels.py --device=cuda --shapes=7b --stop_after=130 --out=$(GPU_OUT)/kernels.json \
+	$(BIN)/python -m bench.kernels --device=cuda --shapes=7b --stop_after=130 --out=$(GPU_OUT)/kernels.json \
 	    || failed="$$failed kernels"; \
 	$(TRAINING) --seq_lens=4096 --checkpointing=none --batches=16 --ranks=0,16,64,256 --stop_after=170 \
 	    --out=$(GPU_OUT)/training.json || failed="$$failed training"; \
 	timeout 120 $(BIN)/python -m pytest -q -m gpu || failed="$$failed tests"; \
 	$(TRAINING) --batches=64,8,256 --repeats=1 --stop_after=60 --out=$(GPU_OUT)/axes.json || failed="$$failed axes"; \
-	$(BIN)/python plot.py --benches=$(GPU_OUT)/training.json,$(GPU_OUT)/axes.json --out_dir=$(GPU_OUT) || failed="$$failed plot"; \
+	$(BIN)/python -m paper.plot --benches=$(GPU_OUT)/training.json,$(GPU_OUT)/axes.json --out_dir=$(GPU_OUT) || failed="$$failed plot"; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 .venv/installed: requirements.txt

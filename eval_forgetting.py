@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import configure, knob_table
-from evals import digest, evaluate, load_for_eval, read_items, score, start_ranks, write_result, write_score
+from evaluation.evals import digest, evaluate, load_for_eval, read_items, score, start_ranks, write_result, write_score
 from runtime import device_name, one_line_errors, pick_dtype, print0
 
 # -----------------------------------------------------------------------------

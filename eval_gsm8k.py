@@ -15,9 +15,9 @@ import time
 from functools import partial
 
 from configurator import configure, knob_table
-from evals import cut_left, digest, evaluate, load_for_eval, read_items, start_ranks, write_result
+from evaluation.evals import cut_left, digest, evaluate, load_for_eval, read_items, start_ranks, write_result
 from runtime import one_line_errors, pick_dtype, print0
-from tokenizer import text_stopper
+from text.tokenizer import text_stopper
 
 # -----------------------------------------------------------------------------
 model = ''               # model folder, checkpoint folder out/RUN/step_N, or PEFT folder

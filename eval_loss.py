@@ -6,7 +6,7 @@ Stage 3, learning and forgetting at the finest: the loss of a model on held-out 
     torchrun --nproc_per_node=8 eval_loss.py --model=out/gsm8k-r16/step_400 --data=data/gsm8k_test
 
 Over the same rows and in the same dtype it is train.py's val_data, nats a target, as metric 'loss NAME'; but of any model, with
-an interval, and with each row's loss, so that claims.py can compare two models row by row. A killed evaluation goes on.
+an interval, and with each row's loss, so that paper/claims.py can compare two models row by row. A killed evaluation goes on.
 """
 import time
 from functools import partial
@@ -14,9 +14,9 @@ from functools import partial
 import torch
 
 from configurator import configure, knob_table
-from evals import evaluate, load_for_eval, start_ranks, write_result
+from evaluation.evals import evaluate, load_for_eval, start_ranks, write_result
 from model import IGNORE
-from rows import held_out, spread, stack
+from training.rows import held_out, spread, stack
 from runtime import one_line_errors, pick_dtype, print0
 
 # -----------------------------------------------------------------------------

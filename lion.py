@@ -78,7 +78,7 @@ class DecoupledLionW(Decoupled):
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
         columns = [(p, p.grad, self.state[p]["exp_avg"]) for p in params]
         if columns and params[0].is_cuda and params[0].dtype != torch.float64 and find_spec("triton"):
-            from lion_kernel import lion_step
+            from llama.lion_kernel import lion_step
             for tensors in map(local, columns):
                 lion_step(*tensors, decay, lr, betas)
             return

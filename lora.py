@@ -116,7 +116,7 @@ class LoRAMatmul(torch.autograd.Function):
 
 
 def lora_matmul(kernel, x, W, A, B, spans, scale, p, seeds):
-    """LoRAMatmul's value by kernel 'torch', or by those of lora_kernels.py, with the low-rank term 'fused' into the product
+    """LoRAMatmul's value by kernel 'torch', or by those of llama/lora_kernels.py, with the low-rank term 'fused' into the product
     with W or 'added' to it."""
     if kernel == "torch":
         return LoRAMatmul.apply(x, W, A, B, spans, scale, p, seeds)
@@ -280,12 +280,12 @@ def time_kernel(kernel, shape, spans, rank, p, rows, dtype, device, compiled):
 def choose_kernel(model, kernel, rows, dtype, device, compiled=False):
     """Set what every adapter computes with, for `rows` tokens at once; returns lines that say so.
 
-    'torch'; 'triton': the kernels of lora_kernels.py, 'fused' or 'added' as measured; 'auto': the fastest of the three.
+    'torch'; 'triton': the kernels of llama/lora_kernels.py, 'fused' or 'added' as measured; 'auto': the fastest of the three.
     Raises ValueError when the kernels are asked for and cannot run."""
     if kernel == "torch" or kernel == "auto" and device.type == "cpu":
         return []
     try:
-        import lora_kernels
+        from llama import lora_kernels
         lora_kernels.check(dtype, device)
     except (ImportError, ValueError) as e:
         if kernel == "auto":

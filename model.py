@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from attention import KVCache, causal_attention, document_attention, document_positions
+from llama.attention import KVCache, causal_attention, document_attention, document_positions
 from runtime import read_object
 
 IGNORE = -100  # a target with this value is not predicted

@@ -43,11 +43,11 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import configure, knob_table
-from packing import pack_best_fit, pack_no_wrap, pack_paper
-from records import (CHATS, eval_ngrams, expand, ngrams, parse, read_records, read_template, text_of, turns_of,
+from text.packing import pack_best_fit, pack_no_wrap, pack_paper
+from text.records import (CHATS, eval_ngrams, expand, ngrams, parse, read_records, read_template, text_of, turns_of,
                      unescape)
-from runtime import fsync_folder, one_line_errors
-from tokenizer import load_tokenizer
+from runtime import ROOT, fsync_folder, one_line_errors
+from text.tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------
 # what goes in
@@ -595,8 +595,8 @@ if __name__ == "__main__":
         settings = {name: value for name, value in config.items() if name not in _free}
         plan = {"settings": {**settings, "on_bad_record": "", "block_mb": block_mb}, "source": entries, "versions": versions,
                 "tokenizer": tok.sha256, "evals": [found.sha256(int) for found in evals],
-                "code": [file_sha256(Path(__file__).with_name(f"{name}.py"))
-                         for name in ("prepare_data", "records", "tokenizer")]}
+                "code": [file_sha256(ROOT / f"{name}.py")
+                         for name in ("prepare_data", "text/records", "text/tokenizer")]}
 
         with written_whole(out, plan) as (folder, work):
             # 2: records to shards, by as many processes as are wanted

@@ -5,11 +5,11 @@ three ranks, for two durations, asks what each learned and forgot, and draws it 
 
     python quickstart.py
     python quickstart.py --lora_ranks=1,4,16,64            # what is there already is not made again
-    for s in 1 2 3 4 5; do python quickstart.py --claims=True --seed=$s --out_dir=out/claims/$s; done; python claims.py \
+    for s in 1 2 3 4 5; do python quickstart.py --claims=True --seed=$s --out_dir=out/claims/$s; done; python -m paper.claims \
         --runs='out/claims/*/*' --learning='loss target' --forgetting='loss source'     # over an hour: each claim, with intervals
 
 Every step is a command of this codebase, printed before it runs: the same ones, with other folders, do the 7B study. The
-list of runs that it writes, OUT_DIR/runs.py, is what study.py takes. When it was stopped, the same command goes on.
+list of runs that it writes, OUT_DIR/runs.py, is what paper/study.py takes. When it was stopped, the same command goes on.
 """
 import json
 import os
@@ -25,10 +25,10 @@ from pathlib import Path
 
 import sentencepiece
 
-from claims import Change, spared
+from paper.claims import Change, spared
 from configurator import configure
-from results import read_run
-from runtime import one_line_errors
+from paper.results import read_run
+from runtime import ROOT, one_line_errors, script_words
 
 # -----------------------------------------------------------------------------
 # where
@@ -63,7 +63,7 @@ eval_rows = 100              # held-out rows of each domain that a loss is the m
 choice_items = 400           # lines of held-out Python, whose end is to be told from three others
 solve_items = 100            # held-out word problems to solve
 seed = 1337                  # of weights, rows and dropout, not of the data
-claims = False               # in place of the evaluations: the further runs that claims.py asks for
+claims = False               # in place of the evaluations: the further runs that paper/claims.py asks for
 _free = {'data_dir', 'out_dir', 'lora_ranks', 'steps', 'claims'}  # may differ when it is started again on the same folders
 
 
@@ -135,9 +135,12 @@ def write_jsonl(path, records):
 # ----------------------------------------------------------------------------- steps
 def run(script, *argv, **knobs):
     """Print and run `python script argv... --knob=value ...`; ends this script where that one fails."""
-    argv = [os.path.relpath(Path(__file__).parent / script), *map(str, argv), *(f"--{k}={v}" for k, v in knobs.items())]
-    print("\n$ python", shlex.join(argv), flush=True)
-    process = subprocess.Popen([sys.executable, *argv])
+    argv = [*map(str, argv), *(f"--{k}={v}" for k, v in knobs.items())]
+    words = script_words(script)
+    if words[0] != "-m":
+        words = [os.path.relpath(words[0])]
+    print("\n$ python", shlex.join([*words, *argv]), flush=True)
+    process = subprocess.Popen([sys.executable, *words, *argv], env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         status = process.wait()
     except KeyboardInterrupt:  # the script got it too, and is saving a checkpoint
@@ -203,7 +206,7 @@ def both(data):
 
 
 def list_of_runs(base, data):
-    """The text of a config file for study.py."""
+    """The text of a config file for paper/study.py."""
     rate_of, most = (lambda rank: f"{lora_learning_rate / rank ** 0.5:.3g}"), lora_ranks[-1]
     kinds = [("full", full_learning_rate, "")] + [(f"r{rank}", rate_of(rank), f" --lora_rank={rank}") for rank in lora_ranks]
     if claims:  # the paper's regularisers (figure 4) and target modules (figure 7)
@@ -220,7 +223,7 @@ def list_of_runs(base, data):
              f"--bos=True --max_new_tokens={seq_len // 2} --limit={solve_items} --device=cpu",
              f"eval_forgetting.py --tasks=hellaswag --styles=gauntlet --hellaswag={data / 'choices.jsonl'} --device=cpu"]
     listed = "".join(f"    {text!r},\n" for text in runs)
-    return (f'"""For study.py: written by quickstart.py."""\nout_dir = {out_dir!r}\nbase = {str(base)!r}\nmodels = (\'base\',)\n'
+    return (f'"""For paper/study.py: written by quickstart.py."""\nout_dir = {out_dir!r}\nbase = {str(base)!r}\nmodels = (\'base\',)\n'
             f"runs = (\n{listed})\ntrain = {train!r}\nevals = (\n" + "".join(f"    {text!r},\n" for text in evals) + ")\n"
             "spectrum = '--subspaces= --device=cpu'\n"
             "plot = (\"--figures=story --learning='loss target' --forgetting='loss source' --x=step \"\n"
@@ -298,7 +301,7 @@ if __name__ == "__main__":
 
         # 3: finetuning, evaluations, spectra, the picture
         (out / "runs.py").write_text(list_of_runs(base, data))
-        run("study.py", out / "runs.py")
+        run("paper/study.py", out / "runs.py")
         if claims:
             raise SystemExit
 

@@ -127,6 +127,17 @@ def write_whole(path, text):
     partial.rename(path)
 
 
+ROOT = Path(__file__).resolve().parent
+
+
+def script_words(script):
+    """How Python is told to run one of our scripts: a stage by its file, one in a drawer as a module (paper/plot.py ->
+    -m paper.plot, which finds the stages beside the drawer where PYTHONPATH holds ROOT)."""
+    if "/" not in script:
+        return [str(ROOT / script)]
+    return ["-m", script.removesuffix(".py").replace("/", ".")]
+
+
 def read_object(path, hint=""):
     """The object in a .json file; raises FileNotFoundError, which the hint explains, or ValueError."""
     if not path.is_file():

@@ -9,9 +9,9 @@ import sys
 import time
 
 from configurator import configure
-from evals import load_for_eval
+from evaluation.evals import load_for_eval
 from runtime import one_line_errors, pick_device, pick_dtype
-from tokenizer import StreamDecoder, text_stopper
+from text.tokenizer import StreamDecoder, text_stopper
 
 # -----------------------------------------------------------------------------
 model = ''               # model folder, checkpoint folder (out/RUN/step_N), or adapter folder that names its base

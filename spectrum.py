@@ -9,7 +9,7 @@ of them make up 90% of its squares, what a random matrix would give, and whether
 
 A checkpoint is a model folder or a PEFT adapter folder. Tensors are read one by one: a few matrices in fp64 are all the
 memory this takes. Finished matrices are kept in OUT.part; the same command goes on where it was stopped.
-plot.py draws OUT.
+paper/plot.py draws OUT.
 """
 import hashlib
 import json
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import checkpoints as checkpoints_of
-from checkpoint import read_state
+from training.checkpoint import checkpoints as checkpoints_of
+from training.checkpoint import read_state
 from configurator import configure
 from lora import fingerprint_of, is_adapter, open_adapter_weights, read_adapter_config, resolve_targets
 from model import PROJECTIONS, LlamaConfig, compare_names, open_weights

@@ -24,14 +24,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import checkpoint_state, checkpoints, load_optimizer, lock, newest_checkpoint, save_checkpoint, start_log
+from training.checkpoint import checkpoint_state, checkpoints, load_optimizer, lock, newest_checkpoint, save_checkpoint, start_log
 from configurator import configure, knob_table
 from lion import DecoupledAdamW, DecoupledLionW
 from lora import apply_lora, apply_saved_lora, choose_kernel, init_adapters, load_adapter_weights
 from model import IGNORE, Llama, LlamaConfig, whole
-from parallel import add_up, add_up_gradients, check_replicas, is_sharded, leave, shard_model
-from plan import compare_with_paper, flops_of_batch, predict_memory, shape_of
-from rows import PlannedRows, TokenRows, held_out, rows_of_step, spread, stack
+from training.parallel import add_up, add_up_gradients, check_replicas, is_sharded, leave, shard_model
+from training.plan import compare_with_paper, flops_of_batch, predict_memory, shape_of
+from training.rows import PlannedRows, TokenRows, held_out, rows_of_step, spread, stack
 from runtime import (LOCAL_WORLD, PEAK_TFLOPS, RANK, WORLD, append_jsonl, device_name, join_ranks, matmul_flops,
                      one_line_errors, peak_flops, peak_memory, pick_device, pick_dtype, print0, versions, write_whole)
 

@@ -1,11 +1,11 @@
 """
-For study.py: the paper's own adapters and models (LoRA-TMLR-2024 on the hub) on HumanEval, GSM8K and forgetting.
+For paper/study.py: the paper's own adapters and models (LoRA-TMLR-2024 on the hub) on HumanEval, GSM8K and forgetting.
 
-    python study.py config/published.py --only=base,metamath-r16
-    python study.py config/published.py --launch='torchrun --nproc_per_node=8'
+    python -m paper.study config/published.py --only=base,metamath-r16
+    python -m paper.study config/published.py --launch='torchrun --nproc_per_node=8'
 
 meta-llama/Llama-2-7b-hf is gated: accept its licence there and set HF_TOKEN. 13.5 GB of base, 27 GB for each model that
-was finetuned in full, up to 2.6 GB for an adapter. HumanEval runs programs that a model wrote; sandbox.py says how.
+was finetuned in full, up to 2.6 GB for an adapter. HumanEval runs programs that a model wrote; evaluation/sandbox.py says how.
 Values are the paper's tables S1 to S8. Of the IFT sets the paper does not say how many epochs the main branch holds (others
 are branches, NAME@BRANCH), so the values of 1 and of 16 epochs stand there, and the best one between.
 """

@@ -1,7 +1,7 @@
 """
-For study.py: learning rates of the quickstart's model, by which its own were chosen; after make quickstart.
+For paper/study.py: learning rates of the quickstart's model, by which its own were chosen; after make quickstart.
 
-    python study.py config/quickstart_rates.py        # 20 runs of less than a minute on two CPU cores
+    python -m paper.study config/quickstart_rates.py        # 20 runs of less than a minute on two CPU cores
 
 Each method's best rate is that of the lowest loss on new word problems, as in the paper (its figure S1).
 """

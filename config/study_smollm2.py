@@ -1,12 +1,12 @@
 r"""
-For study.py: the paper's comparison on a real model, at a size for two CPU cores: SmolLM2-135M, math IFT on GSM8K.
+For paper/study.py: the paper's comparison on a real model, at a size for two CPU cores: SmolLM2-135M, math IFT on GSM8K.
 
     for s in train test; do python prepare_data.py --kind=ift --source=data/raw/gsm8k/$s.jsonl --tokenizer=models/smollm2 \
         --template='Question: {question}\nAnswer:' --response_field=answer --response_prefix=' ' --val_fraction=0 \
         --out_dir=data/gsm8k_smollm2_$s; done
-    python study.py config/study_smollm2.py          # six hours of one core; --only=NAME runs two at a time
-    python claims.py --runs='out/smollm2/*' --learning='loss gsm8k_test' --forgetting=hellaswag_loss
-    python claims.py --runs='out/smollm2/base,out/smollm2/*-75*' --learning='loss gsm8k_test' --forgetting=hellaswag_loss
+    python -m paper.study config/study_smollm2.py          # six hours of one core; --only=NAME runs two at a time
+    python -m paper.claims --runs='out/smollm2/*' --learning='loss gsm8k_test' --forgetting=hellaswag_loss
+    python -m paper.claims --runs='out/smollm2/base,out/smollm2/*-75*' --learning='loss gsm8k_test' --forgetting=hellaswag_loss
 
 data/raw/ holds what the original repositories have: gsm8k/train.jsonl and test.jsonl (openai/grade-school-math),
 hellaswag_val.jsonl (rowanz/hellaswag), HumanEval.jsonl.gz (openai/human-eval). models/smollm2 is

@@ -1,9 +1,9 @@
 """
-For study.py: config/study_smollm2.py in whole epochs of GSM8K, with three seeds, regularised full finetuning, and attention
+For paper/study.py: config/study_smollm2.py in whole epochs of GSM8K, with three seeds, regularised full finetuning, and attention
 or MLP alone; for a GPU (a week on two CPU cores, by calculation; not run yet).
 
-    python study.py config/study_smollm2_full.py
-    python claims.py --runs='out/smollm2_full/*' --learning=gsm8k_strict_match --forgetting=hellaswag
+    python -m paper.study config/study_smollm2_full.py
+    python -m paper.claims --runs='out/smollm2_full/*' --learning=gsm8k_strict_match --forgetting=hellaswag
 """
 from pathlib import Path
 

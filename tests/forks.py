@@ -89,7 +89,7 @@ def is_alive(pid):
 
 def watch(rank, beats, last):
     """Let this process note its phase in beats[rank], and die on border number `last`."""
-    import checkpoint
+    from training import checkpoint
     import model
     borders = 0
 

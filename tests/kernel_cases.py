@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import ROOT  # noqa: F401  puts the repo on the path
 
-import lora_kernels
+from llama import lora_kernels
 from lion import DecoupledLionW
-from lion_kernel import lion_step
+from llama.lion_kernel import lion_step
 from lora import apply_lora, choose_kernel, keep_mask, lora_matmul
 from model import Llama, LlamaConfig
 

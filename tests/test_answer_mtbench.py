@@ -4,15 +4,15 @@ import json
 import pytest
 from conftest import need, run_here
 
-import answer_mtbench
-from answer_mtbench import TEMPERATURES, next_prompt
-from tokenizer import load_tokenizer
+from evaluation import answer_mtbench
+from evaluation.answer_mtbench import TEMPERATURES, next_prompt
+from text.tokenizer import load_tokenizer
 
 
 def run(tmp_path, name="a", **knobs):
     knobs = {"model": need("data/stories260k"), "out_dir": tmp_path / name, "max_new_tokens": 20,
              "questions": need("data/mt-bench/question.jsonl"), **knobs}
-    return run_here("answer_mtbench.py", *(f"--{knob}={value}" for knob, value in knobs.items()))
+    return run_here("evaluation/answer_mtbench.py", *(f"--{knob}={value}" for knob, value in knobs.items()))
 
 
 def questions(tmp_path):

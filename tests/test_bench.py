@@ -1,4 +1,4 @@
-"""bench.py's training part on a tiny shape, bench_kernels.py's table; that what fails costs nothing else."""
+"""bench/train.py's training part on a tiny shape, bench/kernels.py's table; that what fails costs nothing else."""
 import json
 import statistics
 from dataclasses import replace
@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import run_here
 
-import bench
-import bench_kernels
+from bench import train as bench
+from bench import kernels as bench_kernels
 from model import IGNORE
-from plan import predict_memory
+from training.plan import predict_memory
 
 TINY = ["--parts=training", "--shape=tiny", "--device=cpu", "--dtype=float32", "--compile=False", "--repeats=1", "--ranks=0,4"]
 
@@ -29,7 +29,7 @@ def knobs(monkeypatch):
 def test_the_training_part_from_end_to_end(tmp_path):
     argv = [*TINY, "--seq_lens=32,16", "--checkpointing=none,block", "--batches=8,16", "--microbatch_tokens=32",
             f"--out={tmp_path}/b.json"]
-    done = run_here("bench.py", *argv)
+    done = run_here("bench/train.py", *argv)
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / "b.json").read_text())
     records = content["results"]["training"]
@@ -98,7 +98,7 @@ def test_what_does_not_fit_or_fails_is_recorded_and_the_rest_measured(knobs, mon
 
 
 def test_nothing_is_begun_after_the_time_is_up():
-    done = run_here("bench.py", *TINY, "--seq_lens=16", "--batches=8", "--stop_after=-1")
+    done = run_here("bench/train.py", *TINY, "--seq_lens=16", "--batches=8", "--stop_after=-1")
     assert done.returncode == 0 and "tok/s" not in done.stdout
     assert "16 tokens, checkpointing none, ours full, batches [8]: not begun within -1 s" in done.stdout
 
@@ -117,16 +117,16 @@ def test_as_many_blocks_as_fit(knobs, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("script, more, wanted", [
-    ("bench.py", ["--parts=training", "--batches=12"], "batches: found 12"),
-    ("bench.py", ["--parts=training", "--seq_lens=4097"], "seq_lens: found 4097"), ("bench.py", ["--ranks=x"], "ranks"),
-    ("bench_kernels.py", ["--shapes=7b", "--device=cpu"], "need a GPU"), ("bench_evals.py", [], "expected a model folder")])
+    ("bench/train.py", ["--parts=training", "--batches=12"], "batches: found 12"),
+    ("bench/train.py", ["--parts=training", "--seq_lens=4097"], "seq_lens: found 4097"), ("bench/train.py", ["--ranks=x"], "ranks"),
+    ("bench/kernels.py", ["--shapes=7b", "--device=cpu"], "need a GPU"), ("bench/evals.py", [], "expected a model folder")])
 def test_mistakes_are_one_line(script, more, wanted):
     done = run_here(script, *more)
     assert done.returncode == 2 and wanted in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
 def test_the_kernel_table(tmp_path):
-    done = run_here("bench_kernels.py", "--ranks=4", "--rows=24", "--dtype=float32", "--repeats=1", "--device=cpu",
+    done = run_here("bench/kernels.py", "--ranks=4", "--rows=24", "--dtype=float32", "--repeats=1", "--device=cpu",
                     f"--out={tmp_path}/k.json")
     assert done.returncode == 0, done.stderr
     records = json.loads((tmp_path / "k.json").read_text())["results"]["kernels"]
@@ -149,7 +149,7 @@ def test_a_variant_that_fails_does_not_end_the_table(monkeypatch, capsys):
 
 
 def test_a_script_with_failures_says_so_by_its_status():
-    done = run_here("bench.py", *TINY, "--seq_lens=16", "--batches=8", "--checkpointing=none", "--side=ours",
+    done = run_here("bench/train.py", *TINY, "--seq_lens=16", "--batches=8", "--checkpointing=none", "--side=ours",
                     "--lora_kernel=triton")
     assert done.returncode == "1 measurements failed" and "LoRA r=4" in done.stdout and "the kernels need a GPU" in done.stdout
 

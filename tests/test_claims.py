@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import run_here
 
-from claims import Change, Method, claims, combine, method_of, spared, verdict
-from results import mean_of_seeds, problems
+from paper.claims import Change, Method, claims, combine, method_of, spared, verdict
+from paper.results import mean_of_seeds, problems
 
 BASE = {"learned": 5.0, "kept": 3.0}
 
@@ -31,7 +31,7 @@ def write_run(folder, learned, forgot, seed=1, steps=10, effective_rank=None, **
 
 
 def table(tmp_path, learning="loss target", forgetting="loss source"):
-    result = run_here("claims.py", f"--runs={tmp_path}/*/*", f"--learning={learning}", f"--forgetting={forgetting}")
+    result = run_here("paper/claims.py", f"--runs={tmp_path}/*/*", f"--learning={learning}", f"--forgetting={forgetting}")
     assert result.returncode == 0, result.stderr
     rows, claim = {}, ""
     for line in result.stdout.splitlines()[4:]:
@@ -108,13 +108,13 @@ def test_a_log_is_compared_with_its_own_start_and_a_run_that_only_began_is_left_
     (tmp_path / "a/base").mkdir()
     (tmp_path / "a/base/results.jsonl").write_text(json.dumps(  # of other rows than those of the logs
         {"metric": "loss target", "value": 3.0, "stderr": 0.01, "step": 0, "settings": {"model": "b"}}))
-    result = run_here("claims.py", f"--runs={tmp_path}/*/*", "--learning=loss target", "--forgetting=loss source")
+    result = run_here("paper/claims.py", f"--runs={tmp_path}/*/*", "--learning=loss target", "--forgetting=loss source")
     assert result.returncode == 0 and "a/r16: nothing was measured after step 0, left out" in result.stdout, result.stderr
     assert "| full - LoRA r=4 | +1.000 (n=1) |" in result.stdout and "LoRA r=16" not in result.stdout
     assert "a/r64: spectrum.json is not of step 10, left out" in result.stdout
     assert "learned more than LoRA" not in result.stdout and "full - LoRA r=4 | +0.400 (n=1)" in result.stdout  # half of 1 - .1
     spectrum.write_text(spectrum.read_text().replace('"step": 5', '"step": 10'))
-    result = run_here("claims.py", f"--runs={tmp_path}/*/*", "--learning=loss target", "--forgetting=loss source", "--fraction=0.5")
+    result = run_here("paper/claims.py", f"--runs={tmp_path}/*/*", "--learning=loss target", "--forgetting=loss source", "--fraction=0.5")
     assert result.returncode == 2 and "fraction: " in result.stderr and "has 0.9, not '0.5'" in result.stderr
 
 
@@ -204,13 +204,13 @@ def test_values_of_items_are_read_from_the_runs(evaluated):
 def test_runs_with_other_items_than_the_base_are_refused(evaluated):
     path = evaluated / "a/r4/values.jsonl"
     path.write_text(path.read_text().replace("[0.4, 0.6, 0.8]", "[0.4, 0.6]"))
-    result = run_here("claims.py", f"--runs={evaluated}/*/*", "--learning=acc", "--forgetting=kept")
+    result = run_here("paper/claims.py", f"--runs={evaluated}/*/*", "--learning=acc", "--forgetting=kept")
     assert result.returncode == 2 and "acc: 3 items of the base, 2 of a run" in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("runs, message", [("", "runs is not set"), ("{0}/*/*,{0}/none*", "none*"), ("{0}/a", "say FOLDER/*")])
 def test_runs_that_are_not_there(evaluated, runs, message):
-    result = run_here("claims.py", f"--runs={runs.format(evaluated)}")
+    result = run_here("paper/claims.py", f"--runs={runs.format(evaluated)}")
     assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
 
 
@@ -238,7 +238,7 @@ def test_methods():
 def test_runs_that_cannot_be_compared(tmp_path, break_it, message):
     write_run(tmp_path / "a/full", 2.0, 1.0)
     break_it(tmp_path / "a")
-    result = run_here("claims.py", f"--runs={tmp_path}/*/*", "--learning=loss target", "--forgetting=loss source")
+    result = run_here("paper/claims.py", f"--runs={tmp_path}/*/*", "--learning=loss target", "--forgetting=loss source")
     assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
 
 

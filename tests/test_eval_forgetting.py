@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import eval_forgetting as ef
 from model import Llama, LlamaConfig
-from tokenizer import load_tokenizer
+from text.tokenizer import load_tokenizer
 
 FILES = {"hellaswag": "hellaswag/hellaswag_val.jsonl.gz", "arc_challenge": "arc-challenge/ARC-Challenge-test.jsonl",
          "winogrande": "winogrande/winogrande_xl_validation.jsonl"}

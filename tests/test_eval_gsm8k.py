@@ -6,7 +6,7 @@ import pytest
 from conftest import golden, need, run_here
 
 from eval_gsm8k import build_prompt, cut_at_stops, draw_shots, extract_flexible, extract_strict, judge, normalise
-from evals import read_items, read_records
+from evaluation.evals import read_items, read_records
 
 
 def data():

@@ -8,9 +8,9 @@ import pytest
 from conftest import golden, need, run_here
 
 from eval_humaneval import STOPS, check_samples, pass_at_k, prompt_of, read_samples, run_program, scores, truncate_at_stop
-from evals import read_items, read_records
+from evaluation.evals import read_items, read_records
 from model import Llama
-from sandbox import Sandbox
+from evaluation.sandbox import Sandbox
 
 
 def problems():

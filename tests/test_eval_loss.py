@@ -8,8 +8,8 @@ import pytest
 from conftest import need, run_here, run_stage
 
 from eval_loss import values_of_rows
-from evals import read_records, score
-from results import falls
+from evaluation.evals import read_records, score
+from paper.results import falls
 
 
 @pytest.fixture(scope="module")

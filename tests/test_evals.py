@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import ROOT, need
 
-from evals import (cut_left, evaluate, load_for_eval, read_items, read_records, score,
+from evaluation.evals import (cut_left, evaluate, load_for_eval, read_items, read_records, score,
                    write_result)
 from lora import apply_lora, save_adapter
 from model import Llama
-from records import Source
+from text.records import Source
 
 
 def subject_in(folder):
@@ -119,7 +119,7 @@ def test_files_of_the_wrong_shape_are_refused(tmp_path, text, message):
 def test_a_file_of_the_hub_is_read_where_prepare_datas_sources_come_from(monkeypatch, tmp_path):
     (tmp_path / "x").write_text('{"q": 1}')
     asked, found = [], [Source("hf://datasets/a/b@1/c.jsonl", tmp_path / "x")]
-    monkeypatch.setattr("evals.from_hub", lambda *what: asked.append(what) or found)
+    monkeypatch.setattr("evaluation.evals.from_hub", lambda *what: asked.append(what) or found)
     assert read_items("hf://datasets/a/b/c.jsonl", ("q",), "test_data") == [{"q": 1}]
     assert asked == [("hf://datasets/a/b/c.jsonl", "test_data")]
     with pytest.raises(ValueError, match="hf://datasets/a/b@1/c.jsonl, record 1: expected z"):
@@ -179,7 +179,7 @@ def test_two_ranks_finish_what_one_began_and_write_the_same_file(tmp_path):
 import os
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-from evals import *
+from evaluation.evals import *
 start_ranks("cpu")
 subject = load_for_eval({str(need("data/stories260k"))!r}, out_dir=sys.argv[1])
 def work(ids, finish):

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, run_stage
 
 pytest.importorskip("triton", reason="needs Triton")
-import lora_kernels as lk  # noqa: E402
+from llama import lora_kernels as lk  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, compile as triton_compile  # noqa: E402
 from triton.knobs import nvidia  # noqa: E402

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM
 
-from attention import BlockAttention, causal_attention, document_attention
+from llama.attention import BlockAttention, causal_attention, document_attention
 from model import (IGNORE, ChunkedCrossEntropy, Llama, LlamaConfig, RMSNorm, Rotary, SwiGLU, rotary_frequencies,
                    sample_ids)
 
@@ -242,7 +242,7 @@ def fused(q, k, v):
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 30])
 def test_block_attention_is_attention(monkeypatch, length, kv_heads):
     """Value and gradients: the fused kernel's in fp32, within bf16's rounding in bf16."""
-    monkeypatch.setattr("attention.BLOCK", 8)
+    monkeypatch.setattr("llama.attention.BLOCK", 8)
     torch.manual_seed(0)
     tensors = [torch.randn(2, heads, length, 16).bfloat16().float() for heads in (4, kv_heads, kv_heads)]
     exact = attention_and_gradients(fused, tensors)
@@ -263,7 +263,7 @@ def test_bf16_on_a_cpu_takes_block_attention_for_training_and_long_prompts(monke
         model(tokens, tokens, docs)[1].backward()
     assert taken == 2 * [(2, 4, 12, 8)] + 2 * [(1, 4, 5, 8), (1, 4, 7, 8), (1, 4, 12, 8)]
     taken.clear()
-    monkeypatch.setattr("attention.BLOCK", 12)
+    monkeypatch.setattr("llama.attention.BLOCK", 12)
     with torch.no_grad():
         model(tokens)
     assert taken == 2 * [(2, 4, 12, 8)]

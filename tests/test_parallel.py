@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from test_train import limited_file_size, setting, tiny_model, wait_for_line  # noqa: F401 (a fixture)
 
 import train as stage
-from checkpoint import checkpoints, lock, save_checkpoint
+from training.checkpoint import checkpoints, lock, save_checkpoint
 from configurator import configure
 from lion import DecoupledAdamW
 

@@ -7,7 +7,7 @@ from conftest import ROOT, run_here, run_stage
 
 from lora import apply_lora
 from model import Llama
-from plan import PUBLISHED, compare_with_paper, predict_memory, shape_of
+from training.plan import PUBLISHED, compare_with_paper, predict_memory, shape_of
 
 PAPER = ["--base=meta-llama/Llama-2-7b-hf", "--data=nowhere", "--seq_len=4096", "--global_batch=192", "--microbatch=6",
          "--gpus=32", "--dry_run=True"]

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 
-import plot
-from plot import BASE, FULL, RANKS, spread
-from results import ends_of, main_settings, mean_of_seeds, points_of, read_run, targets_name
+from paper import plot
+from paper.plot import BASE, FULL, RANKS, spread
+from paper.results import ends_of, main_settings, mean_of_seeds, points_of, read_run, targets_name
 
 BASE_CONFIG = {"base": "models/base", "data": "data/gsm8k", "lora_rank": 0, "lora_alpha": None, "lora_targets": "all",
                "learning_rate": 1e-5, "weight_decay": 0.0, "lora_dropout": 0.05, "optimizer": "lionw", "seed": 1, "max_steps": 10}
@@ -77,7 +77,7 @@ def names_in(fig):
 
 
 def run_plot(out, *argv, **knobs):
-    return run_here("plot.py", *(f"--{k}={v}" for k, v in {"out_dir": out, "dpi": 40, "formats": "png", **knobs}.items()), *argv)
+    return run_here("paper/plot.py", *(f"--{k}={v}" for k, v in {"out_dir": out, "dpi": 40, "formats": "png", **knobs}.items()), *argv)
 
 
 # ----------------------------------------------------------------------------- small parts

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 import prepare_data
 from conftest import ROOT, golden, need, run_here, run_stage
-from packing import pack_best_fit
+from text.packing import pack_best_fit
 from prepare_data import DOCUMENT, encode_turns, make_encoder, write_split
 from quickstart import toy_math
-from records import CHATS, read_template, unescape
-from tokenizer import load_tokenizer
+from text.records import CHATS, read_template, unescape
+from text.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -271,7 +271,7 @@ def test_large_vocabulary_takes_four_bytes(prepare, tmp_path, monkeypatch):
         @staticmethod
         def encode(text, bos=False, eos=False):
             return [69998] * bos + [66000 + ord(char) for char in text] + [69999] * eos
-    monkeypatch.setattr("tokenizer.load_tokenizer", lambda path: Wide)
+    monkeypatch.setattr("text.tokenizer.load_tokenizer", lambda path: Wide)
     (tmp_path / "a.txt").write_text("wide" * 20)
     assert prepare(source="a.txt")[0] == 0
     assert documents_of(tmp_path / "data")[0][0] == Wide.encode("wide" * 20, bos=True, eos=True)[:64]

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from test_prepare_data import documents_of, prepare, tokenizer_file, write_jsonl  # noqa: F401 (fixtures)
 
 import prepare_data
-from packing import auto_ratio, pack_first_fit, pack_no_wrap, pack_paper, packed_share
-from records import array_items, expand, parse, read_records, split_text, tulu_turns
-from tokenizer import load_tokenizer
+from text.packing import auto_ratio, pack_first_fit, pack_no_wrap, pack_paper, packed_share
+from text.records import array_items, expand, parse, read_records, split_text, tulu_turns
+from text.tokenizer import load_tokenizer
 
 # ---- packing as llm-foundry
 
@@ -134,7 +134,7 @@ def test_paper_packing_run(prepare, tmp_path):
 
 def test_train_reads_the_papers_epochs_in_their_order(prepare, tmp_path):
     """Three epochs on disk, read step by step with train.py's defaults; other batches, or more epochs, are refused."""
-    from rows import TokenRows, rows_of_step
+    from training.rows import TokenRows, rows_of_step
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"question {i}", "response": "yes" * (i % 2 + 1)} for i in range(100)])
     knobs = {"source": "a.jsonl", "kind": "ift", "packing": "paper", "paper_ranks": 2, "paper_batch": 3, "packing_ratio": 2,
              "seq_len": 64}
@@ -297,7 +297,7 @@ ITEMS = [{"a": "é\n" * 40}, 5, "x]", [1, [2]], {"text": "[{,"}, None, 1.5e3, {}
 
 @pytest.mark.parametrize("chunk", [1, 3, 64, 1 << 20])
 def test_arrays_in_chunks_of_any_size(monkeypatch, chunk):
-    monkeypatch.setattr("records.CHUNK", chunk)
+    monkeypatch.setattr("text.records.CHUNK", chunk)
     for text in (json.dumps(ITEMS), json.dumps(ITEMS, indent=3), "\ufeff \n" + json.dumps(ITEMS) + " \n", "[]", "[ 12]"):
         assert list(array_items(io.BytesIO(text.encode()))) == json.loads(text.removeprefix("\ufeff"))
     for text, message in [("[1 2]", "expected ',' or ']', found '2'"), ("[1, {]", "Expecting"), ("[1", "end of the file"),
@@ -309,7 +309,7 @@ def test_arrays_in_chunks_of_any_size(monkeypatch, chunk):
 @settings(max_examples=80, deadline=None)
 @given(st.text("ab\n", max_size=40), st.sampled_from(["\n", "\n\n", "ab", "é"]), st.integers(1, 9))
 def test_split_text(text, separator, chunk):
-    with patch("records.CHUNK", chunk):
+    with patch("text.records.CHUNK", chunk):
         parts = list(split_text(io.BytesIO(text.encode()), separator.encode()))
     assert [part.decode() for part in parts] == text.split(separator)
 
@@ -377,7 +377,7 @@ def hub(tmp_path):
     server.shutdown()
 
 
-FETCH = ("import sys; from records import expand\n"  # as prepare_data.py does, without the seconds that importing torch takes
+FETCH = ("import sys; from text.records import expand\n"  # as prepare_data.py does, without the seconds that importing torch takes
          "try:\n    print(*(source.name for source in expand(sys.argv[1:], ())))\n"
          "except ValueError as error:\n    sys.exit(str(error))")
 

@@ -19,8 +19,8 @@ from test_prepare_data import documents_of, prepare, tokenizer_file, write_jsonl
 
 from prepare_data import DOCUMENT, WHY, WordCache, leave_out_unsampled, make_encoder, word_by_word
 from quickstart import pystdlib, toy_math
-from records import ngrams
-from tokenizer import load_tokenizer
+from text.records import ngrams
+from text.tokenizer import load_tokenizer
 
 WORDS = "the a cat sat on mat def return x = 1 2024 é 😀 naïve </s> ▁ \t \n  \r\n".split(" ")
 
@@ -128,7 +128,7 @@ def test_other_input_is_not_mixed_in(corpus, tmp_path):
 
 def test_a_dead_worker_is_an_error(corpus, tmp_path, monkeypatch):
     """As when the machine runs out of memory: one line, and what is finished stays."""
-    done = run_stage("-c", "import os, sys, runpy, records; parse = records.parse\n"
+    done = run_stage("-c", "import os, sys, runpy; from text import records; parse = records.parse\n"
                      "def dies(raw):\n    r = parse(raw)\n    return os._exit(9) if r['id'] == 390 else r\n"
                      "records.parse = dies; sys.argv[0] = 'prepare_data.py'\n"
                      "runpy.run_path(sys.argv.pop(1), run_name='__main__')", ROOT / "prepare_data.py",
@@ -138,7 +138,7 @@ def test_a_dead_worker_is_an_error(corpus, tmp_path, monkeypatch):
     assert done.returncode == 0 and "going on with" in done.stdout
 
 
-SLOW = ("import sys, runpy, time, records; parse = records.parse\n"
+SLOW = ("import sys, runpy, time; from text import records; parse = records.parse\n"
         "records.parse = lambda raw: (time.sleep(0.1), parse(raw))[1]\n"
         "sys.argv[0] = 'prepare_data.py'; runpy.run_path(sys.argv.pop(1), run_name='__main__')")
 

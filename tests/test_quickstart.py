@@ -6,7 +6,7 @@ import shlex
 import pytest
 
 import quickstart as script
-from claims import Method, method_of
+from paper.claims import Method, method_of
 from configurator import configure
 from conftest import ROOT, need, run_here, run_stage
 from quickstart import compare, compare_at_equal_learning, last_values, lines_to_finish, pystdlib, toy_math
@@ -23,6 +23,7 @@ def quickstart(cwd, **knobs):
 def commands(stdout):
     """[(script's name, its other arguments)] of the commands that were printed before they ran."""
     words = [shlex.split(line[2:]) for line in stdout.splitlines() if line.startswith("$ python ")]
+    words = [line[1:] if line[1] == "-m" else line for line in words]
     return [(line[1].rpartition("/")[2], line[2:]) for line in words]
 
 
@@ -64,7 +65,7 @@ def test_table_and_words_say_what_the_files_say(finished):
 def test_every_step_is_a_command_that_was_shown(finished):
     folder, stdout = finished
     shown = commands(stdout)
-    assert [script for script, _ in shown] == ["prepare_data.py"] * 4 + ["train.py", "study.py", "sample.py"]
+    assert [script for script, _ in shown] == ["prepare_data.py"] * 4 + ["train.py", "paper.study", "sample.py"]
     done = run_stage(ROOT / "sample.py", *shown[-1][1], cwd=folder)  # as a reader would
     assert done.returncode == 0 and "Answer:" in done.stdout, done.stderr
 
@@ -73,7 +74,7 @@ def test_started_again_it_makes_nothing_twice(finished):
     folder, stdout = finished
     before = (folder / "out/quickstart/study.jsonl").read_text()
     done = quickstart(folder)
-    assert done.returncode == 0 and [script for script, _ in commands(done.stdout)] == ["study.py", "sample.py"]
+    assert done.returncode == 0 and [script for script, _ in commands(done.stdout)] == ["paper.study", "sample.py"]
     assert table(done.stdout) == table(stdout) and (folder / "out/quickstart/study.jsonl").read_text() == before
 
 

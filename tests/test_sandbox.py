@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox import BOOT, Sandbox
+from evaluation.sandbox import BOOT, Sandbox
 
 TEST = """
 def check(candidate):
@@ -253,7 +253,7 @@ def test_a_dead_warden_is_replaced():
 
 def test_when_the_caller_dies_so_does_the_program(tmp_path):
     full_or_skip()
-    script = f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})\nfrom sandbox import *\n" \
+    script = f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})\nfrom evaluation.sandbox import *\n" \
              "box = Sandbox(timeout=60)\nprint('up', flush=True)\nbox.run('while True: pass', '', 'f')\n"
     caller = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert caller.stdout.readline() == b"up\n"

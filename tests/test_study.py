@@ -4,7 +4,7 @@ import json
 import pytest
 from conftest import ROOT, need, run_here, run_stage
 
-import study as script
+import paper.study as script
 
 CONFIGS = ("math_cpt", "code_cpt", "math_ift", "code_ift", "tulu_ift")
 
@@ -25,7 +25,7 @@ def tokens(tmp_path_factory):
 
 def study(path, text, *argv):
     path.write_text(text)
-    return run_stage("study.py", path, *argv, timeout=900)
+    return run_stage("-m", "paper.study", path, *argv, timeout=900)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -73,7 +73,7 @@ def test_miniature_of_every_config(tmp_path, tokens):
         config = json.loads((out / "config.json").read_text())["config"]
         assert config["doc_mask"] is False and config["loss_norm"] == ("paper" if "ift" in name else "token")
         assert config["schedule"] == ("cosine" if "ift" in name else "inv_sqrt") and config["lora_rank"] == i % 2 * 2
-    drawn = run_here("plot.py", f"--runs={tmp_path}/*", f"--out_dir={tmp_path}/figures", "--formats=png", "--dpi=50")
+    drawn = run_here("paper/plot.py", f"--runs={tmp_path}/*", f"--out_dir={tmp_path}/figures", "--formats=png", "--dpi=50")
     assert drawn.returncode == 0 and (tmp_path / "figures/training.png").is_file(), drawn.stderr
 
 
@@ -158,7 +158,7 @@ def test_figures_that_cannot_be_drawn_fail_the_study(tmp_path):
 def test_bad_lists(tmp_path, text, message):
     path = tmp_path / "x.py"
     path.write_text(f"out_dir={str(tmp_path / 'out')!r}\nbase={str(tmp_path)!r}\n{text}\n")
-    result = run_here("study.py", path)
+    result = run_here("paper/study.py", path)
     assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
     assert not (tmp_path / "out").exists()
 
@@ -166,18 +166,18 @@ def test_bad_lists(tmp_path, text, message):
 def test_a_model_that_cannot_be_fetched_is_one_line(tmp_path):
     path = tmp_path / "x.py"
     path.write_text(f"out_dir={str(tmp_path / 'out')!r}\nbase='hf://nobody/nothing'\nmodels=('base',)")
-    result = run_stage("study.py", path, HF_HUB_OFFLINE=1)
+    result = run_stage("-m", "paper.study", path, HF_HUB_OFFLINE=1)
     assert result.returncode == 2 and "cannot be fetched" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("config, only, stages", [("study_smollm2_code", "r16-75", 5),
                                                   ("study_smollm2_full", "r16-attention-s3-4ep", 6)])
 def test_lists_of_the_replication_are_possible(tmp_path, tokens, config, only, stages):
-    result = run_here("study.py", ROOT / f"config/{config}.py", f"--base={need('data/stories260k')}", f"--only={only}",
+    result = run_here("paper/study.py", ROOT / f"config/{config}.py", f"--base={need('data/stories260k')}", f"--only={only}",
                       f"--train=--data={tokens}/cpt --global_batch=4", "--dry_run=True", f"--out_dir={tmp_path}")
     assert result.returncode == 0 and result.stdout.count("to do") == stages, result.stderr
 
 
 def test_published_models_are_listed_with_what_the_paper_found(tmp_path):
-    result = run_here("study.py", ROOT / "config/published.py", "--only=nothing")
+    result = run_here("paper/study.py", ROOT / "config/published.py", "--only=nothing")
     assert result.returncode == 2 and "16 openwebmath-full" in result.stderr

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
 
-from tokenizer import (BYTE_TOKENS, CHAR_OF_BYTE, LLAMA3_SPECIAL, LLAMA3_WORDS, StreamDecoder, load_tokenizer,
+from text.tokenizer import (BYTE_TOKENS, CHAR_OF_BYTE, LLAMA3_SPECIAL, LLAMA3_WORDS, StreamDecoder, load_tokenizer,
                        text_stopper)
 
 CORPUS = [

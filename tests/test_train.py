@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import train
-from checkpoint import checkpoints
+from training.checkpoint import checkpoints
 from lora import apply_lora
 from model import IGNORE, Llama, LlamaConfig
 

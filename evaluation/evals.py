@@ -22,13 +22,13 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoint import checkpoints, read_state
+from training.checkpoint import checkpoints, read_state
 from lora import fingerprint, is_adapter, load_adapter, merge_lora
 from model import Llama
-from records import Source, check_format, from_hub, parse
-from records import read_records as read_source
+from text.records import Source, check_format, from_hub, parse
+from text.records import read_records as read_source
 from runtime import RANK, WORLD, append_jsonl, join_ranks, pick_device, print0, versions, write_whole
-from tokenizer import Tokenizer, load_tokenizer
+from text.tokenizer import Tokenizer, load_tokenizer
 
 
 class Subject(NamedTuple):

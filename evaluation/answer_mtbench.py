@@ -1,7 +1,7 @@
 """
 Stage 3, learning, of chat models: answers to MT-bench's 80 two-turn questions, in the file that FastChat's judge reads.
 
-    python answer_mtbench.py --model=out/tulu-r64/step_4000 --questions=mt-bench/question.jsonl
+    python -m evaluation.answer_mtbench --model=out/tulu-r64/step_4000 --questions=mt-bench/question.jsonl
     cp -r out/tulu-r64/step_4000/mt_bench FASTCHAT/fastchat/llm_judge/data/    # then FastChat's gen_judgment.py there
 
 The judge is GPT-4, by its API and outside of this code: nothing here is a score. Temperatures are FastChat's, by
@@ -13,9 +13,9 @@ import time
 from functools import partial
 
 from configurator import configure, knob_table
-from evals import cut_left, digest, evaluate, load_for_eval, read_items, start_ranks, write_result
+from evaluation.evals import cut_left, digest, evaluate, load_for_eval, read_items, start_ranks, write_result
 from runtime import RANK, one_line_errors, pick_dtype, print0, write_whole
-from tokenizer import text_stopper
+from text.tokenizer import text_stopper
 
 # -----------------------------------------------------------------------------
 model = ''               # model folder, checkpoint folder out/RUN/step_N, or PEFT folder

@@ -1,11 +1,11 @@
 """
 LoRA's products alone, forward and backward, for the projection groups of a Llama, rank and number of tokens.
 
-    python bench_kernels.py                                    # Llama-2's shapes on a GPU; on a CPU a tiny one
-    python bench_kernels.py --shapes=7b --ranks=16 --rows=8192,1024 --out=kernels.json
+    python -m bench.kernels                                    # Llama-2's shapes on a GPU; on a CPU a tiny one
+    python -m bench.kernels --shapes=7b --ranks=16 --rows=8192,1024 --out=kernels.json
 
 Variants: plain is the two products with W alone, the floor; peft what peft computes, eagerly; torch the path of lora.py;
-fused and added the kernels of lora_kernels.py. All but plain with dropout. TFLOP/s counts the true number of operations,
+fused and added the kernels of llama/lora_kernels.py. All but plain with dropout. TFLOP/s counts the true number of operations,
 GB/s x, W and y once in each direction; error is the largest of y, dx, dA and dB against float64, by norm, without dropout.
 """
 import itertools
@@ -17,7 +17,7 @@ import traceback
 import torch
 import torch.nn.functional as F
 
-from bench import alternate
+from bench.train import alternate
 from configurator import configure, knob_table
 from lora import lora_matmul, milliseconds
 from runtime import device_name, one_line_errors, pick_device, versions, write_whole
@@ -84,7 +84,7 @@ def measure(name, N, K, spans, rank, T):
 def variants():
     """Names of the variants that can run here."""
     try:
-        import lora_kernels
+        from llama import lora_kernels
         lora_kernels.check(getattr(torch, dtype), torch.device(device))
         return "plain", "peft", "torch", "fused", "added"
     except (ImportError, ValueError) as e:

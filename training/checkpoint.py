@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lora import known_by, save_adapter
 from model import fill, whole
-from parallel import barrier, is_sharded, own_group
+from training.parallel import barrier, is_sharded, own_group
 from runtime import RANK, fsync_folder, print0, read_object, write_whole
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")

@@ -1,4 +1,4 @@
-"""What runs left behind, for plot.py and claims.py: results.jsonl and log.jsonl of any runs as points with intervals."""
+"""What runs left behind, for paper/plot.py and paper/claims.py: results.jsonl and log.jsonl of any runs as points with intervals."""
 import json
 import math
 import statistics

@@ -1,10 +1,10 @@
 """
 Stage 4: figures, as .png and .pdf, from what the other stages left: results.jsonl and log.jsonl of any runs, the JSON of
-spectrum.py and of bench.py.
+spectrum.py and of bench/train.py.
 
-    python plot.py --runs=out/llama2-7b,out/gsm8k-*                # every figure that these runs have data for
-    python plot.py --runs=out/* --figures=learning,pareto --learning=gsm8k_strict_match --x=tokens
-    python plot.py --spectra=out/noise.json --benches=bench.json
+    python -m paper.plot --runs=out/llama2-7b,out/gsm8k-*                # every figure that these runs have data for
+    python -m paper.plot --runs=out/* --figures=learning,pareto --learning=gsm8k_strict_match --x=tokens
+    python -m paper.plot --spectra=out/noise.json --benches=bench.json
 
 A run is a folder of train.py; a folder with results.jsonl alone is a base that was evaluated. Runs that differ only in
 seed become one series, those that differ only in length its points. Of several settings of one method and rank, the
@@ -23,7 +23,7 @@ import matplotlib
 import numpy as np
 
 from configurator import configure
-from results import (curve_of, ends_of, falls, main_settings, number, pick, points_of, problems, read_json, read_run, regularised,
+from paper.results import (curve_of, ends_of, falls, main_settings, number, pick, points_of, problems, read_json, read_run, regularised,
                      setting_of)
 from runtime import one_line_errors
 
@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
 # -----------------------------------------------------------------------------
 runs = ()                # run folders, or globs of them
 spectra = ()             # JSON of spectrum.py; none = the spectrum.json of the runs
-benches = ()             # JSON of bench.py
+benches = ()             # JSON of bench/train.py
 out_dir = 'figures'
 figures = ()             # some of the names below; none = all that there is data for
 learning = ('gsm8k_strict_match', 'humaneval_pass@1', 'loss val')   # metrics of what was learned: the first that a run has

@@ -1,8 +1,8 @@
 """
 The paper's claims, one by one, over any runs: holds, does not hold, or cannot be told, with the numbers.
 
-    python claims.py --runs='out/claims/*/*' --learning='loss target' --forgetting='loss source'     # several seeds
-    python claims.py --runs='out/smollm2/*' --learning='loss gsm8k_test' --forgetting=hellaswag
+    python -m paper.claims --runs='out/claims/*/*' --learning='loss target' --forgetting='loss source'     # several seeds
+    python -m paper.claims --runs='out/smollm2/*' --learning='loss gsm8k_test' --forgetting=hellaswag
 
 A run is a folder of train.py; one seed's runs are compared with one another, and a number is the mean over seeds of their
 difference, with its 95% interval (Student's t). With one seed or two the interval is that of the evaluation's items, the same
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import configure
-from results import falls, mean_of_seeds, problems, read_run, regularised, targets_name
+from paper.results import falls, mean_of_seeds, problems, read_run, regularised, targets_name
 from runtime import one_line_errors
 
 # -----------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """
 Speed of the evaluations: GSM8K against a loop around transformers' generate, the sandbox against bare starts of Python.
 
-    python bench_evals.py --model=models/smollm2-135m
-    python bench_evals.py --parts=starts
+    python -m bench.evals --model=models/smollm2-135m
+    python -m bench.evals --parts=starts
 
 Both sides of each take turns in one process.
 """
@@ -14,15 +14,15 @@ import sys
 
 import torch
 
-from bench import alternate, left_padded
+from bench.train import alternate, left_padded
 from configurator import configure, knob_table
 from eval_gsm8k import STOPS, build_prompt, draw_shots
 from eval_humaneval import FIELDS, run_program
-from evals import read_items
+from evaluation.evals import read_items
 from model import Llama
 from runtime import device_name, one_line_errors, pick_device, versions, write_whole
-from sandbox import Sandbox
-from tokenizer import load_tokenizer, text_stopper
+from evaluation.sandbox import Sandbox
+from text.tokenizer import load_tokenizer, text_stopper
 
 # -----------------------------------------------------------------------------
 model = ''               # gsm8k: model folder

@@ -1,9 +1,9 @@
 """
 Speed and memory against Hugging Face transformers + peft, in one process, runs of both in turn.
 
-    python bench.py                                            # what the machine can run, with random weights
-    python bench.py --model=models/smollm2-135m                # SmolLM2-135M's real weights instead of random ones
-    python bench.py --parts=training --ranks=0,16 --batches=16 # Llama-2-7B's shape, on a GPU
+    python -m bench.train                                            # what the machine can run, with random weights
+    python -m bench.train --model=models/smollm2-135m                # SmolLM2-135M's real weights instead of random ones
+    python -m bench.train --parts=training --ranks=0,16 --batches=16 # Llama-2-7B's shape, on a GPU
 
 full, lora, greedy, samples: a small model. Same weights, data, dtype and threads for both sides; each figure is the median
 over --repeats rounds. The peer gets its fastest settings known to us: weights in `dtype` (no autocast), SDPA attention,
@@ -13,8 +13,8 @@ fp32 adapters.
 training: full finetuning and LoRA by rank, sequence length, activation checkpointing and batch size, the axes of the paper's
 figure S10. Its batches are those of a node of eight GPUs; this GPU takes an eighth, without communication, and at most
 `microbatch` rows and `microbatch_tokens` at once. Random weights, one model in memory at a time; the peer's adapters are in
-`dtype`. The shape has as many blocks as all of ours fit with by plan.py; what does not fit all the same is recorded as out of
-memory. FLOPs are the true ones (plan.py), what checkpointing computes again not counted; MFU is their share of the data
+`dtype`. The shape has as many blocks as all of ours fit with by training/plan.py; what does not fit all the same is recorded as out of
+memory. FLOPs are the true ones (training/plan.py), what checkpointing computes again not counted; MFU is their share of the data
 sheet's.
 """
 import contextlib
@@ -38,7 +38,7 @@ from configurator import configure, knob_table
 from lion import DecoupledLionW
 from lora import LoRAProjection, apply_lora, choose_kernel
 from model import IGNORE, Llama, LlamaConfig
-from plan import PUBLISHED, flops_of_batch, predict_memory
+from training.plan import PUBLISHED, flops_of_batch, predict_memory
 from runtime import device_name, one_line_errors, peak_flops, peak_memory, pick_device, versions, write_whole
 
 # -----------------------------------------------------------------------------
@@ -86,7 +86,7 @@ def peak_of(side, kind, folder):
     """Peak memory in GB of one side alone, in a process of its own that takes two rounds of `kind`."""
     knobs = {name: globals()[name] for name, value in config.items()
              if name not in ("side", "repeats", "out", "model") and not isinstance(value, tuple)}
-    argv = [sys.executable, __file__, f"--model={folder}", f"--parts={kind}", f"--side={side}", "--repeats=1",
+    argv = [sys.executable, "-m", "bench.train", f"--model={folder}", f"--parts={kind}", f"--side={side}", "--repeats=1",
             *(f"--{name}={value}" for name, value in knobs.items())]
     lines = subprocess.run(argv, check=True, text=True, capture_output=True).stdout.splitlines()
     return json.loads(lines[-1])["peak_gb"]

@@ -1,13 +1,13 @@
 """
 A study: train, evaluate, take spectra and draw, for a list of runs. What is done is skipped, what was stopped goes on.
 
-    python study.py config/study_smollm2.py                 # all of it, one process at a time
-    python study.py config/study_smollm2.py --dry_run=True  # the table of what is done and what is left
-    python study.py config/published.py                     # the paper's own adapters, beside the paper's numbers
-    sbatch --array=0-11 --wrap='python study.py config/mine.py --only=$SLURM_ARRAY_TASK_ID'   # a run a job, then once without
+    python -m paper.study config/study_smollm2.py                 # all of it, one process at a time
+    python -m paper.study config/study_smollm2.py --dry_run=True  # the table of what is done and what is left
+    python -m paper.study config/published.py                     # the paper's own adapters, beside the paper's numbers
+    sbatch --array=0-11 --wrap='python -m paper.study config/mine.py --only=$SLURM_ARRAY_TASK_ID'   # a run a job, then once without
 
 Every run is tried with train.py --dry_run=True before the first one starts. out_dir/NAME is the run of train.py with
-its results.jsonl and spectrum.json, out_dir/figures what plot.py draws, out_dir/study.jsonl what was done and how long
+its results.jsonl and spectrum.json, out_dir/figures what paper/plot.py draws, out_dir/study.jsonl what was done and how long
 it took. A finished step is known by its whole command line: change it, and it is done again; delete out_dir/NAME, and all is.
 """
 import json
@@ -21,10 +21,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from checkpoint import checkpoints, read_state
+from training.checkpoint import checkpoints, read_state
 from configurator import configure
 from lora import is_adapter
-from runtime import append_jsonl, one_line_errors
+from runtime import ROOT, append_jsonl, one_line_errors, script_words
 
 # -----------------------------------------------------------------------------
 out_dir = ''             # folder of the study
@@ -34,7 +34,7 @@ runs = ()                # trained here: 'NAME config/x.py --knob=value ...', wh
 train = ''               # what train.py takes in every run, such as '--data=data/gsm8k --global_batch=64'
 evals = ()               # 'eval_gsm8k.py --limit=200', ...: without model, which is filled in
 spectrum = ''            # what spectrum.py takes, such as '--subspaces=1,16'; 'none' = no spectra
-plot = ''                # what plot.py takes; 'none' = no figures
+plot = ''                # what paper/plot.py takes; 'none' = no figures
 expected = ()            # 'NAME METRIC=VALUE ...': numbers to print beside one's own
 checkpoint = 'last'      # of each run, to evaluate: last | all that were kept
 only = ()                # names of models and runs, or their numbers from 0; none = all, and then the figures
@@ -139,12 +139,12 @@ def done_before():
 
 
 def run(command, quiet=False):
-    """Run one of our scripts beside this one; SIGTERM and Ctrl-C reach it, and it is waited for. Returns status, stderr."""
-    here = Path(__file__).resolve().parent
-    command = [str(here / word) if word.endswith(".py") and (here / word).is_file() and "/" not in word else word
-               for word in command]
-    python = [] if launch and not quiet and command[0] == shlex.split(launch)[0] else [sys.executable]
-    child = subprocess.Popen(python + command, text=True, **dict.fromkeys(("stdout", "stderr"), subprocess.PIPE) if quiet else {})
+    """Run one of our scripts; SIGTERM and Ctrl-C reach it, and it is waited for. Returns status, stderr."""
+    launched = shlex.split(launch) if launch and not quiet and command[0] == shlex.split(launch)[0] else []
+    script, *words = command[len(launched):]
+    python = launched or [sys.executable]
+    child = subprocess.Popen([*python, *script_words(script), *words], text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                             **dict.fromkeys(("stdout", "stderr"), subprocess.PIPE) if quiet else {})
     try:
         _, err = child.communicate()
     except KeyboardInterrupt:  # train.py saves a checkpoint and ends
@@ -160,14 +160,14 @@ def check_all(entries, base):
                                           if words and not is_run(name))]:
         if not where.startswith("hf://") and not any((Path(where) / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
             raise ValueError(f"{knob}: {where} holds neither config.json nor adapter_config.json")
-    if unknown := [text for text in evals if not (Path(__file__).parent / text.split()[0]).is_file()]:
+    if unknown := [text for text in evals if not (ROOT / text.split()[0]).is_file()]:
         raise ValueError(f"evals: no script named {unknown[0].split()[0]}")
     if base.startswith("hf://"):
         print(f"{base} is not downloaded yet, so runs that train it are not checked")
     planned = {f"runs: {name}: {shlex.join(words)}": [*train_command(name, words, base, launch=""), "--dry_run=True"]
                for name, words in entries.items()
                if is_run(name) and not base.startswith("hf://") and not checkpoints(Path(out_dir) / name)}
-    others = [f"{script} {words}" for script, words in (("spectrum.py", spectrum), ("plot.py", plot)) if words != "none"]
+    others = [f"{script} {words}" for script, words in (("spectrum.py", spectrum), ("paper/plot.py", plot)) if words != "none"]
     planned |= {text: [*shlex.split(text), "--help"] for text in [*evals, *others]}
     with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
         for text, (status, err) in zip(planned, pool.map(partial(run, quiet=True), planned.values())):
@@ -242,6 +242,6 @@ if __name__ == "__main__":
         print(f"\n{progress(entries, done_before())}\n\n{results(entries)}")
         if not only and plot != "none":
             folders = ",".join(str(Path(out_dir) / name) for name in entries)
-            status, _ = run(["plot.py", f"--runs={folders}", f"--out_dir={Path(out_dir) / 'figures'}", *shlex.split(plot)])
+            status, _ = run(["paper/plot.py", f"--runs={folders}", f"--out_dir={Path(out_dir) / 'figures'}", *shlex.split(plot)])
             if status:
                 raise ValueError(f"plot.py ended with status {status}; the same command draws again")
