@@ -98,14 +98,13 @@ def answer_items(prompts, questions, subject, ids, finish):
     stop = text_stopper(tok, STOPS, {tok.eos_id})
     ids = sorted(ids, key=lambda i: -len(prompts[i][1]))  # rows of a batch read no more keys than its longest
 
-    def done(k, rows):
-        i, (new,) = ids[k], rows
+    answers = subject.model.generate_each([prompts[i][1] for i in ids], max_new_tokens, stop=stop, batch_size=batch_size)
+    for k, (new,) in answers:
+        i = ids[k]
         text, tokens, cut = prompts[i]
         ended = new[-1] == tok.eos_id or stop(new)
         finish(i, {"prompt": text, **judge(tok.decode(new), questions[i]["answer"]), "prompt_tokens": len(tokens),
                    "cut": cut, "new_tokens": len(new), "truncated": int(not ended)})
-
-    subject.model.generate([prompts[i][1] for i in ids], max_new_tokens, stop=stop, batch_size=batch_size, on_prompt=done)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,10 @@ def sample_problems(problems, subject, ids, finish):
     if cut := [cut for _, cut in prompts.values() if cut]:
         print0(f"WARNING: {len(cut)} prompts were cut from the left, by up to {max(cut)} tokens, to {most - most // 4}")
 
-    def done(p, new):
+    tokens = [prompts[i][0] for i in ids]
+    answers = subject.model.generate_each(tokens, [most - len(prompt) for prompt in tokens], temperature, top_p, n_samples, ended,
+                                          seed=[seed * 1000 + i for i in ids], batch_size=batch_size)
+    for p, new in answers:
         i = ids[p]
         tokens, cut = prompts[i]
         start = len(tok.decode(tokens))  # decoded together, or sentencepiece would drop a leading blank
@@ -95,10 +98,6 @@ def sample_problems(problems, subject, ids, finish):
         finish(i, {"task_id": problems[i]["task_id"], "completions": [truncate_at_stop(text, stops) for text in texts],
                    "prompt_tokens": len(tokens), "cut": cut, "new_tokens": [len(ids) for ids in new],
                    "truncated": [int(len(ids) == most - len(tokens) and not ended(ids)) for ids in new]})
-
-    tokens = [prompts[i][0] for i in ids]
-    subject.model.generate(tokens, [most - len(prompt) for prompt in tokens], temperature, top_p, n_samples, ended,
-                           seed=[seed * 1000 + i for i in ids], batch_size=batch_size, on_prompt=done)
 
 
 # ----------------------------------------------------------------------------- samples and verdicts

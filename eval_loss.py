@@ -16,7 +16,7 @@ import torch
 from configurator import configure, knob_table
 from evaluation.evals import evaluate, load_for_eval, start_ranks, write_result
 from model import IGNORE
-from training.rows import held_out, spread, stack
+from training.rows import held_out, evenly_spaced, stack
 from runtime import one_line_errors, pick_dtype, print0
 
 # -----------------------------------------------------------------------------
@@ -68,7 +68,7 @@ if __name__ == "__main__":
                 raise ValueError(f"{label}: rows of {token_rows.seq_len} tokens are longer than the model's "
                                  f"max_position_embeddings={subject.model.config.max_position_embeddings}")
         for label, token_rows in sets.items():
-            started, chosen = time.perf_counter(), spread(len(token_rows), rows)
+            started, chosen = time.perf_counter(), evenly_spaced(len(token_rows), rows)
             settings = {"set": token_rows.sha256, "seq_len": token_rows.seq_len, "doc_mask": doc_mask}
             records = evaluate(subject, f"{name}_{label}", chosen, settings,
                                partial(row_losses, subject.model, token_rows, device),

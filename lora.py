@@ -22,7 +22,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
 
-from model import GROUPS, PROJECTIONS, Llama, Projection, compare_names, fill, open_weights, whole
+from model import GROUPS, PROJECTIONS, Llama, Projection, compare_names, fill, open_weights, full_tensor
 from runtime import read_object
 
 # ----------------------------------------------------------------------------- knobs of the script
@@ -237,7 +237,7 @@ def known_by(model):
     return model.norm.weight, model.embed_tokens.weight, model.layers[0].self_attn.qkv_proj.weight
 
 
-def fingerprint(model, get=whole):
+def fingerprint(model, get=full_tensor):
     """Tells bases apart, loaded in bf16 or better; under FSDP all ranks must ask for it."""
     return fingerprint_of(*map(get, known_by(model)))
 
@@ -322,7 +322,7 @@ def adapter_tensors(model):
     return tensors
 
 
-def save_adapter(model, folder, base_name="", get=whole):
+def save_adapter(model, folder, base_name="", get=full_tensor):
     """Write adapter_config.json and adapter_model.safetensors as peft 0.11.1 names them.
 
     get(parameter) is the tensor to write, by default the parameter as it is now."""

@@ -358,7 +358,7 @@ def fill(p, full):
     mine.copy_(full[first:first + len(mine)])
 
 
-def whole(p):
+def full_tensor(p):
     """The whole of a parameter or gradient, detached; under FSDP it is gathered, which all ranks must take part in."""
     p = p.detach()
     return p.full_tensor() if hasattr(p, "full_tensor") else p
@@ -464,10 +464,32 @@ class Llama(nn.Module):
             for module in weights:
                 module.packed = None
 
+    def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, n=1, stop=None, seed=0, batch_size=64):
+        """n continuations of each prompt: list (prompts) of lists (n) of lists of new ids; see generate_tokens."""
+        out = [None] * len(prompts)
+        for prompt, rows in self.generate_each(prompts, max_new_tokens, temperature, top_p, n, stop, seed, batch_size):
+            out[prompt] = rows
+        return out
+
+    def generate_each(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, n=1, stop=None, seed=0, batch_size=64):
+        """Yield (index of a prompt, its n lists of new ids) as soon as the last of the n is complete; see generate_tokens."""
+        rows = [[[] for _ in range(n)] for _ in prompts]
+        running = [n] * len(prompts)
+        if isinstance(max_new_tokens, int):
+            max_new_tokens = [max_new_tokens] * len(prompts)
+        for prompt, sample, token, ended in self.generate_tokens(prompts, max_new_tokens, temperature, top_p, n, stop, seed,
+                                                                 batch_size):
+            rows[prompt][sample].append(token)
+            running[prompt] -= ended
+            if not running[prompt]:
+                yield prompt, rows[prompt]
+        for prompt, most in enumerate(max_new_tokens):
+            if most == 0:  # nothing was asked of it, so that no token has come
+                yield prompt, rows[prompt]
+
     @torch.inference_mode()
-    def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, n=1, stop=None, seed=0,
-                 batch_size=64, on_token=None, on_prompt=None):
-        """n continuations of each prompt: list (prompts) of lists (n) of lists of new ids.
+    def generate_tokens(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, n=1, stop=None, seed=0, batch_size=64):
+        """Yield (prompt, sample, new id, whether the row ends with it) for n continuations of each prompt, as they come.
 
         temperature 0 is greedy; top_p keeps the likeliest tokens up to that share. `stop` is a
         collection of ids, or a function of a row's new ids that says whether it ends there; the id
@@ -475,8 +497,7 @@ class Llama(nn.Module):
         place to the next in the queue. A prompt is read once for all its samples. max_new_tokens and
         seed are one number, or one a prompt. Random numbers belong to (seed, prompt, sample, position),
         so that a row's text does not depend on its neighbours; a prompt with a seed of its own draws
-        what it would draw alone. `on_token(prompt, sample, id)` sees every token as it comes,
-        `on_prompt(prompt, rows)` a prompt's n lists as soon as the last of them is complete.
+        what it would draw alone.
         Raises ValueError for an empty prompt, ids out of vocabulary, or no room for max_new_tokens."""
         most = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else max_new_tokens
         keys = [(seed, p) for p in range(len(prompts))] if isinstance(seed, int) else [(own, 0) for own in seed]
@@ -491,12 +512,8 @@ class Llama(nn.Module):
             raise ValueError(f"longest prompt + max_new_tokens = {longest}, more than the model's "
                              f"max_position_embeddings={self.config.max_position_embeddings}")
         done = stop if callable(stop) else lambda ids, stop=frozenset(stop or ()): ids[-1] in stop
-        out, left = [[[] for _ in range(n)] for _ in prompts], [n] * len(prompts)  # left: rows that are not complete
-        for p in range(len(prompts)):
-            if not most[p] and on_prompt:
-                on_prompt(p, out[p])
         queue = [(p, s) for p in range(len(prompts)) for s in range(n) if most[p]][::-1]
-        rows, noise = [], []  # rows: (prompt, sample) running in each row of the cache
+        rows, noise, new = [], [], []  # of each row of the cache: (prompt, sample), its random numbers, its new ids
         read = {}  # prompt -> (its keys, values and last logits): prompts that were read and have samples to start
         cache = KVCache(self.config, min(batch_size, len(queue)), longest, self.device, self.compute_dtype)
         logits = torch.empty(0, self.config.vocab_size, device=self.device, dtype=self.compute_dtype)
@@ -509,28 +526,26 @@ class Llama(nn.Module):
                 for p, s in admitted:
                     cache.put(len(rows), *read[p][:2])
                     rows.append((p, s))
+                    new.append([])
                     own, number = keys[p]
                     noise.append(np.random.Generator(np.random.Philox(key=[own, number << 32 | s])).random(most[p]))
                 logits = torch.cat([logits] + [read[p][2] for p, _ in admitted]) if admitted else logits
-                position = [len(out[p][s]) for p, s in rows]
-                uniform = torch.tensor([u[i] for u, i in zip(noise, position)], device=self.device)
+                uniform = torch.tensor([u[len(ids)] for u, ids in zip(noise, new)], device=self.device)
                 ids = sample_ids(logits, temperature, top_p, uniform).tolist()
-                for (p, s), token in zip(rows, ids):
-                    out[p][s].append(token)
-                    if on_token:
-                        on_token(p, s, token)
+                ended = []
+                for (p, s), row, token in zip(rows, new, ids):
+                    row.append(token)
+                    ended.append(len(row) == most[p] or bool(done(row)))
+                    yield p, s, token, ended[-1]
                 for r in reversed(range(len(rows))):
-                    p, s = rows[r]
-                    if len(out[p][s]) == most[p] or done(out[p][s]):
-                        left[p] -= 1
-                        if on_prompt and not left[p]:
-                            on_prompt(p, out[p])
-                        if r < (last := len(rows) - 1):  # the last row moves into the free place
+                    if ended[r]:
+                        last = len(rows) - 1
+                        if r < last:  # the last row moves into the free place
                             cache.put(r, *cache.row(last))
-                            rows[r], noise[r], ids[r] = rows[last], noise[last], ids[last]
-                        rows.pop(), noise.pop(), ids.pop()
+                        for of_rows in (rows, noise, new, ids):
+                            of_rows[r] = of_rows[last]
+                            of_rows.pop()
                 logits = self._next_logits(cache, ids) if rows else logits[:0]
-        return out
 
     def _next_logits(self, cache, ids):
         """Logits after one more token in each of the cache's first rows."""
@@ -608,7 +623,7 @@ class Llama(nn.Module):
                     row += rows
         return self
 
-    def save_pretrained(self, folder, dtype=None, shard_bytes=5 * 10 ** 9, get=whole):
+    def save_pretrained(self, folder, dtype=None, shard_bytes=5 * 10 ** 9, get=full_tensor):
         """Write a folder that from_pretrained and transformers read; dtype None keeps the parameters'.
 
         get(parameter) is the tensor to write, by default the parameter as it is now."""

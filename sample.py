@@ -45,10 +45,10 @@ if __name__ == "__main__":
             print(text, end="", flush=True)
             # one after the other, so that each can be read as it comes
             ended = text_stopper(tok, stop, {tok.eos_id})
-            out = llama.generate([ids], max_new_tokens, temperature, top_p, stop=ended, seed=seed + i,
-                                 on_token=lambda p, s, token: token == tok.eos_id or
-                                 print(decoder.push(token), end="", flush=True))
+            for _, _, token, _ in llama.generate_tokens([ids], max_new_tokens, temperature, top_p, stop=ended, seed=seed + i):
+                count += 1
+                if token != tok.eos_id:
+                    print(decoder.push(token), end="", flush=True)
             print(decoder.finish(), end="\n\n" if i < n - 1 else "\n")
-            count += len(out[0][0])
         seconds = time.perf_counter() - started
         print(f"[{count} tokens, {count / seconds:.1f} a second]", file=sys.stderr)

@@ -28,10 +28,10 @@ from training.checkpoint import checkpoint_state, checkpoints, load_optimizer, l
 from configurator import configure, knob_table
 from lion import DecoupledAdamW, DecoupledLionW
 from lora import apply_lora, apply_saved_lora, choose_kernel, init_adapters, load_adapter_weights
-from model import IGNORE, Llama, LlamaConfig, whole
-from training.parallel import add_up, add_up_gradients, check_replicas, is_sharded, leave, shard_model
+from model import IGNORE, Llama, LlamaConfig, full_tensor
+from training.parallel import all_reduce, all_reduce_gradients, check_replicas, is_sharded, destroy_process_group, shard_model
 from training.plan import compare_with_paper, flops_of_batch, predict_memory, shape_of
-from training.rows import PlannedRows, TokenRows, held_out, rows_of_step, spread, stack
+from training.rows import PlannedRows, TokenRows, held_out, rows_of_step, evenly_spaced, stack
 from runtime import (LOCAL_WORLD, PEAK_TFLOPS, RANK, WORLD, append_jsonl, device_name, join_ranks, matmul_flops,
                      one_line_errors, peak_flops, peak_memory, pick_device, pick_dtype, print0, versions, write_whole)
 
@@ -162,7 +162,7 @@ def backward_batch(model, rows, batch, microbatch, device, loss_norm="token", do
     'paper': mean over microbatches, weighted by rows, of each one's token mean (composer 0.23)."""
     starts = range(RANK * microbatch, len(batch), WORLD * microbatch)
     parts = [[rows[i] for i in batch[start:start + microbatch]] for start in starts]
-    targets_in_batch, = add_up(sum(int((t != IGNORE).sum()) for part in parts for _, t, _ in part), device=device)
+    targets_in_batch, = all_reduce(sum(int((t != IGNORE).sum()) for part in parts for _, t, _ in part), device=device)
     if not targets_in_batch:
         raise ValueError(f"step {step}: no token of the batch is a target; is the data all masked?")
     total = torch.zeros((), device=device)
@@ -184,7 +184,7 @@ def backward_batch(model, rows, batch, microbatch, device, loss_norm="token", do
 def mean_loss(model, rows, microbatch, device, limit=0):
     """Mean loss per target (nats) over `limit` rows of a set, evenly spaced (0 = all), without dropout."""
     model.eval()
-    total, count, chosen = 0.0, 0, spread(len(rows), limit)
+    total, count, chosen = 0.0, 0, evenly_spaced(len(rows), limit)
     for i in range(0, len(chosen), WORLD * microbatch):
         part = [rows[j] for j in chosen[i + RANK * microbatch:i + (RANK + 1) * microbatch]]
         # filled up with rows that count for nothing: another shape would compile again, and ranks keep in step
@@ -196,7 +196,7 @@ def mean_loss(model, rows, microbatch, device, limit=0):
     model.train()
     if is_sharded(model):
         model.reshard()  # without a backward pass the parts outside the blocks would stay gathered
-    total, count = add_up(total, count, device=device)
+    total, count = all_reduce(total, count, device=device)
     return total / count if count else math.nan
 
 
@@ -235,7 +235,7 @@ def check_first_step(model, loss, fresh):
     for name, p in model.named_parameters():
         if not p.requires_grad and p.grad is not None:
             raise ValueError(f"{name} is frozen but has a gradient")
-        if p.requires_grad and (p.grad is None or name.endswith("lora_B") and not whole(p.grad).any()):
+        if p.requires_grad and (p.grad is None or name.endswith("lora_B") and not full_tensor(p.grad).any()):
             raise ValueError(f"{name} is trained but has no gradient")
 
 
@@ -436,11 +436,11 @@ if __name__ == "__main__":
             lr = optim.param_groups[0]["lr"] = learning_rate_at(step, steps)
             loss = backward_batch(model, train_rows, batch, microbatch, device, loss_norm, doc_mask, seed, step)
             if not is_sharded(model):
-                add_up_gradients(trained)
-            norm = whole(torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)).item()
+                all_reduce_gradients(trained)
+            norm = full_tensor(torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)).item()
             peak_here = (peak_memory(device) - before) * 1e9
             # all ranks stop, or none
-            loss, stops, *peaks = add_up(loss.item(), len(stop), *(peak_here * (r == RANK) for r in range(WORLD)), device=device)
+            loss, stops, *peaks = all_reduce(loss.item(), len(stop), *(peak_here * (r == RANK) for r in range(WORLD)), device=device)
             done = step + 1
             if not (math.isfinite(loss) and math.isfinite(norm)):  # sums over ranks: all of them see it
                 skipped_in_a_row += 1
@@ -490,4 +490,4 @@ if __name__ == "__main__":
             saving.result()
         print0(f"{time.perf_counter() - started:.0f} s, peak memory {peak_memory(device):.2f} GB; of each rank, above its start: "
                f"{', '.join(f'{peak / 1e9:.3f}' for peak in peaks)} GB")
-        leave()
+        destroy_process_group()

@@ -65,26 +65,25 @@ def answer_together(asked, subject, group, temperature, finish):
     history, turns = {i: [] for i in group}, {i: [] for i in group}
     cut, truncated = dict.fromkeys(group, 0), dict.fromkeys(group, 0)
 
-    def done(going, p, rows):
-        i, (new,) = going[p], rows
-        truncated[i] += not ended(new)
-        text = tok.decode(new)
-        end = min([at for s in stop if (at := text.find(s)) >= 0], default=None)
-        turns[i].append(text[:end].strip())
-        new = tok.encode(text[:end]) if end is not None else new  # an answer without the text that ended it
-        history[i] += new[:-1] if new[-1:] == [tok.eos_id] else new
-        if len(turns[i]) == len(asked[i]["turns"]):
-            finish(i, {"question_id": asked[i]["question_id"], "turns": turns[i], "tstamp": time.time(),
-                       "cut": cut[i], "truncated": truncated[i] / len(turns[i])})
-
     for turn in range(max(len(asked[i]["turns"]) for i in group)):
         going = [i for i in group if turn < len(asked[i]["turns"])]
         for i in going:
             prompt = next_prompt(tok, history[i], asked[i]["turns"][turn])
             history[i], lost = cut_left(prompt, room, tok.bos_id if bos else None)
             cut[i] += lost
-        subject.model.generate([history[i] for i in going], max_new_tokens, temperature, stop=ended, batch_size=batch_size,
-                               seed=[(seed * 1000 + i) * 10 + turn for i in going], on_prompt=partial(done, going))
+        answers = subject.model.generate_each([history[i] for i in going], max_new_tokens, temperature, stop=ended,
+                                              batch_size=batch_size, seed=[(seed * 1000 + i) * 10 + turn for i in going])
+        for p, (new,) in answers:
+            i = going[p]
+            truncated[i] += not ended(new)
+            text = tok.decode(new)
+            end = min([at for s in stop if (at := text.find(s)) >= 0], default=None)
+            turns[i].append(text[:end].strip())
+            new = tok.encode(text[:end]) if end is not None else new  # an answer without the text that ended it
+            history[i] += new[:-1] if new[-1:] == [tok.eos_id] else new
+            if len(turns[i]) == len(asked[i]["turns"]):
+                finish(i, {"question_id": asked[i]["question_id"], "turns": turns[i], "tstamp": time.time(),
+                           "cut": cut[i], "truncated": truncated[i] / len(turns[i])})
 
 
 def fastchat_line(record, model_id):

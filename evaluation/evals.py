@@ -25,8 +25,7 @@ from tqdm import tqdm
 from training.checkpoint import checkpoints, read_state
 from lora import fingerprint, is_adapter, load_adapter, merge_lora
 from model import Llama
-from text.records import Source, check_format, from_hub, parse
-from text.records import read_records as read_source
+from text.records import Source, check_format, from_hub, parse, read_records
 from runtime import RANK, WORLD, append_jsonl, join_ranks, pick_device, print0, versions, write_whole
 from text.tokenizer import Tokenizer, load_tokenizer
 
@@ -142,7 +141,7 @@ def read_items(source, fields, knob="data"):
                                 f"hf://datasets/OWNER/NAME/FILE")
     items = []
     for part in sources:
-        for number, raw, _ in read_source(part):
+        for number, raw, _ in read_records(part):
             try:
                 items.append(parse(raw))
             except ValueError as e:
@@ -178,7 +177,7 @@ def evaluate(subject, name, ids, settings, work, running=None):
     if RANK == 0:
         keep_settings(final, {**subject.identity, **settings})
         for part in (final, *sorted(final.parent.glob(f"{final.name}.part*"))):
-            done.update(read_records(part))
+            done.update(read_done(part))
         write_records(final.with_name(f"{final.name}.part0"), done)  # in one file again, without torn ends
         for part in final.parent.glob(f"{final.name}.part[1-9]*"):
             part.unlink()
@@ -231,7 +230,7 @@ def write_records(path, records):
     write_whole(path, "".join(json.dumps({"id": i, **records[i]}) + "\n" for i in sorted(records)))
 
 
-def read_records(path):
+def read_done(path):
     """{id: record} of a file of items, without a last line that a kill tore."""
     lines = path.read_text().split("\n")[:-1] if path.is_file() else []
     records = [json.loads(line) for line in lines]

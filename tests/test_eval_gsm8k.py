@@ -6,7 +6,7 @@ import pytest
 from conftest import golden, need, run_here
 
 from eval_gsm8k import build_prompt, cut_at_stops, draw_shots, extract_flexible, extract_strict, judge, normalise
-from evaluation.evals import read_items, read_records
+from evaluation.evals import read_items, read_done
 
 
 def data():
@@ -54,7 +54,7 @@ def test_a_run_writes_items_and_results_whatever_the_batch(tmp_path):
     done = run(tmp_path, "--limit=5", "--shots=1", "--batch_size=5")
     assert done.returncode == 0, done.stderr
     assert "no BOS in front" in done.stdout and "Question: Janet" in done.stdout
-    records = read_records(tmp_path / "a/eval_gsm8k.jsonl")
+    records = read_done(tmp_path / "a/eval_gsm8k.jsonl")
     assert list(records) == [0, 1, 2, 3, 4] and records[0]["gold"] == "18"
     assert all(r["new_tokens"] == 12 and r["truncated"] for r in records.values())
     lines = {r["metric"]: r for r in map(json.loads, (tmp_path / "a/results.jsonl").read_text().splitlines())}
@@ -75,7 +75,7 @@ def test_bos_is_one_and_long_prompts_are_cut_behind_it_and_counted(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "BOS (id 1) in front" in done.stdout
     assert "WARNING: 2 prompts were cut from the left" in done.stdout and "to 511\n" in done.stdout
-    records = read_records(tmp_path / "a/eval_gsm8k.jsonl")
+    records = read_done(tmp_path / "a/eval_gsm8k.jsonl")
     assert all(r["prompt_tokens"] == 511 and r["cut"] > 500 for r in records.values())
 
 

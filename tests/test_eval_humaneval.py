@@ -8,7 +8,7 @@ import pytest
 from conftest import golden, need, run_here
 
 from eval_humaneval import STOPS, check_samples, pass_at_k, prompt_of, read_samples, run_program, scores, truncate_at_stop
-from evaluation.evals import read_items, read_records
+from evaluation.evals import read_items, read_done
 from model import Llama
 from evaluation.sandbox import Sandbox
 
@@ -149,7 +149,7 @@ def test_samples_are_drawn_whatever_the_batch_and_run_only_if_allowed(tmp_path, 
     assert done.returncode == 0, done.stderr
     assert together == [3]
     assert "not run: that needs --allow_code_execution=True" in done.stdout and "BOS (id 1) in front" in done.stdout
-    records = read_records(tmp_path / "a/eval_humaneval.jsonl")
+    records = read_done(tmp_path / "a/eval_humaneval.jsonl")
     assert [r["task_id"] for r in records.values()] == ["HumanEval/0", "HumanEval/1", "HumanEval/2"]
     assert all(len(set(r["completions"])) > 1 for r in records.values())
     assert all(r["prompt_tokens"] + max(r["new_tokens"]) <= 240 for r in records.values())
@@ -168,7 +168,7 @@ def test_samples_are_drawn_whatever_the_batch_and_run_only_if_allowed(tmp_path, 
     lines = results(tmp_path / "a")
     assert lines["humaneval_pass@1"]["value"] == 0 and lines["humaneval_pass@1"]["n"] == 3 and "humaneval_pass@10" not in lines
     assert lines["humaneval_pass@1"]["settings"]["temperature"] == 0.8 and 1 < lines["humaneval_unique"]["value"] <= 4
-    assert len(read_records(tmp_path / "a/eval_humaneval_run.jsonl")) == 12
+    assert len(read_done(tmp_path / "a/eval_humaneval_run.jsonl")) == 12
 
 
 def test_greedy_answers_are_the_same_together_and_alone(tmp_path):
@@ -218,4 +218,4 @@ def test_prompts_that_fill_the_length_are_cut_and_counted(tmp_path):
     done = run(tmp_path, "--limit=2", "--n_samples=1", "--temperature=0", "--max_length=100", "--bos=False")
     assert done.returncode == 0, done.stderr
     assert "WARNING: 2 prompts were cut from the left" in done.stdout and "to 75" in done.stdout
-    assert all(r["prompt_tokens"] == 75 and r["cut"] > 50 for r in read_records(tmp_path / "a/eval_humaneval.jsonl").values())
+    assert all(r["prompt_tokens"] == 75 and r["cut"] > 50 for r in read_done(tmp_path / "a/eval_humaneval.jsonl").values())

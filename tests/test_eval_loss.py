@@ -8,7 +8,7 @@ import pytest
 from conftest import need, run_here, run_stage
 
 from eval_loss import values_of_rows
-from evaluation.evals import read_records, score
+from evaluation.evals import read_done, score
 from paper.results import falls
 
 
@@ -59,10 +59,10 @@ def test_two_ranks_and_a_second_start_find_the_same(studied, tmp_path):
     done = run_stage("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval_loss.py", *argv, "--rows=7")
     assert done.returncode == 0, done.stderr
     assert results(tmp_path)["loss a"]["value"] == pytest.approx(logged[0]["a"], rel=1e-5)
-    first = read_records(tmp_path / "eval_loss_a.jsonl")
+    first = read_done(tmp_path / "eval_loss_a.jsonl")
     done = run_here("eval_loss.py", *argv, "--rows=0")
     assert done.returncode == 0 and "7 of" in done.stdout, done.stderr
-    every = read_records(tmp_path / "eval_loss_a.jsonl")
+    every = read_done(tmp_path / "eval_loss_a.jsonl")
     assert len(every) > 7 and all(every[i] == record for i, record in first.items())
     again = run_here("eval_loss.py", *argv, "--rows=0")
     assert again.returncode == 0 and len((tmp_path / "values.jsonl").read_text().splitlines()) == 2  # not a third time

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, need
 
-from evaluation.evals import (cut_left, evaluate, load_for_eval, read_items, read_records, score,
+from evaluation.evals import (cut_left, evaluate, load_for_eval, read_items, read_done, score,
                    write_result)
 from lora import apply_lora, save_adapter
 from model import Llama
@@ -148,7 +148,7 @@ def test_a_killed_evaluation_goes_on_with_the_items_it_lacks(tmp_path):
         part.write('{"id": 4, "squ')  # the kill came in the middle of a line
     records = evaluate(subject, "toy", range(10), {"a": 1}, partial(squares, seen=seen))
     assert seen == [4, 5, 6, 7, 8, 9]
-    assert records == {i: {"square": i * i} for i in range(10)} == read_records(tmp_path / "eval_toy.jsonl")
+    assert records == {i: {"square": i * i} for i in range(10)} == read_done(tmp_path / "eval_toy.jsonl")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["eval_toy.jsonl", "eval_toy.settings.json"]
 
 
@@ -158,7 +158,7 @@ def test_more_items_build_on_the_finished_ones_and_fewer_leave_them(tmp_path):
     assert list(evaluate(subject, "toy", range(5), {}, partial(squares, seen=seen))) == [0, 1, 2, 3, 4]
     assert seen == [3, 4]
     assert list(evaluate(subject, "toy", range(2), {}, None)) == [0, 1]
-    assert len(read_records(tmp_path / "eval_toy.jsonl")) == 5
+    assert len(read_done(tmp_path / "eval_toy.jsonl")) == 5
 
 
 def test_other_settings_are_refused_in_one_line(tmp_path):

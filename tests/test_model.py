@@ -553,7 +553,11 @@ def traced(monkeypatch):
             return sample_ids(batch, *args)
 
         monkeypatch.setattr("model.sample_ids", spy)
-        out = model.generate(prompts, n_new, **knobs, on_token=lambda p, s, _: logits[p, s].append(waiting.pop(0)))
+        ids = defaultdict(list)
+        for p, s, token, _ in model.generate_tokens(prompts, n_new, **knobs):
+            ids[p, s].append(token)
+            logits[p, s].append(waiting.pop(0))
+        out = [[ids[p, s] for s in range(knobs.get("n", 1))] for p in range(len(prompts))]
         return out, logits, rows
     return run
 
@@ -626,11 +630,14 @@ def test_a_row_ends_with_the_token_that_stops_it(stop, done):
         assert stopped == [[cut_at(ids, done) for ids in rows] for rows in free]
 
 
-def test_on_token_sees_each_rows_tokens_in_order():
-    seen = defaultdict(list)
-    out = tiny().generate(RAGGED, 9, n=2, batch_size=3, stop=uneven, **SAMPLED,
-                          on_token=lambda p, s, token: seen[p, s].append(token))
+def test_tokens_come_in_each_rows_order_and_say_where_it_ends():
+    seen, ends, knobs = defaultdict(list), defaultdict(list), dict(n=2, batch_size=3, stop=uneven, **SAMPLED)
+    out = tiny().generate(RAGGED, 9, **knobs)
+    for p, s, token, ended in tiny().generate_tokens(RAGGED, 9, **knobs):
+        seen[p, s].append(token)
+        ends[p, s].append(ended)
     assert out == [[seen[p, s] for s in range(2)] for p in range(len(RAGGED))]
+    assert all(found == [False] * (len(found) - 1) + [True] for found in ends.values())
 
 
 def test_a_prompt_is_read_once_for_all_its_samples():
@@ -645,8 +652,10 @@ def test_a_prompt_is_read_once_for_all_its_samples():
 def test_a_seed_and_a_length_of_its_own_make_a_prompt_as_if_alone(batch_size):
     model, seeds, lengths, seen = tiny(), [3, 3, 9, 2 ** 40, 0, 1, 7], [12, 5, 0, 9, 20, 1, 12], {}
     alone = [model.generate([p], new, n=3, seed=seed, **SAMPLED)[0] for p, seed, new in zip(RAGGED, seeds, lengths)]
-    out = model.generate(RAGGED, lengths, n=3, seed=seeds, batch_size=batch_size, **SAMPLED,
-                         on_prompt=lambda p, rows: seen.setdefault(p, [list(ids) for ids in rows]))
+    out = model.generate(RAGGED, lengths, n=3, seed=seeds, batch_size=batch_size, **SAMPLED)
+    for p, rows in model.generate_each(RAGGED, lengths, n=3, seed=seeds, batch_size=batch_size, **SAMPLED):
+        assert p not in seen
+        seen[p] = [list(ids) for ids in rows]
     assert out == alone and seen == dict(enumerate(alone))
     assert [[len(ids) for ids in rows] for rows in out] == [[length] * 3 for length in lengths]
     for wrong in (dict(max_new_tokens=[1, 2]), dict(max_new_tokens=4, seed=[1])):
@@ -670,13 +679,17 @@ def test_weights_in_onednns_order_are_used_for_more_than_one_token_and_left_agai
         model.compute_dtype = fp32.compute_dtype = torch.bfloat16  # the second has master weights in fp32
         monkeypatch.setattr("model.F.linear", lambda x, w: plain.append(x.shape) or torch.matmul(x, w.T))
         states = []
-        out = model.generate(RAGGED, 9, on_token=lambda *_: states.append(model.packed is not None))
-        assert all(states) and not plain
+        for _ in model.generate_tokens(RAGGED, 9):
+            states.append(model.packed is not None)
+        out = model.generate(RAGGED, 9)
+        assert states and all(states) and not plain
         model.generate(RAGGED, 1)
         assert plain
         assert fp32.generate(RAGGED, 9) == out
         with pytest.raises(ZeroDivisionError):
             model.generate(RAGGED, 9, stop=lambda ids: 1 / 0)
+        for _ in model.generate_tokens(RAGGED, 9):
+            break  # who stops listening leaves nothing behind either
         assert all(module.packed is None for module in model.modules() if hasattr(module, "packed"))
         monkeypatch.undo()
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lora import known_by, save_adapter
-from model import fill, whole
+from model import fill, full_tensor
 from training.parallel import barrier, is_sharded, own_group
 from runtime import RANK, fsync_folder, print0, read_object, write_whole
 
@@ -59,7 +59,7 @@ def save_checkpoint(model, optim, out_dir, state, base, keep_last, keep=(), pool
             shutil.rmtree(partial, ignore_errors=True)
             (partial / "state").mkdir(parents=True)
         barrier()
-        get = whole
+        get = full_tensor
         if pool:
             copies = copies_of(model)
             get = lambda p: copies[p] if p in copies else p
@@ -99,7 +99,7 @@ def whole_or_not(partial):
                       (f"the newest complete checkpoint is {kept[-1]}" if kept else "there is no checkpoint")) from None
 
 
-def save_weights(model, folder, base, get=whole):
+def save_weights(model, folder, base, get=full_tensor):
     if hasattr(model, "lora"):
         save_adapter(model, folder, base, get)
     else:
@@ -111,7 +111,7 @@ def copies_of(model):
     copies = {}
     for p in model.parameters():
         if p.requires_grad or is_sharded(model) and any(p is known for known in known_by(model)):
-            full = whole(p)
+            full = full_tensor(p)
             if RANK == 0:
                 copies[p] = full.to("cpu", copy=True)
     return copies

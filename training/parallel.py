@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from runtime import LOCAL_WORLD, WORLD
 
 
-def leave():
+def destroy_process_group():
     """Leave the process group, in step with the others."""
     if WORLD > 1:
         dist.barrier()
@@ -59,7 +59,7 @@ def is_sharded(model):
     return isinstance(model, FSDPModule)
 
 
-def add_up(*numbers, device):
+def all_reduce(*numbers, device):
     """Sums of numbers over all ranks, as floats; equal on all of them."""
     if WORLD == 1:
         return [float(number) for number in numbers]
@@ -68,7 +68,7 @@ def add_up(*numbers, device):
     return total.tolist()
 
 
-def add_up_gradients(parameters, bucket=2 ** 26):
+def all_reduce_gradients(parameters, bucket=2 ** 26):
     """Sum the gradients of replicas over all ranks, once a step, in flat buckets of fp32 at least."""
     if WORLD == 1:
         return

@@ -63,7 +63,7 @@ def held_out(entries, seq_len=0, doc_mask=True):
             for name, folder in named.items()}
 
 
-def spread(n, limit):
+def evenly_spaced(n, limit):
     """Indices of at most `limit` of n rows (0 = all), evenly spaced: neighbours may be of one document."""
     most = min(limit or n, n)
     return [i * n // most for i in range(most)]
