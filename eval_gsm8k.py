@@ -1,34 +1,29 @@
 r"""
-Stage 3, learning: GSM8K as lm-evaluation-harness 0.4.2 asks and judges it (task gsm8k, version 3.0).
+Stage 3, learning: GSM8K as lm-evaluation-harness 0.4.2 asks and judges it (its task version 3.0).
 
     python eval_gsm8k.py --model=out/gsm8k-r16/step_200
     python eval_gsm8k.py --model=models/llama2-7b --adapter=out/gsm8k-r16/step_200 --limit=200
     torchrun --nproc_per_node=8 eval_gsm8k.py --model=models/llama2-7b
 
-One item, and what becomes of it:
+    Question: Natalia sold ...\nAnswer: ... #### 72      five worked examples of the train set
+    Question: Janet's ducks ...\nAnswer:                 the item
+    -> " She sells 9 * 2 = $18.\n#### 18\n\nQuestion: "   greedy, up to the first stop string
+       strict: 18, the number after the first "#### "; flexible: 18, the last number
 
-    Question: Natalia sold ...   \
-    Answer: ... #### 72           > 5 worked examples, drawn from the train set
-                                 /
-    Question: Janet's ducks ...
-    Answer:                      -> greedy: " She sells 9 * 2 = $18.\n#### 18\n\nQuestion: ..."
-                                    cut at the first stop string
-                                    strict:   18   the number after the first "#### "
-                                    flexible: 18   the last number
-
-A prompt too long for the model loses its beginning, which is counted (metric gsm8k_cut). Every item,
-with prompt and output, is a line of eval_gsm8k.jsonl; the scores are lines of results.jsonl. Started
-again after a kill, it does the items that are missing; the answers do not depend on the batch size
-or on the number of GPUs.
+A prompt too long for the model loses its beginning, which is counted (metric gsm8k_cut). Each
+item is a line of eval_gsm8k.jsonl, each score a line of results.jsonl. Started again after a kill,
+it does the items that are missing. Batch size and number of GPUs do not change the answers.
 """
 import random
 import re
 import time
+from operator import itemgetter
 from typing import NamedTuple
 
 from configurator import configure, knob_table
 from evaluation.evals import (cut_left, digest, load_for_eval, open_items, read_items, start_ranks,
-                              write_result)
+                              warn_of_cuts)
+from evaluation.scores import write_result
 from runtime import one_line_errors, pick_dtype, print0
 from text.tokenizer import text_stopper
 
@@ -45,13 +40,13 @@ max_new_tokens = 256     # the harness's
 limit = 0                # only the first so many items; 0 = all
 batch_size = 64          # rows generated at once
 name = 'gsm8k'           # items go to eval_NAME.jsonl: another name for other settings
-out_dir = ''             # for items and results.jsonl; '' = the checkpoint's and its run's, or out/MODEL
+out_dir = ''             # for items and results; '' = the checkpoint's folder, or out/MODEL
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
 _choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 STOPS = ("Question:", "</s>", "<|im_end|>")
-INVALID = "[invalid]"    # the harness's extraction where no number is found
+INVALID = "[invalid]"    # where no number is found
 
 
 # ----------------------------------------------------------------------------- questions
@@ -60,13 +55,14 @@ def read_questions(path, knob):
     records = read_items(path, ("question", "answer"), knob)
     for number, record in enumerate(records, 1):
         if "#### " not in record["answer"]:
-            raise ValueError(f"{path}, record {number}: its answer has no '#### ', so this is not GSM8K")
+            raise ValueError(f"{path}, record {number}: its answer has no '#### ', not GSM8K's")
     return records
 
 
 def draw_shots(count, train_size, shots, seed=1234):
-    """Rows of the train set for each of `count` test items, a list of lists. One stream of draws runs
-    through the items in order, as in lm-eval's ContextSampler: item k needs those of 0 to k-1."""
+    """Rows of the train set for each of `count` test items, a list of lists.
+
+    One stream of draws runs through the items in order, as in lm-eval's ContextSampler."""
     rng = random.Random(seed)
     return [rng.sample(range(train_size), shots) for _ in range(count)]
 
@@ -101,11 +97,9 @@ def print_prompts(prompts, shots, bos, tok):
     lengths = [len(prompt.tokens) for prompt in prompts]
     front = f"BOS (id {tok.bos_id}) in front" if bos else "no BOS in front, as the harness"
     print0(f"the first prompt:\n{prompts[0].text}\n")
-    print0(f"{len(prompts)} items, {shots} shots, prompts of {min(lengths)} to {max(lengths)} tokens, {front}")
-    cut = [prompt.cut for prompt in prompts if prompt.cut]
-    if cut:
-        print0(f"WARNING: {len(cut)} prompts were cut from the left, by up to {max(cut)} tokens, "
-               f"to {max(lengths)}")
+    print0(f"{len(prompts)} items, {shots} shots, "
+           f"prompts of {min(lengths)} to {max(lengths)} tokens, {front}")
+    warn_of_cuts([prompt.cut for prompt in prompts], max(lengths))
 
 
 # ----------------------------------------------------------------------------- answers
@@ -117,29 +111,27 @@ def cut_at_stops(text):
 
 
 def extract_strict(text):
-    """The number after the first '#### ' that one follows, as written, or '[invalid]'
-    (the harness's filter strict-match)."""
+    """The number after the first '#### ' that one follows, as written, or '[invalid]'."""
     found = re.search(r"#### (-?[0-9.,]+)", text)
     return found[1] if found else INVALID
 
 
 def extract_flexible(text):
-    """The last number, as written (with $ and separators), or '[invalid]'
-    (the harness's filter flexible-extract)."""
+    """The last number, as written (with $ and separators), or '[invalid]'."""
     found = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text)
     return found[-1].strip() if found else INVALID
 
 
 def normalise(answer):
-    """What the harness compares: without commas, dollars, all up to the last '#### ', and one full
-    stop at the end."""
+    """What the harness compares: no commas, dollars, text up to '#### ' or full stop at the end."""
     for ignored in (",", r"\$", r"(?s).*#### ", r"\.$"):
         answer = re.sub(ignored, "", answer)
     return answer.lower()
 
 
 def judge_answer(output, answer):
-    """How right an output is, a part of the item's record; `answer` is the data set's, with '#### '."""
+    """The part of an item's record that says how right an output is; `answer` has its '#### '."""
+    # from the first stop string on, the model may ask and answer questions of its own
     output = cut_at_stops(output)
     strict = extract_strict(output)
     flexible = extract_flexible(output)
@@ -150,20 +142,17 @@ def judge_answer(output, answer):
             "flexible_match": int(normalise(flexible) == gold)}
 
 
-def is_strict_match(record):
-    return record["strict_match"]
-
-
 def answer_questions(items, subject, prompts, questions, max_new_tokens, batch_size):
     """Generate, judge and keep the answers that `items` lacks; returns all records."""
     tok = subject.tokenizer
     stop = text_stopper(tok, STOPS, {tok.eos_id})
-    # longest first, as a batch reads as many keys as its longest row has
+    # longest first: rows of a batch read no more keys than its longest has
     todo = sorted(items.todo, key=lambda i: -len(prompts[i].tokens))
     tokens = [prompts[i].tokens for i in todo]
     answers = subject.model.generate_each(tokens, max_new_tokens, stop=stop, batch_size=batch_size)
     for index, (new,) in answers:
         i = todo[index]
+        # what ends an answer is EOS or a stop string, else the limit cut it short
         ended = new[-1] == tok.eos_id or stop(new)
         verdict = judge_answer(tok.decode(new), questions[i]["answer"])
         items.finish(i, {"prompt": prompts[i].text, **verdict,
@@ -177,9 +166,8 @@ if __name__ == "__main__":
         config = configure(globals())
         print0(knob_table(globals()))
         if min(max_new_tokens, batch_size) < 1 or min(shots, limit) < 0:
-            raise ValueError("max_new_tokens and batch_size must be at least 1, "
-                             "shots and limit not negative")
-        # questions and their worked examples; the draws do not depend on the limit
+            raise ValueError("max_new_tokens, batch_size: at least 1; shots, limit: at least 0")
+        # the questions and their worked examples, which do not depend on the limit
         questions = read_questions(test_data, "test_data")
         train = read_questions(train_data, "train_data") if shots else []
         if shots > len(train):
@@ -188,9 +176,10 @@ if __name__ == "__main__":
         drawn = draw_shots(len(questions), len(train), shots, shot_seed)
         questions = questions[:limit or None]
 
-        # the model
+        # the model and its prompts
         device = start_ranks(device)
-        subject = load_for_eval(model, adapter, device, pick_dtype(dtype, device), tokenizer, out_dir)
+        dtype = pick_dtype(dtype, device)
+        subject = load_for_eval(model, adapter, device, dtype, tokenizer, out_dir)
         context = subject.model.config.max_position_embeddings
         room = context - max_new_tokens
         if room < 1:
@@ -199,11 +188,11 @@ if __name__ == "__main__":
         prompts = make_prompts(questions, train, drawn, subject.tokenizer, bos, room)
         print_prompts(prompts, shots, bos, subject.tokenizer)
 
-        # answers and scores
+        # the answers and their scores
         started = time.perf_counter()
         settings = {"shots": shots, "shot_seed": shot_seed, "bos": bos,
                     "max_new_tokens": max_new_tokens, "data": data}
-        items = open_items(subject, name, range(len(prompts)), settings, is_strict_match)
+        items = open_items(subject, name, range(len(prompts)), settings, itemgetter("strict_match"))
         records = answer_questions(items, subject, prompts, questions, max_new_tokens, batch_size)
         seconds = time.perf_counter() - started
         for metric in ("strict_match", "flexible_match", "truncated", "cut"):

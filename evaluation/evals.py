@@ -8,22 +8,21 @@
     for i in items.todo:                                      # this rank's share of what is left
         items.finish(i, {"strict": ...})                      # on disk at once
     records = items.close()                                   # of all ranks, in order
-    write_result(subject, "gsm8k_strict", [r["strict"] for r in records.values()], settings, seconds)
+    values = [record["strict"] for record in records.values()]
+    write_result(subject, "gsm8k_strict", values, settings, seconds)    # evaluation/scores.py
 
-Where it is kept, when the model is a checkpoint of train.py (else all of it in out/MODEL or out_dir):
+Where it is kept, if the model is a checkpoint of train.py (else all is in out/MODEL or out_dir):
 
-    out/RUN/results.jsonl                       a line a metric: value, error, what was judged and how
-    out/RUN/values.jsonl                        each item's value of it, to compare two models item by item
     out/RUN/step_N/eval_gsm8k.jsonl             a line an item, in order
     out/RUN/step_N/eval_gsm8k.settings.json     what these items were made with
     out/RUN/step_N/eval_gsm8k.jsonl.part0, 1 .. while it runs: what each rank has finished
+    out/RUN/results.jsonl                       a line a metric: value, error, what was judged how
+    out/RUN/values.jsonl                        a line a metric: each item's value
 """
 import atexit
 import datetime
 import hashlib
 import json
-import math
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,9 +30,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from evaluation.scores import json_lines, with_identity
 from lora import fingerprint, is_adapter, load_adapter, merge_lora
 from model import Llama
-from runtime import RANK, WORLD, append_jsonl, join_ranks, pick_device, print0, versions, write_whole
+from runtime import RANK, WORLD, join_ranks, pick_device, print0, write_whole
 from text.records import Source, check_format, from_hub, parse, read_records
 from text.tokenizer import Tokenizer, load_tokenizer
 from training.checkpoint import checkpoints, read_state
@@ -80,17 +80,19 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
 
     An adapter stands in `adapter` and its base in `model`; or it stands in `model` alone, and its
     config names the base. It is merged in fp32, then rounded once to `dtype`.
-    Raises ValueError or FileNotFoundError for other folders, and as model, lora and tokenizer do."""
+    Raises ValueError or FileNotFoundError for any other folder, and as its readers do."""
     if not (model or adapter):
         raise ValueError("model is not set; see --help")
+    # an adapter in `model` alone
     if not adapter and is_adapter(model):
-        model, adapter = "", model
+        adapter = model
+        model = ""
     judged = Path(adapter or model)
     base = model or base_named_by(adapter)
     check_folders(judged, base, adapter)
     tok = load_tokenizer(tokenizer or base)
 
-    # merging needs fp32 at least
+    # the weights; an adapter is merged in fp32 at least
     load_dtype = torch.promote_types(dtype, torch.float32) if adapter else dtype
     llama = Llama.from_pretrained(base, load_dtype, device)
     weights = fingerprint(llama)
@@ -103,6 +105,7 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
         raise ValueError(f"tokenizer has {tok.vocab_size:,} ids, the model "
                          f"{llama.config.vocab_size:,}: not its own")
 
+    # what it is, and where its results belong
     identity = {"model": str(base), "adapter": str(adapter), "weights": weights,
                 "dtype": str(dtype).removeprefix("torch."), "tokenizer": tok.sha256}
     subject = place(judged, out_dir or Path("out") / judged.resolve().name, bool(out_dir))
@@ -114,11 +117,13 @@ def check_folders(judged, base, adapter):
     """Raises ValueError where `judged` or its base is no finished model or adapter folder."""
     if judged.name.endswith(".tmp"):
         raise ValueError(f"{judged} is a checkpoint that was never finished")
+    # a run without a step: the user has to choose
     steps = sorted(path.name for path in judged.glob("step_*") if path.name[5:].isdigit())
     if steps:
         raise ValueError(f"{judged} is a run; give one of its checkpoints: {', '.join(steps)}")
     if is_adapter(base):
         raise ValueError(f"model: {base} is an adapter, expected the base of {adapter}")
+    # a folder that is not there may be a step that was never saved
     for folder in (judged, Path(base)):
         if not folder.is_dir():
             message = f"{folder}: no such folder"
@@ -160,7 +165,7 @@ def epoch_of(log, step):
     """Epochs done at a step by train.py's log.jsonl, to which steps are proportional; or None."""
     if not step or not log.is_file():
         return None
-    for record in read_jsonl(log):
+    for record in json_lines(log):
         if record.get("epoch"):
             return record["epoch"] / record["step"] * step
     return None
@@ -180,6 +185,7 @@ def read_items(source, fields, knob="data"):
     else:
         raise FileNotFoundError(f"{knob}: {source}: no such file; expected .parquet, .json, "
                                 f".jsonl (.gz) or hf://datasets/OWNER/NAME/FILE")
+    # a record that cannot be read or lacks a field is named by its file and number
     items = []
     for part in sources:
         for number, raw, _ in read_records(part):
@@ -190,8 +196,8 @@ def read_items(source, fields, knob="data"):
             found = list(record) if isinstance(record, dict) else [type(record).__name__]
             missing = [field for field in fields if field not in found]
             if missing:
-                raise ValueError(f"{part.name}, record {number}: expected {', '.join(fields)}; found "
-                                 f"{', '.join(found)}, without {', '.join(missing)}")
+                raise ValueError(f"{part.name}, record {number}: expected {', '.join(fields)}; "
+                                 f"found {', '.join(found)}, without {', '.join(missing)}")
             items.append(record)
     return items
 
@@ -202,6 +208,14 @@ def cut_left(ids, most, bos_id=None):
     if cut and ids[0] == bos_id:
         return [bos_id] + ids[cut + 1:], cut
     return ids[cut:], cut
+
+
+def warn_of_cuts(cuts, most):
+    """Say how many prompts cut_left made shorter, to `most` tokens."""
+    cuts = [cut for cut in cuts if cut]
+    if cuts:
+        print0(f"WARNING: {len(cuts)} prompts were cut from the left, by up to {max(cuts)} tokens, "
+               f"to {most}")
 
 
 def digest(records):
@@ -220,13 +234,14 @@ class Items:
         self.todo = todo
         self.done = done          # {id: record} of earlier starts, all ranks'
         self.new = {}             # {id: record} of this start and rank
+        self.part = open(f"{path}.part{RANK}", "a")
+        # the bar shows the mean of the scores so far
         self.score_of = score_of
-        self.scores = []          # of which the bar shows the mean
+        self.scores = []
         if score_of:
             self.scores = [score_of(done[i]) for i in ids if i in done]
-        self.part = open(f"{path}.part{RANK}", "a")
         name = path.stem.removeprefix("eval_")
-        hidden = None if RANK == 0 else True  # None: where there is no terminal
+        hidden = None if RANK == 0 else True  # None: hidden where there is no terminal
         self.bar = tqdm(total=len(todo), desc=name, disable=hidden, smoothing=0.05)
 
     def finish(self, i, record):
@@ -244,12 +259,14 @@ class Items:
         """{id: record} of all ids in order, on every rank; rank 0 writes them as one file."""
         self.part.close()
         self.bar.close()
+        # every rank learns all records, so that all can score them
         records = dict(self.done)
         for new in gather(self.new):
             records.update(new)
         missing = [i for i in self.ids if i not in records]
         if missing:
             raise RuntimeError(f"{self.path}: items {missing[:5]} were not evaluated")
+        # the parts go only when the whole is there
         if RANK == 0:
             write_records(self.path, records)
             for part in self.path.parent.glob(f"{self.path.name}.part*"):
@@ -261,12 +278,12 @@ def open_items(subject, name, ids, settings, score_of=None):
     """The Items `ids` (ints) of FOLDER/eval_NAME.jsonl; what is done already is not done again.
 
     score_of(record) is the number whose mean the progress bar shows.
-    Raises ValueError when the folder holds items of this name that were made with other settings."""
+    Raises ValueError when the folder holds items of this name made with other settings."""
     path = subject.folder / f"eval_{name}.jsonl"
     done = {}
     if RANK == 0:
-        keep_settings(path, settings_of(subject, settings))
-        # what an earlier start finished, on whatever number of ranks, goes into one part file
+        keep_settings(path, with_identity(subject, settings))
+        # what earlier starts finished, on whatever number of ranks, goes into one part
         parts = sorted(path.parent.glob(f"{path.name}.part*"))
         for part in [path, *parts]:
             done.update(read_done(part))
@@ -275,15 +292,11 @@ def open_items(subject, name, ids, settings, score_of=None):
             part.unlink()
     done = gather(done)[0]
 
+    # the rest is dealt out like cards
     left = [i for i in ids if i not in done]
     if len(left) < len(ids):
         print0(f"{path}: {len(ids) - len(left)} of {len(ids)} items are there already")
     return Items(path, ids, left[RANK::WORLD], done, score_of)
-
-
-def settings_of(subject, settings):
-    """The settings as JSON holds them; the identity of what is judged wins over knobs so named."""
-    return json.loads(json.dumps({**settings, **subject.identity}))
 
 
 def keep_settings(path, settings):
@@ -293,6 +306,7 @@ def keep_settings(path, settings):
         kept.parent.mkdir(parents=True, exist_ok=True)
         write_whole(kept, json.dumps(settings, indent=1))
         return
+    # each setting that differs is named
     before = json.loads(kept.read_text())
     changes = []
     for key in {**before, **settings}:
@@ -312,73 +326,7 @@ def read_done(path):
     """{id: record} of a file of items, without a last line that a kill tore."""
     if not path.is_file():
         return {}
+    # what stands behind the last line end is torn, or nothing
     whole_lines = path.read_text().split("\n")[:-1]
     records = [json.loads(line) for line in whole_lines]
     return {record.pop("id"): record for record in records}
-
-
-def read_jsonl(path):
-    """The objects of a .jsonl file, none where there is no file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-# ----------------------------------------------------------------------------- scores
-def score(values):
-    """(mean, standard error, low, high) of per-item values; low and high are the 95% interval.
-
-    The error is lm-eval's (sample deviation / sqrt n). Where all values are 0 or 1 the interval is
-    Wilson's (1927), which holds near 0 and 1 as well; else it is mean +- 1.96 errors.
-    Raises ValueError without values."""
-    n = len(values)
-    if n == 0:
-        raise ValueError("no items were evaluated")
-    mean = math.fsum(values) / n
-    stderr = 0.0
-    if n > 1:
-        squares = math.fsum((v - mean) ** 2 for v in values)
-        stderr = math.sqrt(squares / (n - 1) / n)
-    z = 1.96
-    if not all(v in (0, 1) for v in values):
-        return mean, stderr, mean - z * stderr, mean + z * stderr
-
-    shrink = 1 + z ** 2 / n
-    centre = (mean + z ** 2 / 2 / n) / shrink
-    half = z / shrink * math.sqrt(mean * (1 - mean) / n + z ** 2 / 4 / n ** 2)
-    return mean, stderr, max(0.0, centre - half), min(1.0, centre + half)
-
-
-def write_result(subject, metric, values, settings, seconds):
-    """As write_score, for the mean of `values`, one number an item; returns it."""
-    scored = score(values)
-    write_score(subject, metric, scored, values, settings, seconds)
-    return scored[0]
-
-
-def write_score(subject, metric, scored, values, settings, seconds):
-    """Print a metric and append it to results.jsonl, and the items' values to values.jsonl.
-
-    scored: as score() returns it. settings: every knob; where one has the name of a part of the
-    subject's identity (model, adapter, dtype, tokenizer), the identity is written: a knob may say
-    'auto', or name a checkpoint whose base and adapter are meant. A line that stands there already,
-    because finished items were judged again, is not written twice."""
-    mean, stderr, low, high = scored
-    print0(f"{metric}: {mean:.4f} +- {stderr:.4f} ({low:.4f} to {high:.4f} with 95%), "
-           f"{len(values)} items")
-    if RANK:
-        return
-    record = {"run": subject.run, "step": subject.step, "tokens": subject.tokens,
-              "epoch": subject.epoch, "metric": metric, "value": mean, "stderr": stderr,
-              "n": len(values), "settings": settings_of(subject, settings)}
-    per_item = {"metric": metric, "step": subject.step, "values": list(values)}
-
-    subject.results.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not any(record.items() <= line.items() for line in read_jsonl(subject.results))
-    values_path = subject.results.with_name("values.jsonl")
-    if is_new or per_item not in read_jsonl(values_path):
-        append_jsonl(values_path, per_item)
-    if is_new:
-        now = time.strftime("%Y-%m-%dT%H:%M:%S")
-        append_jsonl(subject.results, {**record, "seconds": round(seconds, 3),
-                                       "version": versions(), "time": now})

@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, need, run_here
 
-from evaluation.evals import (cut_left, load_for_eval, open_items, read_done, read_items, score,
-                              write_result)
+from evaluation.evals import cut_left, load_for_eval, open_items, read_done, read_items
+from evaluation.scores import score, write_result
 from lora import apply_lora, save_adapter
 from model import Llama
 from text.records import Source
@@ -187,6 +187,7 @@ import os
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from evaluation.evals import *
+from evaluation.scores import write_result
 start_ranks("cpu")
 subject = load_for_eval({str(need("data/stories260k"))!r}, out_dir=sys.argv[1])
 def work(ids, finish):
