@@ -1,17 +1,17 @@
 """
 Stage 3, learning and forgetting at the finest: the loss of a model on held-out token folders.
 
-    python eval_loss.py --model=models/llama2-7b --data=gsm8k_test=data/gsm8k_test,stories=data/stories
+    python eval_loss.py --model=models/llama2-7b --data=gsm8k=data/gsm8k_test,stories=data/stories
     python eval_loss.py --model=out/gsm8k-r16/step_400 --data=data/gsm8k_test --rows=0
     torchrun --nproc_per_node=8 eval_loss.py --model=out/gsm8k-r16/step_400 --data=data/gsm8k_test
 
     row of val.bin   [BOS  Q  Q  A  A  EOS  BOS  Q  A  EOS]
     targets                      A  A  EOS          A  EOS     -> {"loss": 7.1 nats, "targets": 5}
-    metric 'loss gsm8k_test' = sum of the rows' losses / sum of their targets
+    metric 'loss gsm8k' = sum of the rows' losses / sum of their targets
 
-Over the same rows and in the same dtype it is what train.py logs for its val_data; but of any model,
-with an interval, and with each row's loss, so that paper/claims.py can compare two models row by row.
-A killed evaluation resumes with the rows it lacks.
+Over the same rows and in the same dtype it is what train.py logs for its val_data; but of any
+model, with an interval, and with each row's loss, so that paper/claims.py can compare two models
+row by row. A killed evaluation resumes with the rows it lacks.
 """
 import time
 
@@ -28,7 +28,7 @@ from training.rows import evenly_spaced, held_out, stack
 model = ''               # model folder, checkpoint folder out/RUN/step_N, or PEFT folder
 adapter = ''             # PEFT folder whose base is `model`
 tokenizer = ''           # tokenizer file or folder; '' = the base's
-data = ()                # token folders of prepare_data.py: NAME=FOLDER, ... (val.bin, else train.bin)
+data = ()                # token folders: NAME=FOLDER, ... (their val.bin, else train.bin)
 rows = 64                # of each, evenly spaced; 0 = all
 seq_len = 0              # tokens a row; 0 = the data's (only cpt data can be cut otherwise)
 doc_mask = True          # documents in a row do not see each other; False = the paper's
@@ -43,12 +43,12 @@ _choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 def check_rows(label, token_rows, subject):
     """Raises ValueError where the rows of a set are not for the model."""
     if token_rows.meta["tokenizer_sha256"] != subject.tokenizer.sha256:
-        raise ValueError(f"{label}: its tokens were made by {token_rows.meta['tokenizer_name']}, which "
-                         f"is not the tokenizer of {subject.run} ({subject.tokenizer.name})")
+        raise ValueError(f"{label}: its tokens were made by {token_rows.meta['tokenizer_name']}, "
+                         f"which is not the tokenizer of {subject.run} ({subject.tokenizer.name})")
     context = subject.model.config.max_position_embeddings
     if token_rows.seq_len > context:
-        raise ValueError(f"{label}: rows of {token_rows.seq_len} tokens are longer than the model's "
-                         f"max_position_embeddings={context}")
+        raise ValueError(f"{label}: rows of {token_rows.seq_len} tokens are longer than the "
+                         f"model's max_position_embeddings={context}")
 
 
 @torch.inference_mode()
@@ -71,6 +71,7 @@ def values_of_rows(records):
     targets = sum(record["targets"] for record in records)
     if not targets:
         raise ValueError("data: nothing in these rows is to be learned")
+    # what a row costs beyond the mean for its targets, over the targets of an average row
     mean = sum(record["loss"] for record in records) / targets
     values = []
     for record in records:
@@ -96,7 +97,8 @@ if __name__ == "__main__":
         for label, token_rows in sets.items():
             started = time.perf_counter()
             # the losses of this rank's rows
-            settings = {"set": token_rows.sha256, "seq_len": token_rows.seq_len, "doc_mask": doc_mask}
+            settings = {"set": token_rows.sha256, "seq_len": token_rows.seq_len,
+                        "doc_mask": doc_mask}
             chosen = evenly_spaced(len(token_rows), rows)
             items = open_items(subject, f"{name}_{label}", chosen, settings, loss_per_target)
             for i in items.todo:

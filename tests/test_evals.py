@@ -190,13 +190,13 @@ from evaluation.evals import *
 from evaluation.scores import write_result
 start_ranks("cpu")
 subject = load_for_eval({str(need("data/stories260k"))!r}, out_dir=sys.argv[1])
-def work(ids, finish):
-    for i in ids:
-        if i == int(sys.argv[2]):
-            raise SystemExit("killed")
-        os.write(1, f"did {{i}} of {{RANK}}\\n".encode())  # in one piece: two ranks share the pipe
-        finish(i, {{"square": i * i}})
-records = evaluate(subject, "toy", range(9), {{}}, work, lambda r: r["square"])
+items = open_items(subject, "toy", range(9), {{}}, lambda record: record["square"])
+for i in items.todo:
+    if i == int(sys.argv[2]):
+        raise SystemExit("killed")
+    os.write(1, f"did {{i}} of {{RANK}}\\n".encode())  # in one piece: two ranks share the pipe
+    items.finish(i, {{"square": i * i}})
+records = items.close()
 assert records == {{i: {{"square": i * i}} for i in range(9)}}
 write_result(subject, "toy_square", [r["square"] for r in records.values()], {{}}, 1.0)
 """)
