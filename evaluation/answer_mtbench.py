@@ -6,7 +6,7 @@ Stage 3, learning, of chat models: answers to MT-bench's 80 questions of two tur
     # then FastChat's gen_judgment.py there
 
     prompt 1   BOS <|user|>\n What is ...? \n<|assistant|>\n
-    answer 1   It is ... EOS                                   sampled, at the category's temperature
+    answer 1   It is ... EOS                               sampled, at the category's temperature
     prompt 2   prompt 1, answer 1, EOS \n <|user|>\n And why? \n<|assistant|>\n
     answer 2   Because ... EOS
 
@@ -32,7 +32,7 @@ model = ''               # model folder, checkpoint folder out/RUN/step_N, or PE
 adapter = ''             # PEFT folder whose base is `model`
 tokenizer = ''           # tokenizer file or folder; '' = the base's
 questions = ''           # FastChat's fastchat/llm_judge/data/mt_bench/question.jsonl
-# of one turn, as in training (this is Tulu's); here and below \n is a new line, \t a tab, \\ a backslash
+# of one turn, as in training (this is Tulu's); \n is a new line, \t a tab, \\ a backslash
 template = '<|user|>\\n{message}\\n<|assistant|>\\n'
 separator = '\\n'        # between the EOS of an answer and the next turn
 stop = ('<|user|>',)     # texts that end an answer, beside EOS
@@ -76,7 +76,7 @@ class Form(NamedTuple):
 
 
 def next_prompt(tok, history, message, form):
-    """Ids that ask for the answer to `message`; history: ids of the turns before and their answers."""
+    """Ids that ask for the answer to `message`; history: ids of the turns and answers before."""
     text = form.template.replace("{message}", message)
     if not history:
         return tok.encode(text, bos=form.bos)
@@ -95,6 +95,7 @@ class Conversation:
 def groups_of_questions(ids, questions, batch_size):
     """Yield (temperature, at most batch_size ids with it). A group gets all its turns before the
     next begins, so that a kill loses no more than a group."""
+    # generate_each samples all its rows at one temperature
     by_temperature = {}
     for i in ids:
         temperature = TEMPERATURES[questions[i]["category"]]
@@ -138,6 +139,7 @@ def answer_group(subject, questions, ids, form, stop, temperature, max_new_token
 
 def cut_answer(tok, new, stop):
     """(text, ids) of an answer, without EOS and without the text of `stop` that ended it."""
+    # the first of the texts that end an answer
     text = tok.decode(new)
     places = [text.find(string) for string in stop if string in text]
     if places:
@@ -149,7 +151,7 @@ def cut_answer(tok, new, stop):
 
 
 def fastchat_line(record, model_id):
-    """An answer as FastChat's gen_model_answer.py writes it; its random answer_id is a hash here."""
+    """An answer as FastChat's gen_model_answer.py writes it, but for the id: random there, a hash."""
     text = f"{model_id} {record['question_id']} {record['turns']}"
     answer_id = hashlib.sha256(text.encode()).hexdigest()[:22]
     return {"question_id": record["question_id"], "answer_id": answer_id, "model_id": model_id,
@@ -185,8 +187,8 @@ if __name__ == "__main__":
         subject = load_for_eval(model, adapter, device, dtype, tokenizer, out_dir)
         context = subject.model.config.max_position_embeddings
         if context <= max_new_tokens:
-            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a question in the "
-                             f"model's context of {context}")
+            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a question in "
+                             f"the model's context of {context}")
         front = f"BOS (id {subject.tokenizer.bos_id}) in front" if bos else "no BOS in front"
         first = next_prompt(subject.tokenizer, [], asked[0]["turns"][0], form)
         print0(f"{len(asked)} questions, {front}; the first begins {first[:8]}")
@@ -196,7 +198,8 @@ if __name__ == "__main__":
                     "data": data}
         items = open_items(subject, name, range(len(asked)), settings)
         for temperature, ids in groups_of_questions(items.todo, asked, batch_size):
-            answers = answer_group(subject, asked, ids, form, stop, temperature, max_new_tokens, seed)
+            answers = answer_group(subject, asked, ids, form, stop, temperature, max_new_tokens,
+                                   seed)
             for i, record in answers:
                 items.finish(i, record)
         records = items.close().values()

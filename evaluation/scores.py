@@ -3,8 +3,8 @@
     score([1, 1, 0, 1])  ->  mean .75, standard error .25, 95% interval .3006 to .9544
 
     values of items  ->  out/RUN/values.jsonl    {metric, step, values}
-    their score      ->  out/RUN/results.jsonl   {run, step, tokens, epoch, metric, value, stderr, n,
-                                                  settings, seconds, version, time}
+    their score      ->  out/RUN/results.jsonl   {run, step, tokens, epoch, metric, value, stderr,
+                                                  n, settings, seconds, version, time}
 """
 import json
 import math
@@ -32,14 +32,19 @@ def score(values):
 
     # 95% of a normal distribution lie within 1.96 deviations
     z = 1.96
-    if not all(v in (0, 1) for v in values):
-        return mean, stderr, mean - z * stderr, mean + z * stderr
+    if any(v not in (0, 1) for v in values):
+        low = mean - z * stderr
+        high = mean + z * stderr
+        return mean, stderr, low, high
 
     # Wilson's: the shares p of which the mean is 1.96 deviations sqrt(p (1 - p) / n) away
     shrink = 1 + z ** 2 / n
     centre = (mean + z ** 2 / 2 / n) / shrink
-    half = z / shrink * math.sqrt(mean * (1 - mean) / n + z ** 2 / 4 / n ** 2)
-    return mean, stderr, max(0.0, centre - half), min(1.0, centre + half)
+    variance = mean * (1 - mean) / n + z ** 2 / 4 / n ** 2
+    half = z * math.sqrt(variance) / shrink
+    low = max(0.0, centre - half)
+    high = min(1.0, centre + half)
+    return mean, stderr, low, high
 
 
 def write_result(subject, metric, values, settings, seconds):
@@ -52,8 +57,8 @@ def write_result(subject, metric, values, settings, seconds):
 def with_identity(subject, settings):
     """The settings as JSON holds them, with what is judged.
 
-    Where a knob has the name of a part of the subject's identity (model, adapter, dtype, tokenizer),
-    the identity wins: the knob may say 'auto', or name a checkpoint for its base and adapter."""
+    Where a knob is named as a part of the subject's identity (model, adapter, dtype, tokenizer), the
+    identity wins: the knob may say 'auto', or name a checkpoint for its base and adapter."""
     return json.loads(json.dumps({**settings, **subject.identity}))
 
 
@@ -69,22 +74,27 @@ def write_score(subject, metric, scored, values, settings, seconds):
 
     scored: as score() returns it; settings: every knob, to which the subject's identity is added."""
     mean, stderr, low, high = scored
-    print0(f"{metric}: {mean:.4f} +- {stderr:.4f} ({low:.4f} to {high:.4f} with 95%), "
-           f"{len(values)} items")
+    n = len(values)
+    interval = f"({low:.4f} to {high:.4f} with 95%)"
+    print0(f"{metric}: {mean:.4f} +- {stderr:.4f} {interval}, {n} items")
     if RANK:
         return
-    record = {"run": subject.run, "step": subject.step, "tokens": subject.tokens,
-              "epoch": subject.epoch, "metric": metric, "value": mean, "stderr": stderr,
-              "n": len(values), "settings": with_identity(subject, settings)}
-    per_item = {"metric": metric, "step": subject.step, "values": list(values)}
+    settings = with_identity(subject, settings)
+    record = {"run": subject.run, "step": subject.step,
+              "tokens": subject.tokens, "epoch": subject.epoch,
+              "metric": metric, "value": mean, "stderr": stderr, "n": n,
+              "settings": settings}
+    of_items = {"metric": metric, "step": subject.step, "values": list(values)}
 
-    subject.results.parent.mkdir(parents=True, exist_ok=True)
     # a line that is there already comes from finished items that were judged again
-    is_new = not any(record.items() <= line.items() for line in json_lines(subject.results))
-    values_path = subject.results.with_name("values.jsonl")
-    if is_new or per_item not in json_lines(values_path):
-        append_jsonl(values_path, per_item)
+    subject.results.parent.mkdir(parents=True, exist_ok=True)
+    before = json_lines(subject.results)
+    is_new = not any(record.items() <= line.items() for line in before)
+    values_file = subject.results.with_name("values.jsonl")
+    if is_new or of_items not in json_lines(values_file):
+        append_jsonl(values_file, of_items)
     if is_new:
-        now = time.strftime("%Y-%m-%dT%H:%M:%S")
-        append_jsonl(subject.results, {**record, "seconds": round(seconds, 3),
-                                       "version": versions(), "time": now})
+        record["seconds"] = round(seconds, 3)
+        record["version"] = versions()
+        record["time"] = time.strftime("%Y-%m-%dT%H:%M:%S")
+        append_jsonl(subject.results, record)
