@@ -29,7 +29,7 @@ from typing import NamedTuple
 from configurator import configure, knob_table
 from evaluation.evals import (cut_left, digest, load_for_eval, open_items, read_items, start_ranks,
                               warn_of_cuts)
-from evaluation.samples import (check_samples, read_samples, subject_of_samples,
+from evaluation.samples import (check_samples, check_verdicts, read_samples, subject_of_samples,
                                 warn_of_unstripped)
 from evaluation.sandbox import Sandbox
 from evaluation.scores import write_result
@@ -130,15 +130,17 @@ def sample_problems(items, subject, problems, sampling, batch_size):
         seed=seeds, batch_size=batch_size)
     for index, rows in answers:
         i = items.todo[index]
-        # decoded behind the prompt, or sentencepiece would drop a leading blank
-        start = len(tok.decode(tokens[index]))
-        texts = [tok.decode(tokens[index] + new)[start:] for new in rows]
-        full = [len(new) == rooms[index] and not ended(new) for new in rows]
-        items.finish(i, {"task_id": problems[i]["task_id"],
-                         "completions": [truncate_at_stop(text, stops) for text in texts],
-                         "prompt_tokens": len(tokens[index]), "cut": prompts[i][1],
-                         "new_tokens": [len(new) for new in rows],
-                         "truncated": [int(was_full) for was_full in full]})
+        prompt, cut = prompts[i]
+        completions = []
+        truncated = []
+        for new in rows:
+            # decoded behind the prompt, or sentencepiece would drop a leading blank
+            text = tok.decode(prompt + new)[len(tok.decode(prompt)):]
+            completions.append(truncate_at_stop(text, stops))
+            truncated.append(int(len(new) == rooms[index] and not ended(new)))
+        items.finish(i, {"task_id": problems[i]["task_id"], "completions": completions,
+                         "prompt_tokens": len(prompt), "cut": cut,
+                         "new_tokens": [len(new) for new in rows], "truncated": truncated})
     return items.close()
 
 
@@ -161,8 +163,10 @@ def run_programs(programs, ids, strip, timeout, mode, memory_mb, workers):
     `workers` run at once, each in a sandbox of its own."""
     if not ids:
         return
+    # the ranks of a machine share its cores
     cores = len(os.sched_getaffinity(0)) // LOCAL_WORLD
     count = min(len(ids), workers or max(1, cores))
+    # a sandbox runs one program at a time; those that run none wait in a queue
     boxes = []
     free = queue.SimpleQueue()
 
@@ -200,6 +204,7 @@ def scores_of_problems(found, verdicts, ks):
     values.update(unique=[], unique_passed=[], unique_failed=[])
     verdicts = iter(verdicts)
     for completions in found.values():
+        # by verdict
         passed = []
         failed = []
         for text in completions:
@@ -207,6 +212,7 @@ def scores_of_problems(found, verdicts, ks):
                 passed.append(text)
             else:
                 failed.append(text)
+        # how many are right, and how many differ
         for k in ks:
             values[f"pass@{k}"].append(pass_at_k(len(completions), len(passed), k))
         values["unique"].append(len(set(completions)))
@@ -227,14 +233,6 @@ def check_sampling(n_samples, temperature, k, samples, allow_code_execution):
     if n_samples > 1 and temperature == 0 and not samples:
         raise ValueError(f"temperature=0 gives {n_samples} times the same sample; "
                          "say --n_samples=1")
-
-
-def check_verdicts(path, verdicts, programs):
-    """Raises ValueError where the verdicts that were there already are of other samples."""
-    for i, (_, completion) in enumerate(programs):
-        if verdicts[i]["completion"] != completion:
-            raise ValueError(f"{path}: item {i} is of another sample; "
-                             "delete the file to run them again")
 
 
 if __name__ == "__main__":
@@ -265,8 +263,7 @@ if __name__ == "__main__":
             subject = subject_of_samples(path, out_dir)
             name = path.stem.removeprefix("eval_")
             prompts = [prompt_of(problem, strip_prompt) for problem in all_problems]
-            found = read_samples(path, all_problems, prompts)
-            found = {i: completions for i, completions in found.items() if i < len(problems)}
+            found = read_samples(path, all_problems, prompts, limit)
             if all_ks:
                 fewest = min(map(len, found.values()), default=1)
                 k = tuple(value for value in all_ks if value <= fewest)

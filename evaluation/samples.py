@@ -13,10 +13,11 @@ from evaluation.evals import place
 from runtime import print0
 
 
-def read_samples(path, problems, prompts):
+def read_samples(path, problems, prompts, limit=0):
     """{index of problem: its completions}, sorted, of a file of any of the three kinds.
 
-    prompts: what was sent for each problem, with which bigcode's programs begin.
+    prompts: what was sent for each problem, with which bigcode's programs begin; limit: only those
+    of the first so many problems, 0 = all.
     Raises ValueError for a problem that is unknown or a line that is no sample."""
     try:
         text = Path(path).read_text()
@@ -28,7 +29,7 @@ def read_samples(path, problems, prompts):
     except (KeyError, IndexError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: expected lines with task_id and completion of "
                          f"{len(problems)} problems ({e!r})") from None
-    return dict(sorted(found.items()))
+    return {i: found[i] for i in sorted(found) if not limit or i < limit}
 
 
 def read_programs(path, programs_of, problems, prompts):
@@ -77,13 +78,20 @@ def check_samples(path, found, problems, ks):
 
 
 def warn_of_unstripped(found):
-    """Warn where no completion begins a line: a stripped prompt ends within one, so that programs of
-    completions of unstripped prompts would not parse."""
+    """Warn where no completion begins with a line end, as those of stripped prompts do."""
     texts = [text for completions in found.values() for text in completions if text.strip()]
     on_new_lines = [text for text in texts if not text.split("\n")[0].strip()]
     if texts and not on_new_lines:
         print0("WARNING: no completion begins on a new line: if they continue the unstripped "
                "prompt, say --strip_prompt=False")
+
+
+def check_verdicts(path, verdicts, programs):
+    """Raises ValueError where the verdicts that were there already are of other samples."""
+    for i, (_, completion) in enumerate(programs):
+        if verdicts[i]["completion"] != completion:
+            raise ValueError(f"{path}: item {i} is of another sample; "
+                             "delete the file to run them again")
 
 
 def subject_of_samples(path, out_dir):
