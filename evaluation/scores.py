@@ -54,6 +54,24 @@ def write_result(subject, metric, values, settings, seconds):
     return scored[0]
 
 
+def write_mean(subject, metric, groups, settings, seconds):
+    """As write_result, for the unweighted mean of the means of some lists.
+
+    Its interval is +- 1.96 errors; the values of items are made to have this mean and error."""
+    scores = [score(values) for values in groups]
+    mean = sum(scored[0] for scored in scores) / len(scores)
+    stderr = math.sqrt(sum(scored[1] ** 2 for scored in scores)) / len(scores)
+    # an item of a small list weighs more
+    total = sum(len(values) for values in groups)
+    of_items = []
+    for (group_mean, *_), values in zip(scores, groups):
+        for value in values:
+            excess = value - group_mean
+            of_items.append(mean + excess * total / len(groups) / len(values))
+    scored = (mean, stderr, mean - 1.96 * stderr, mean + 1.96 * stderr)
+    write_score(subject, metric, scored, of_items, settings, seconds)
+
+
 def with_identity(subject, settings):
     """The settings as JSON holds them, with what is judged.
 

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_forgetting as ef
+from evaluation import trees
+from evaluation.scores import score
 from model import Llama, LlamaConfig
 from text.tokenizer import load_tokenizer
 
@@ -33,46 +35,45 @@ def stories(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def items():
-    return {task: ef.load_items(task, str(need(f"data/{file}"))) for task, file in FILES.items()}
+    return {task: ef.load_questions(task, str(need(f"data/{file}"))) for task, file in FILES.items()}
 
 
 @pytest.fixture(scope="module")
 def mosaic(items):
-    rows = {task: ef.load_items(task, str(need(f"data/{file}"))) for task, file in MOSAIC.items()}
+    rows = {task: ef.load_questions(task, str(need(f"data/{file}"))) for task, file in MOSAIC.items()}
     return {"hellaswag": items["hellaswag"], **rows}
 
 
-def judged(llama, items, prompts, style, ids, batch_tokens=1024):
-    records = {}
-    work = ef.judging(llama, items, lambda i, style: prompts(i), (style,), batch_tokens)
-    work(list(ids), lambda i, record: records.__setitem__(i, record[style]))
-    return records
+def judged(stories, exam, style, ids, batch_tokens=1024):
+    """{i: the style's part of the record of question i}"""
+    llama, tok = stories
+    return {i: record[style] for i, record in ef.judge_questions(llama, tok, exam, ids, batch_tokens)}
 
 
 # ----------------------------------------------------------------------------- the original tools
 @pytest.mark.parametrize("number", range(12))
 def test_golden(number, stories, items, mosaic):
     run = golden("forgetting")["runs"][number]
-    llama, tok = stories
+    _, tok = stories
     task, few = run["task"], run["num_fewshot"]
-    delimiter = ef.DELIMITER[task]
+    delimiter = ef.TASKS[task].delimiter
     if run["flavour"] == "lm-eval":
         rows, style, key = items[task], "lm_eval", "doc_id"
-        pool = ef.load_items(task, str(need("data/arc-challenge/ARC-Challenge-validation.jsonl"))) if few else []
+        pool = ef.load_questions(task, str(need("data/arc-challenge/ARC-Challenge-validation.jsonl"))) if few else []
         shots = ef.lm_eval_shots_from(pool, rows, few, task)
         bos, limit, most = run["add_bos_token"], run["max_length"], run["max_length"] + 1
-        prompts = lambda i: ef.lm_eval_sequences(rows[i], shots[i], delimiter, tok, bos, limit)
     else:
         rows, style, key = mosaic[task], "gauntlet", "row"
         rows = rows[:200] if task == "hellaswag" and few else rows
         assert delimiter == run["continuation_delimiter"]
-        shots, most = ef.gauntlet_shots(rows, few, run["fewshot_random_seed"]), run["max_seq_len"]
-        prompts = lambda i: ef.gauntlet_sequences(rows[i], shots[i], delimiter, tok, True, most)
-    records = judged(llama, rows, prompts, style, [item[key] for item in run["items"]])
+        shots = ef.gauntlet_shots(rows, few, run["fewshot_random_seed"])
+        bos, limit, most = True, run["max_seq_len"], run["max_seq_len"]
+    exam = ef.Exam(rows, delimiter, {style: shots}, {style: bos}, limit)
+    records = judged(stories, exam, style, [item[key] for item in run["items"]])
     right = {"sum": 0, "per_char": 0, "per_token": 0}
     for item in run["items"]:
         i = item[key]
-        record, (sequences, _) = records[i], prompts(i)
+        record, (sequences, _) = records[i], exam.put(i, style, tok)
         if style == "lm_eval":
             contexts = item.get("contexts", [item.get("context")] * len(sequences))
             texts = list(zip(contexts, item["continuations"]))
@@ -108,11 +109,11 @@ MMLU = [{"question": " What is 1 + 1?\n", "choices": ["1", "2", "3", "4"], "answ
 def test_mmlu_prompt(stories):
     """lm-eval 0.4.2's text for MMLU, as its code made it: description, shots of the subject, first come first, letters."""
     _, tok = stories
-    test, dev, other = (ef.to_item("mmlu", record) for record in MMLU)
+    test, dev, other = (ef.mmlu_question(record) for record in MMLU)
     [shots] = ef.lm_eval_shots_from([other, dev, dev], [test], 1, "mmlu")
     with pytest.raises(ValueError, match="holds 2 of abstract_algebra"):
         ef.lm_eval_shots_from([other, dev, dev], [test], 3, "mmlu")
-    sequences, _ = ef.lm_eval_sequences(test, shots, ef.DELIMITER["mmlu"], tok)
+    sequences, _ = ef.lm_eval_sequences(test, shots, ef.TASKS["mmlu"].delimiter, tok, False, 2048)
     front = ("The following are multiple choice questions (with answers) about abstract algebra.\n"
              "Which is prime?\nA. 7\nB. 8\nC. 9\nD. 10\nAnswer: A\n\nWhat is 1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:")
     assert [tok.decode(ids) for ids, _ in sequences] == [f"{front} {letter}" for letter in "ABCD"]
@@ -149,7 +150,7 @@ def test_trees_score_what_plain_passes_score(small, groups):
     small.compute_dtype = torch.float64
     groups = [[(ids, min(scored, len(ids) - 1)) for ids, scored in group] for group in groups]
     with torch.no_grad():
-        for group, found in zip(groups, ef.score_sequences(small, groups)):
+        for group, found in zip(groups, trees.score_sequences(small, groups)):
             for (ids, scored), values in zip(group, found):
                 logp = small(torch.tensor([ids]))[0][0].log_softmax(-1)
                 expected = [logp[t - 1, ids[t]].item() for t in range(len(ids) - scored, len(ids))]
@@ -159,11 +160,11 @@ def test_trees_score_what_plain_passes_score(small, groups):
 def test_a_beginning_is_computed_once(small, monkeypatch):
     shared = [1, 2, 3, 4, 5, 6, 7]
     group = [(shared + end, len(end)) for end in ([8, 9], [8, 10, 11], [12], [8, 9])]
-    tree = ef.make_tree([ids[:-1] for ids, _ in group])
+    tree = trees.make_tree([ids[:-1] for ids, _ in group])
     assert tree.tokens == shared + [8, 10] and tree.parents[-2:] == [6, 7]
     rows = []
     monkeypatch.setattr(small, "head", lambda x, head=small.head: rows.append(len(x)) or head(x))
-    found = ef.score_sequences(small, [group])[0]
+    found = trees.score_sequences(small, [group])[0]
     assert rows == [3]  # after the shared part, after 8, after 10
     assert found[0] == found[3] and len(found[1]) == 3
 
@@ -172,16 +173,16 @@ def test_bundles_take_neighbours_that_share_much():
     shots = list(range(20))
     asked = [(i, [(shots + [30 + i, letter], 1) for letter in (1, 2)]) for i in range(5)]
     asked += [(5, [([9] * 10, 1)]), (6, [([9] * 3 + [8] * 8, 1)]), (7, [([9] * 3 + [8] + [7] * 7, 1)])]
-    ids = lambda most: [[i for i, _ in group] for group, _ in ef.bundle(asked, most)]
+    ids = lambda most: [[i for i, _ in tree.members] for tree in trees.bundle(asked, most)]
     assert ids(1000) == [[0, 1, 2, 3, 4], [5], [6, 7]]  # 3 of 10 nodes are less than a third, 4 are more
-    assert [size for _, size in ef.bundle(asked, 1000)] == [25, 9, 16]
+    assert [tree.size for tree in trees.bundle(asked, 1000)] == [25, 9, 16]
     assert ids(22) == [[0, 1], [2, 3], [4], [5], [6, 7]] and ids(15)[-2:] == [[6], [7]]
 
 
 def test_equal_choices_go_to_the_first():
-    record = ef.judge([[-1.0, -1.0], [-2.0], [-1.0, -1.0]], [4, 4, 4])
+    record = ef.judge_choices([[-1.0, -1.0], [-2.0], [-1.0, -1.0]], [4, 4, 4])
     assert record["sum"] == record["per_char"] == 0 and record["per_token"] == 0
-    assert ef.judge([[-3.0], [-2.0, -2.0]], [1, 8]) == {"per_token": 1, "sum": 0, "per_char": 1, "logprobs": [-3.0, -4.0],
+    assert ef.judge_choices([[-3.0], [-2.0, -2.0]], [1, 8]) == {"per_token": 1, "sum": 0, "per_char": 1, "logprobs": [-3.0, -4.0],
                                                         "tokens": [1, 2]}
 
 
@@ -236,7 +237,7 @@ def test_script(whole):
     assert found["value"] == pytest.approx(sum(means) / 3) and found["n"] == 36
     assert found["stderr"] == pytest.approx(math.sqrt(sum(errors)) / 3)
     values = [json.loads(line) for line in (out / "values.jsonl").read_text().splitlines()]
-    of_mean = ef.score(next(line["values"] for line in values if line["metric"] == "forgetting"))
+    of_mean = score(next(line["values"] for line in values if line["metric"] == "forgetting"))
     assert of_mean[0] == pytest.approx(found["value"]) and of_mean[1] == pytest.approx(found["stderr"], rel=0.05)
     assert f"forgetting: {found['value']:.4f} +- {found['stderr']:.4f}" in stdout
     assert found["settings"]["dtype"] == "float32" and found["settings"]["winogrande_shots"] == 5
