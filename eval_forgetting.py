@@ -9,8 +9,8 @@ Stage 3: what a model has forgotten of HellaSwag, ARC-Challenge and WinoGrande (
 Each choice of a question is put behind it, and the model's likelihood of the choice is its score:
 
                    BOS shots  question: A man sits on a roof. He |
-      choice 0                                                   | is ripping tiles off.   -1.2 a token
-      choice 1                                                   | plays the piano.        -2.9
+      choice 0                                                   | is ripping tiles.  -1.2 a token
+      choice 1                                                   | plays the piano.   -2.9
                                                    right if the best choice is the gold one
 
 There are two ways (styles) to write this down and to take the best, both scored in one pass:
@@ -23,12 +23,12 @@ There are two ways (styles) to write this down and to take the best, both scored
 
 The metric `forgetting` is the unweighted mean of the gauntlet's accuracies of the three tasks.
 TASK_loss (not of MMLU), the gauntlet's nats a token of the gold choice, is finer than an accuracy.
-BOS stands in front in the gauntlet (knob bos), not in lm_eval (knob lm_eval_bos), as in those tools.
-A prompt that is too long (max_seq_len) loses its beginning, BOS included; the items are counted.
+BOS stands in front in the gauntlet (knob bos), not in lm_eval (knob lm_eval_bos), as in those
+tools. A prompt that is too long (knob max_seq_len) loses its beginning, BOS included; how many
+items did is printed, and stands in their records as `cut`.
 Beginnings that sequences share are computed once: see evaluation/trees.py.
 """
 import math
-import random
 import re
 import time
 from typing import Callable, NamedTuple
@@ -36,6 +36,7 @@ from typing import Callable, NamedTuple
 from configurator import configure, knob_table
 from evaluation.evals import digest, load_for_eval, open_items, read_items, start_ranks
 from evaluation.scores import write_mean, write_result
+from evaluation.shots import gauntlet_shots, lm_eval_shots_from, lm_eval_shots_of_subject
 from evaluation.trees import batches, bundle, score_sequences
 from runtime import device_name, one_line_errors, pick_dtype, print0
 
@@ -53,7 +54,7 @@ hellaswag = 'hf://datasets/Rowan/hellaswag/data/validation-00000-of-00001.parque
 arc_challenge = 'hf://datasets/allenai/ai2_arc/ARC-Challenge/test-00000-of-00001.parquet'
 winogrande = 'hf://datasets/allenai/winogrande/winogrande_xl/validation-00000-of-00001.parquet'
 mmlu = 'hf://datasets/cais/mmlu/all/test-00000-of-00001.parquet'
-# gauntlet; the shots are those of its versions 0.2 and 0.3 (0.1: 10, 10, 0, 10), the paper names none
+# gauntlet; shots as in its versions 0.2 and 0.3 (0.1: 10, 10, 0, 10), the paper names none
 hellaswag_shots = 0
 arc_challenge_shots = 3
 winogrande_shots = 5
@@ -62,10 +63,10 @@ shot_seed = 1234
 bos = True               # as Llama's tokenizers put it; False for models without (SmolLM2, GPT-2)
 # lm_eval
 lm_eval_shots = 0
-lm_eval_shot_data = ''   # the file they come from (train split; MMLU: dev), of the one task in `tasks`
+lm_eval_shot_data = ''   # where they come from (train split; MMLU: dev), of the one task in `tasks`
 lm_eval_bos = False      # lm-eval 0.4.2 sends none unless told to
 # both
-max_seq_len = 0          # longer prompts lose their beginning; 0 = the model's max_position_embeddings
+max_seq_len = 0          # longer prompts lose their beginning; 0 = what the model can read
 # machine; changes rounding at most
 batch_tokens = 4096      # distinct tokens in one pass
 device = 'auto'          # auto | cpu | cuda | cuda:N
@@ -83,7 +84,7 @@ WINDOW = 2048            # questions whose prompts are held in memory at once
 # To add a task: a knob for its data and one for its shots (NAME, NAME_shots) and its name in
 # _choices above; a function from its record to a Question, and a line of TASKS below.
 class Question(NamedTuple):
-    """One context and several continuations, or (WinoGrande) several contexts and one continuation."""
+    """One context and several continuations, or several contexts and one (WinoGrande)."""
     contexts: tuple
     continuations: tuple
     gold: int
@@ -100,7 +101,7 @@ class Question(NamedTuple):
         return self.contexts if len(self.contexts) > 1 else self.continuations
 
     def chars(self, style):
-        """Characters of each choice: lm-eval counts those of what differs, the gauntlet the scored."""
+        """Characters of each choice: lm-eval counts what differs, else it is what is scored."""
         if style == "lm_eval":
             return [len(text) for text in self.choices]
         return [len(end) for _, end in self.pairs]
@@ -108,7 +109,8 @@ class Question(NamedTuple):
 
 def foundry_question(row):
     """Of a row of LLM Foundry's files for tasks with one context."""
-    return Question((row["query"].strip(),), tuple(row["choices"]), row["gold"], row.get("category", ""))
+    contexts = (row["query"].strip(),)
+    return Question(contexts, tuple(row["choices"]), row["gold"], row.get("category", ""))
 
 
 def hellaswag_question(record):
@@ -157,7 +159,7 @@ class Task(NamedTuple):
     question: Callable         # a record of the data -> Question
     delimiter: str             # between context and continuation
     acc_norm: bool = False     # lm-eval has it of this task
-    spare_shot: bool = False   # lm-eval draws one shot more than it uses: no split for tests or shots
+    spare_shot: bool = False   # lm-eval draws one more than it uses (no split for tests or shots)
     by_subject: bool = False   # shots are of the subject; the accuracy is the mean over subjects
 
 
@@ -177,14 +179,14 @@ def load_questions(task, source):
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as e:
             problem = f"no {e}" if isinstance(e, KeyError) else e
             fields = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise ValueError(f"{task}: {source}, record {number}: not an item of {task} ({problem}); "
-                             f"fields found: {fields}") from None
+            raise ValueError(f"{task}: {source}, record {number}: not an item of {task} "
+                             f"({problem}); fields found: {fields}") from None
         questions.append(question)
     return questions
 
 
 def check_question(question):
-    """Raises ValueError for an empty text, less than two choices, or a gold that is none of them."""
+    """Raises ValueError for an empty text, a single choice, or a gold that is none of them."""
     texts = question.contexts + question.continuations
     has_texts = all(isinstance(text, str) and text for text in texts)
     count = len(question.choices)
@@ -192,61 +194,20 @@ def check_question(question):
         raise ValueError(f"{count} choices, gold {question.gold!r}")
 
 
-# ----------------------------------------------------------------------------- shots
-def gauntlet_shots(questions, shots, seed):
-    """For each question its shots, drawn from the questions of the same subject."""
-    by_subject = {}
-    for i, question in enumerate(questions):
-        by_subject.setdefault(question.subject, []).append(i)
-    drawn = [None] * len(questions)
-    for members in by_subject.values():
-        of_members = gauntlet_shot_indices(len(members), shots, seed)
-        for i, indices in zip(members, of_members):
-            drawn[i] = [questions[members[index]] for index in indices]
+# ----------------------------------------------------------------------------- shots and prompts
+def draw_shots_of_styles(styles, task, questions, shots, shot_seed, pool, lm_eval_count):
+    """{style: for each question its shots}; the gauntlet's come from the questions themselves."""
+    drawn = {}
+    for style in styles:
+        if style == "gauntlet":
+            drawn[style] = gauntlet_shots(questions, shots, shot_seed)
+        elif task.by_subject:
+            drawn[style] = lm_eval_shots_of_subject(pool, questions, lm_eval_count)
+        else:
+            drawn[style] = lm_eval_shots_from(pool, questions, lm_eval_count, task.spare_shot)
     return drawn
 
 
-def gauntlet_shot_indices(count, shots, seed):
-    """For each of `count` questions the indices of its shots, as LLM Foundry draws them: in the
-    order of a set of ints, and another one where a question drew itself."""
-    rng = random.Random(seed)
-    shots = min(count - 1, shots)
-    drawn = []
-    for index in range(count):
-        chosen = set(rng.sample(range(count), shots)) if shots else set()
-        if index in chosen:
-            chosen.remove(index)
-            while len(chosen) < shots:
-                other = rng.choice(range(count))
-                if other != index:
-                    chosen.add(other)
-        drawn.append(list(chosen))
-    return drawn
-
-
-def lm_eval_shots_from(pool, questions, shots, task):
-    """For each question its shots out of `pool`, as lm-eval draws them: one stream through all
-    questions; MMLU takes the first of the subject. Raises ValueError for a pool with too few."""
-    if TASKS[task].by_subject:
-        return [first_of_subject(pool, question.subject, shots) for question in questions]
-    if not shots:
-        return [[] for _ in questions]
-    asked = shots + TASKS[task].spare_shot
-    if asked > len(pool):
-        raise ValueError(f"lm_eval_shots={shots}: lm_eval_shot_data holds {len(pool)} items, "
-                         f"expected {asked}")
-    rng = random.Random(1234)
-    return [rng.sample(pool, asked)[:shots] for _ in questions]
-
-
-def first_of_subject(pool, subject, shots):
-    some = [question for question in pool if question.subject == subject]
-    if len(some) < shots:
-        raise ValueError(f"lm_eval_shots={shots}: lm_eval_shot_data holds {len(some)} of {subject}")
-    return some[:shots]
-
-
-# ----------------------------------------------------------------------------- prompts
 def gauntlet_sequences(question, shots, delimiter, tok, bos, max_len):
     """[(ids, how many at their end are scored)] of the choices, and how many were cut on the left.
 
@@ -256,6 +217,7 @@ def gauntlet_sequences(question, shots, delimiter, tok, bos, max_len):
     front = tok.encode(preamble)
     if bos:
         front = [tok.bos_id] + front
+
     # a vocabulary of words that begin with their blank wants one before a choice
     spaced = len(tok.encode(" a")) == 1
     sequences = []
@@ -311,9 +273,6 @@ def cut_sequences(sequences, most):
 
 
 # ----------------------------------------------------------------------------- judgement
-SEQUENCES = {"gauntlet": gauntlet_sequences, "lm_eval": lm_eval_sequences}
-
-
 class Exam(NamedTuple):
     """A task's questions and how they are put. What is a dict has an entry for each style."""
     questions: list
@@ -324,8 +283,9 @@ class Exam(NamedTuple):
 
     def put(self, i, style, tok):
         """(sequences, how many were cut) of question i."""
-        return SEQUENCES[style](self.questions[i], self.shots[style][i], self.delimiter, tok,
-                                self.bos[style], self.max_len)
+        make = gauntlet_sequences if style == "gauntlet" else lm_eval_sequences
+        return make(self.questions[i], self.shots[style][i], self.delimiter, tok, self.bos[style],
+                    self.max_len)
 
 
 def judge_questions(llama, tok, exam, ids, batch_tokens):
@@ -345,22 +305,24 @@ def judge_questions(llama, tok, exam, ids, batch_tokens):
             groups = []
             for tree in batch:
                 groups.append([sequence for _, sequences in tree.members for sequence in sequences])
-            scored = score_sequences(llama, groups)
-            # each question takes its part of a tree's log-probabilities
-            for tree, logprobs in zip(batch, scored):
-                logprobs = iter(logprobs)
-                for i, _ in tree.members:
-                    question = exam.questions[i]
-                    record = {"subject": question.subject, "gold": question.gold}
-                    for style in exam.shots:
-                        of_choices = [next(logprobs) for _ in question.pairs]
-                        verdict = judge_choices(of_choices, question.chars(style))
-                        record[style] = {**verdict, "cut": cut[i, style]}
-                    yield i, record
+            for tree, logprobs in zip(batch, score_sequences(llama, groups)):
+                yield from records_of_tree(exam, tree.members, iter(logprobs), cut)
+
+
+def records_of_tree(exam, members, logprobs, cut):
+    """Yield (i, record) of the questions of a tree; each takes its part of the log-probabilities."""
+    for i, _ in members:
+        question = exam.questions[i]
+        record = {"subject": question.subject, "gold": question.gold}
+        for style in exam.shots:
+            of_choices = [next(logprobs) for _ in question.pairs]
+            verdict = judge_choices(of_choices, question.chars(style))
+            record[style] = {**verdict, "cut": cut[i, style]}
+        yield i, record
 
 
 def judge_choices(logprobs, chars):
-    """One style's part of a record, from each choice's log-probabilities of tokens and characters."""
+    """One style's part of a record; logprobs: of each choice's tokens, chars: its characters."""
     sums = [math.fsum(values) for values in logprobs]
     tokens = [len(values) for values in logprobs]
     per_token = [total / count for total, count in zip(sums, tokens)]
@@ -393,6 +355,7 @@ def write_task(subject, task, records, settings, seconds):
         if count:
             print0(f"{task}, {style}: {count} of {len(records)} items lost their beginning to "
                    f"max_seq_len={settings['max_seq_len']}")
+    # the gauntlet's
     right = []
     if "gauntlet" in settings["styles"]:
         right = [is_right(record, "gauntlet", "per_token") for record in records]
@@ -405,6 +368,7 @@ def write_task(subject, task, records, settings, seconds):
             write_result(subject, task, right, settings, seconds)
             losses = [gold_loss(record) for record in records]
             write_result(subject, f"{task}_loss", losses, settings, seconds)
+    # lm-eval's
     if "lm_eval" in settings["styles"]:
         acc = [is_right(record, "lm_eval", "sum") for record in records]
         write_result(subject, f"{task}_acc", acc, settings, seconds)
@@ -424,8 +388,8 @@ def write_forgetting(subject, right, settings, seconds):
     """The forgetting number of a run; right: {task: the gauntlet's right and wrong}."""
     missing = [task for task in FORGETTING if not right.get(task)]
     if missing:
-        print0(f"no forgetting number: that is the mean of {', '.join(FORGETTING)} in the gauntlet's "
-               "style")
+        print0(f"no forgetting number: that is the mean of {', '.join(FORGETTING)} in the "
+               "gauntlet's style")
         return
     write_mean(subject, "forgetting", [right[task] for task in FORGETTING], settings, seconds)
 
@@ -490,19 +454,21 @@ if __name__ == "__main__":
             started = time.perf_counter()
             of_task = questions[task]
             shots = config[f"{task}_shots"]
-            drawn = {"gauntlet": gauntlet_shots(of_task, shots, shot_seed),
-                     "lm_eval": lm_eval_shots_from(pool, of_task, lm_eval_shots, task)}
-            drawn = {style: drawn[style] for style in styles}
+            # what is asked, and how
+            drawn = draw_shots_of_styles(styles, TASKS[task], of_task, shots, shot_seed, pool,
+                                         lm_eval_shots)
             exam = Exam(of_task, TASKS[task].delimiter, drawn, has_bos, max_len)
             print_first_prompts(task, exam, tok)
             settings = {"task": task, "items": digest(of_task), "styles": styles,
                         "shots": shots, "shot_seed": shot_seed, "bos": bos,
                         "lm_eval_shots": lm_eval_shots, "lm_eval_shots_from": digest(pool),
                         "lm_eval_bos": lm_eval_bos, "max_seq_len": max_len}
+            # the answers
             ids = range(len(of_task))[:limit or None]
             items = open_items(subject, f"{name}_{task}", ids, settings, running_score)
             for i, record in judge_questions(subject.model, tok, exam, items.todo, batch_tokens):
                 items.finish(i, record)
+            # the scores
             records = list(items.close().values())
             seconds = time.perf_counter() - started
             right[task] = write_task(subject, task, records, {**config, **settings}, seconds)

@@ -151,7 +151,7 @@ def cut_answer(tok, new, stop):
 
 
 def fastchat_line(record, model_id):
-    """An answer as FastChat's gen_model_answer.py writes it, but for the id: random there, a hash."""
+    """An answer as FastChat's gen_model_answer.py writes it; its id, random there, is a hash."""
     text = f"{model_id} {record['question_id']} {record['turns']}"
     answer_id = hashlib.sha256(text.encode()).hexdigest()[:22]
     return {"question_id": record["question_id"], "answer_id": answer_id, "model_id": model_id,

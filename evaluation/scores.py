@@ -27,12 +27,14 @@ def score(values):
     # of the mean: the sample's deviation, with n - 1 below it, over sqrt(n)
     stderr = 0.0
     if n > 1:
-        squares = math.fsum((v - mean) ** 2 for v in values)
-        stderr = math.sqrt(squares / (n - 1) / n)
+        squares = [(value - mean) ** 2 for value in values]
+        variance = math.fsum(squares) / (n - 1)
+        stderr = math.sqrt(variance / n)
 
     # 95% of a normal distribution lie within 1.96 deviations
     z = 1.96
-    if any(v not in (0, 1) for v in values):
+    is_share = all(value in (0, 1) for value in values)
+    if not is_share:
         low = mean - z * stderr
         high = mean + z * stderr
         return mean, stderr, low, high
@@ -59,12 +61,14 @@ def write_mean(subject, metric, groups, settings, seconds):
 
     Its interval is +- 1.96 errors; the values of items are made to have this mean and error."""
     scores = [score(values) for values in groups]
-    mean = sum(scored[0] for scored in scores) / len(scores)
-    stderr = math.sqrt(sum(scored[1] ** 2 for scored in scores)) / len(scores)
+    means = [scored[0] for scored in scores]
+    variances = [scored[1] ** 2 for scored in scores]
+    mean = sum(means) / len(groups)
+    stderr = math.sqrt(sum(variances)) / len(groups)
     # an item of a small list weighs more
     total = sum(len(values) for values in groups)
     of_items = []
-    for (group_mean, *_), values in zip(scores, groups):
+    for group_mean, values in zip(means, groups):
         for value in values:
             excess = value - group_mean
             of_items.append(mean + excess * total / len(groups) / len(values))
@@ -75,7 +79,7 @@ def write_mean(subject, metric, groups, settings, seconds):
 def with_identity(subject, settings):
     """The settings as JSON holds them, with what is judged.
 
-    Where a knob is named as a part of the subject's identity (model, adapter, dtype, tokenizer), the
+    Where a knob has the name of a part of its identity (model, adapter, dtype, tokenizer), the
     identity wins: the knob may say 'auto', or name a checkpoint for its base and adapter."""
     return json.loads(json.dumps({**settings, **subject.identity}))
 
@@ -90,7 +94,7 @@ def json_lines(path):
 def write_score(subject, metric, scored, values, settings, seconds):
     """Print a metric and append it to results.jsonl, and the items' values to values.jsonl.
 
-    scored: as score() returns it; settings: every knob, to which the subject's identity is added."""
+    scored: as score() returns it; settings: every knob; the subject's identity is added."""
     mean, stderr, low, high = scored
     n = len(values)
     interval = f"({low:.4f} to {high:.4f} with 95%)"

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import eval_forgetting as ef
 from evaluation import trees
 from evaluation.scores import score
+from evaluation.shots import gauntlet_shots, lm_eval_shots_from, lm_eval_shots_of_subject
 from model import Llama, LlamaConfig
 from text.tokenizer import load_tokenizer
 
@@ -60,13 +61,13 @@ def test_golden(number, stories, items, mosaic):
     if run["flavour"] == "lm-eval":
         rows, style, key = items[task], "lm_eval", "doc_id"
         pool = ef.load_questions(task, str(need("data/arc-challenge/ARC-Challenge-validation.jsonl"))) if few else []
-        shots = ef.lm_eval_shots_from(pool, rows, few, task)
+        shots = lm_eval_shots_from(pool, rows, few, ef.TASKS[task].spare_shot)
         bos, limit, most = run["add_bos_token"], run["max_length"], run["max_length"] + 1
     else:
         rows, style, key = mosaic[task], "gauntlet", "row"
         rows = rows[:200] if task == "hellaswag" and few else rows
         assert delimiter == run["continuation_delimiter"]
-        shots = ef.gauntlet_shots(rows, few, run["fewshot_random_seed"])
+        shots = gauntlet_shots(rows, few, run["fewshot_random_seed"])
         bos, limit, most = True, run["max_seq_len"], run["max_seq_len"]
     exam = ef.Exam(rows, delimiter, {style: shots}, {style: bos}, limit)
     records = judged(stories, exam, style, [item[key] for item in run["items"]])
@@ -110,26 +111,26 @@ def test_mmlu_prompt(stories):
     """lm-eval 0.4.2's text for MMLU, as its code made it: description, shots of the subject, first come first, letters."""
     _, tok = stories
     test, dev, other = (ef.mmlu_question(record) for record in MMLU)
-    [shots] = ef.lm_eval_shots_from([other, dev, dev], [test], 1, "mmlu")
+    [shots] = lm_eval_shots_of_subject([other, dev, dev], [test], 1)
     with pytest.raises(ValueError, match="holds 2 of abstract_algebra"):
-        ef.lm_eval_shots_from([other, dev, dev], [test], 3, "mmlu")
+        lm_eval_shots_of_subject([other, dev, dev], [test], 3)
     sequences, _ = ef.lm_eval_sequences(test, shots, ef.TASKS["mmlu"].delimiter, tok, False, 2048)
     front = ("The following are multiple choice questions (with answers) about abstract algebra.\n"
              "Which is prime?\nA. 7\nB. 8\nC. 9\nD. 10\nAnswer: A\n\nWhat is 1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:")
     assert [tok.decode(ids) for ids, _ in sequences] == [f"{front} {letter}" for letter in "ABCD"]
     assert all(tok.decode(ids[-scored:]).strip() == letter for (ids, scored), letter in zip(sequences, "ABCD"))
     assert (test.gold, other.gold) == (1, 3)
-    drawn = ef.gauntlet_shots([test, other, dev], 5, 1234)  # within the subject, without itself
+    drawn = gauntlet_shots([test, other, dev], 5, 1234)  # within the subject, without itself
     assert drawn == [[dev], [], [test]]
 
 
 def test_lm_eval_draws_one_more_where_it_has_no_test_split():
     """Its sampler asks for one more than it uses if the splits for shots and tests are the same; both unset are, too."""
     pool, tests = list(range(20)), [None] * 3
-    assert ef.lm_eval_shots_from(pool, tests, 2, "winogrande") == [[14, 3], [2, 18], [2, 3]]
-    assert ef.lm_eval_shots_from(pool, tests, 2, "arc_challenge") == [[14, 3], [0, 2], [18, 1]]
+    assert lm_eval_shots_from(pool, tests, 2, ef.TASKS["winogrande"].spare_shot) == [[14, 3], [2, 18], [2, 3]]
+    assert lm_eval_shots_from(pool, tests, 2, ef.TASKS["arc_challenge"].spare_shot) == [[14, 3], [0, 2], [18, 1]]
     with pytest.raises(ValueError, match="holds 20 items, expected 21"):
-        ef.lm_eval_shots_from(pool, tests, 20, "hellaswag")
+        lm_eval_shots_from(pool, tests, 20, ef.TASKS["hellaswag"].spare_shot)
 
 
 # ----------------------------------------------------------------------------- trees
