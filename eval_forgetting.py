@@ -117,8 +117,9 @@ def hellaswag_question(record):
     if "query" in record:
         return foundry_question(record)
     context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
+    context = clean_hellaswag(context)
     endings = [clean_hellaswag(text) for text in record["endings"]]
-    return Question((clean_hellaswag(context),), tuple(endings), int(record["label"]))
+    return Question((context,), tuple(endings), int(record["label"]))
 
 
 def clean_hellaswag(text):
@@ -130,10 +131,11 @@ def clean_hellaswag(text):
 def arc_question(record):
     if "query" in record:
         return foundry_question(record)
+    context = f"Question: {record['question']}"
     texts = record["choices"]["text"]
     labels = list(record["choices"]["label"])
     gold = labels.index(record["answerKey"])
-    return Question((f"Question: {record['question']}",), tuple(texts), gold)
+    return Question((context,), tuple(texts), gold)
 
 
 def winogrande_question(record):
@@ -143,7 +145,8 @@ def winogrande_question(record):
         return Question(contexts, (record["continuation"].strip(),), record["gold"])
     before, after = record["sentence"].split("_", 1)
     contexts = (before + record["option1"], before + record["option2"])
-    return Question(contexts, (after.strip(),), ("1", "2").index(str(record["answer"])))
+    gold = ("1", "2").index(str(record["answer"]))
+    return Question(contexts, (after.strip(),), gold)
 
 
 def mmlu_question(record):
@@ -152,7 +155,8 @@ def mmlu_question(record):
     lines = [record["question"].strip()]
     for letter, choice in zip(LETTERS, record["choices"], strict=True):
         lines.append(f"{letter}. {choice}")
-    return Question(("\n".join(lines),), tuple(LETTERS), int(record["answer"]), record["subject"])
+    context = "\n".join(lines)
+    return Question((context,), tuple(LETTERS), int(record["answer"]), record["subject"])
 
 
 class Task(NamedTuple):
@@ -163,10 +167,12 @@ class Task(NamedTuple):
     by_subject: bool = False   # shots are of the subject; the accuracy is the mean over subjects
 
 
-TASKS = {"hellaswag": Task(hellaswag_question, " ", acc_norm=True, spare_shot=True),
-         "arc_challenge": Task(arc_question, "\nAnswer: ", acc_norm=True),
-         "winogrande": Task(winogrande_question, " ", spare_shot=True),
-         "mmlu": Task(mmlu_question, "\nAnswer: ", by_subject=True)}
+TASKS = {
+    "hellaswag": Task(hellaswag_question, " ", acc_norm=True, spare_shot=True),
+    "arc_challenge": Task(arc_question, "\nAnswer: ", acc_norm=True),
+    "winogrande": Task(winogrande_question, " ", spare_shot=True),
+    "mmlu": Task(mmlu_question, "\nAnswer: ", by_subject=True),
+}
 
 
 def load_questions(task, source):
@@ -310,7 +316,7 @@ def judge_questions(llama, tok, exam, ids, batch_tokens):
 
 
 def records_of_tree(exam, members, logprobs, cut):
-    """Yield (i, record) of the questions of a tree; each takes its part of the log-probabilities."""
+    """Yield (i, record) of a tree's questions; each takes its part of the log-probabilities."""
     for i, _ in members:
         question = exam.questions[i]
         record = {"subject": question.subject, "gold": question.gold}

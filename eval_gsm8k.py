@@ -60,9 +60,8 @@ def read_questions(path, knob):
 
 
 def draw_shots(count, train_size, shots, seed=1234):
-    """Rows of the train set for each of `count` test items, a list of lists.
-
-    One stream of draws runs through the items in order, as in lm-eval's ContextSampler."""
+    """Rows of the train set for each of `count` test items, a list of lists: one stream of draws
+    runs through the items in order, as in lm-eval's ContextSampler."""
     rng = random.Random(seed)
     return [rng.sample(range(train_size), shots) for _ in range(count)]
 
@@ -124,6 +123,7 @@ def extract_flexible(text):
 
 def normalise(answer):
     """What the harness compares: no commas, dollars, text up to '#### ' or full stop at the end."""
+    # the harness's expressions, in its order
     for ignored in (",", r"\$", r"(?s).*#### ", r"\.$"):
         answer = re.sub(ignored, "", answer)
     return answer.lower()

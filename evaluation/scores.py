@@ -60,6 +60,7 @@ def write_mean(subject, metric, groups, settings, seconds):
     """As write_result, for the unweighted mean of the means of some lists.
 
     Its interval is +- 1.96 errors; the values of items are made to have this mean and error."""
+    # the means of the lists are independent
     scores = [score(values) for values in groups]
     means = [scored[0] for scored in scores]
     variances = [scored[1] ** 2 for scored in scores]
@@ -102,10 +103,16 @@ def write_score(subject, metric, scored, values, settings, seconds):
     if RANK:
         return
     settings = with_identity(subject, settings)
-    record = {"run": subject.run, "step": subject.step,
-              "tokens": subject.tokens, "epoch": subject.epoch,
-              "metric": metric, "value": mean, "stderr": stderr, "n": n,
+    record = {"run": subject.run,
+              "step": subject.step,
+              "tokens": subject.tokens,
+              "epoch": subject.epoch,
+              "metric": metric,
+              "value": mean,
+              "stderr": stderr,
+              "n": n,
               "settings": settings}
+    # two models are compared by these, item by item
     of_items = {"metric": metric, "step": subject.step, "values": list(values)}
 
     # a line that is there already comes from finished items that were judged again

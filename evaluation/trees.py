@@ -45,6 +45,7 @@ def make_tree(sequences, nodes=None):
             node = nodes.setdefault((node, token), len(nodes))
             path.append(node)
         paths.append(path)
+    # a dict keeps its order, so that node i is its i-th key
     tokens = [token for _, token in nodes]
     parents = [parent for parent, _ in nodes]
     return Tree(tokens, parents, paths)
@@ -73,7 +74,8 @@ def bundle(questions, batch_tokens):
         alone = len(make_tree(inputs).tokens)
         before = len(nodes)
         make_tree(inputs, nodes)
-        spared = alone - (len(nodes) - before)
+        added = len(nodes) - before
+        spared = alone - added
         if not bundles or 3 * spared < alone or len(nodes) > batch_tokens:
             # it begins a tree of its own
             nodes = {}
@@ -117,11 +119,14 @@ class TreeAttention:
                 if parent >= 0:
                     seen[row, node] |= seen[row, parent]
             count = len(tree.tokens)
-            depth.append(seen[row, :count].sum(1) - 1)
+            ancestors = seen[row, :count].sum(1) - 1
+            depth.append(ancestors)
             place.append(row * width + np.arange(count))
+        depth = np.concatenate(depth)
+        place = np.concatenate(place)
         self.seen = torch.from_numpy(seen)[:, None].to(device)
-        self.depth = torch.from_numpy(np.concatenate(depth)).to(device)  # position of each node
-        self.place = torch.from_numpy(np.concatenate(place)).to(device)  # of each, when padded
+        self.depth = torch.from_numpy(depth).to(device)  # position of each node in its sequence
+        self.place = torch.from_numpy(place).to(device)  # and among the padded ones
 
     def attend(self, layer, q, k, v):
         """q [nodes, 1, H, hd], k and v [nodes, 1, KV, hd] -> as q."""
@@ -130,9 +135,12 @@ class TreeAttention:
             k = k.repeat_interleave(groups, 2)
             v = v.repeat_interleave(groups, 2)
         share_keys = k.shape[2] < q.shape[2]
-        out = F.scaled_dot_product_attention(self.pad(q), self.pad(k), self.pad(v),
-                                             attn_mask=self.seen, enable_gqa=share_keys)
-        return out.transpose(1, 2).flatten(0, 1)[self.place][:, None]
+        q = self.pad(q)
+        k = self.pad(k)
+        v = self.pad(v)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.seen, enable_gqa=share_keys)
+        out = out.transpose(1, 2).flatten(0, 1)
+        return out[self.place][:, None]
 
     def pad(self, x):
         """[nodes, 1, heads, hd] -> [trees, heads, width, hd], zeros where there is no node."""
@@ -154,19 +162,22 @@ def score_sequences(llama, groups):
     # the hidden states of all nodes [nodes, D]
     attention = TreeAttention(trees, llama.device)
     tokens = [token for tree in trees for token in tree.tokens]
-    tokens = torch.tensor(tokens, device=llama.device)
-    hidden = llama.hidden(tokens[:, None], cache=attention, start=attention.depth)[:, 0]
+    tokens = torch.tensor(tokens, device=llama.device)[:, None]
+    hidden = llama.hidden(tokens, cache=attention, start=attention.depth)
+    hidden = hidden[:, 0]
 
     # the scored tokens, and the node before each
     nodes = []
     targets = []
-    start = 0
+    start = 0            # of the tree's nodes among all
     for tree, group in zip(trees, groups):
         for path, (ids, scored) in zip(tree.paths, group):
             nodes += [start + node for node in path[-scored:]]
             targets += ids[-scored:]
         start += len(tree.tokens)
-    values = log_probabilities(llama, hidden, torch.tensor(nodes), torch.tensor(targets))
+    nodes = torch.tensor(nodes)
+    targets = torch.tensor(targets)
+    values = log_probabilities(llama, hidden, nodes, targets)
 
     # back to groups and sequences
     values = iter(values.tolist())
@@ -192,6 +203,8 @@ def log_probabilities(llama, hidden, nodes, targets):
         precise = torch.promote_types(logits.dtype, torch.float32)
         logp = torch.log_softmax(logits, -1, dtype=precise)
         # those of the targets that follow one of these nodes
-        here = ((which >= first) & (which < first + step)).nonzero()[:, 0]
-        values[here] = logp[which[here] - first, targets[here]].double().cpu()
+        is_here = (which >= first) & (which < first + step)
+        here = is_here.nonzero()[:, 0]
+        rows = which[here] - first
+        values[here] = logp[rows, targets[here]].double().cpu()
     return values

@@ -180,6 +180,7 @@ def wait_for(child, folder=None):
 def open_the_way():
     """Where root's Python lies in a folder closed to others (/root), put an empty folder in its
     place that holds nothing but the way to that Python. Only the warden and its programs see it."""
+    # a handle on each home that lies in a closed folder
     handles = {}
     closed = set()
     for home in homes_of_python():
@@ -361,6 +362,7 @@ def warden():
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # closed to programs of the same user
     answer = run(order, "def f(): pass", "def check(f): f()", "f")
     try:
+        # the caller reads every answer before it sends another order
         while os.write(1, json.dumps(answer).encode() + b"\n"):
             line = sys.stdin.buffer.readline()
             if not line:
