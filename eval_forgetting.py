@@ -64,7 +64,7 @@ bos = True               # as Llama's tokenizers put it; False for models withou
 # lm_eval
 lm_eval_shots = 0
 lm_eval_shot_data = ''   # where they come from (train split; MMLU: dev), of the one task in `tasks`
-lm_eval_bos = False      # lm-eval 0.4.2 sends none unless told to
+lm_eval_bos = False      # lm-eval 0.4.2 sends none unless asked to
 # both
 max_seq_len = 0          # longer prompts lose their beginning; 0 = what the model can read
 # machine; changes rounding at most
@@ -75,7 +75,7 @@ _choices = {'tasks': ('hellaswag', 'arc_challenge', 'winogrande', 'mmlu'),
             'styles': ('gauntlet', 'lm_eval'),
             'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
-FORGETTING = ("hellaswag", "arc_challenge", "winogrande")  # of which `forgetting` is the mean
+FORGETTING = ("hellaswag", "arc_challenge", "winogrande")  # `forgetting` is their mean
 LETTERS = "ABCD"
 WINDOW = 2048            # questions whose prompts are held in memory at once
 
@@ -451,7 +451,8 @@ if __name__ == "__main__":
                              "--lm_eval_bos=False")
         has_bos = {"gauntlet": bos, "lm_eval": lm_eval_bos}
         print0(f"{subject.run} step {subject.step}, {subject.identity['dtype']}, "
-               f"{device_name(device)}, {tok.name}; BOS in front: {has_bos}")
+               f"{device_name(device)}, {tok.name}; BOS in front: gauntlet {bos}, "
+               f"lm_eval {lm_eval_bos}")
 
         # its answers, task by task
         right = {}

@@ -155,7 +155,8 @@ def place(judged, elsewhere, always=False):
     run = judged.resolve().parent.name if trained else judged.resolve().name
     folder = results = Path(elsewhere)
     if trained and not always:
-        folder, results = judged, judged.parent
+        folder = judged
+        results = judged.parent
     # train.py's log, if there is one, tells the epoch
     epoch = epoch_of(judged.parent / "log.jsonl", step)
     return Subject(None, None, run, step, trained.get("tokens"), epoch, folder,

@@ -39,7 +39,7 @@ def score(values):
         high = mean + z * stderr
         return mean, stderr, low, high
 
-    # Wilson's: the shares p of which the mean is 1.96 deviations sqrt(p (1 - p) / n) away
+    # Wilson's: the shares p that are 1.96 of their own deviations sqrt(p (1 - p) / n) from the mean
     shrink = 1 + z ** 2 / n
     centre = (mean + z ** 2 / 2 / n) / shrink
     variance = mean * (1 - mean) / n + z ** 2 / 4 / n ** 2

@@ -107,10 +107,11 @@ class TreeAttention:
 
     def __init__(self, trees, device):
         width = max(len(tree.tokens) for tree in trees)
-        # seen[row, node, other]: whether a node sees another; padding sees itself, so that no
+        # seen[row, node, other]: whether a node sees another; padding sees itself too, so that no
         # softmax is empty
         seen = np.zeros((len(trees), width, width), bool)
-        seen[:, range(width), range(width)] = True
+        itself = range(width)
+        seen[:, itself, itself] = True
         depth = []
         place = []
         for row, tree in enumerate(trees):
@@ -183,9 +184,10 @@ def score_sequences(llama, groups):
     values = iter(values.tolist())
     result = []
     for group in groups:
-        result.append([])
+        of_group = []
         for _, scored in group:
-            result[-1].append([next(values) for _ in range(scored)])
+            of_group.append([next(values) for _ in range(scored)])
+        result.append(of_group)
     return result
 
 

@@ -200,7 +200,7 @@ def open_the_way():
 
 
 # ----------------------------------------------------------------------------- programs
-def limit(order):
+def set_limits(order):
     """Limits and user of the process that is to become a program."""
     limits = {resource.RLIMIT_AS: order["memory"],
               resource.RLIMIT_CPU: int(order["timeout"]) + 1,
@@ -236,7 +236,7 @@ def start_program(order, text, pipe):
         for old, new in ((text, 0), (null, 1), (null, 2), (pipe, 3)):
             os.dup2(old, new)
         os.closerange(4, 256)
-        limit(order)
+        set_limits(order)
         os.execve(sys.executable, [sys.executable, "-I", "-B", "-c", BOOT], {})
     finally:
         os._exit(127)
@@ -277,8 +277,8 @@ def processes():
             pass
 
 
-def run(order, program, test, entry):
-    """(passed, result) of one program, of which nothing is left."""
+def run_limited(order, program, test, entry):
+    """(passed, result) of one program; nothing of it is left."""
     # what it reads: the secret and the three texts, in a file without a name
     secret = os.urandom(16)
     text = os.memfd_create("program")
@@ -360,14 +360,14 @@ def warden():
     else:
         enter_process_mode(order, root)
     call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # closed to programs of the same user
-    answer = run(order, "def f(): pass", "def check(f): f()", "f")
+    answer = run_limited(order, "def f(): pass", "def check(f): f()", "f")
     try:
         # the caller reads every answer before it sends another order
         while os.write(1, json.dumps(answer).encode() + b"\n"):
             line = sys.stdin.buffer.readline()
             if not line:
                 break
-            answer = run(order, **json.loads(line))
+            answer = run_limited(order, **json.loads(line))
     except BrokenPipeError:
         pass  # the caller is gone
     if order["mode"] != "full":

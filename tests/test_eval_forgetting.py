@@ -102,6 +102,12 @@ def test_original_records_are_the_rows_of_llm_foundry(items, mosaic):
     assert sum(a[:2] != b[:2] for a, b in pairs) == 7
 
 
+def test_every_task_has_a_line_in_the_table_and_its_knobs():
+    assert set(ef._choices["tasks"]) == set(ef.TASKS)
+    for task in ef.TASKS:
+        assert isinstance(getattr(ef, task), str) and isinstance(getattr(ef, f"{task}_shots"), int)
+
+
 MMLU = [{"question": " What is 1 + 1?\n", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "abstract_algebra"},
         {"question": "Which is prime?", "choices": ["7", "8", "9", "10"], "answer": 0, "subject": "abstract_algebra"},
         {"question": "Who wrote it?", "choices": ["I", "You", "He", "She"], "answer": "3", "subject": "world_history"}]
