@@ -157,7 +157,6 @@ def place(judged, elsewhere, always=False):
     if trained and not always:
         folder = judged
         results = judged.parent
-    # train.py's log, if there is one, tells the epoch
     epoch = epoch_of(judged.parent / "log.jsonl", step)
     return Subject(None, None, run, step, trained.get("tokens"), epoch, folder,
                    results / "results.jsonl", {})
@@ -165,8 +164,9 @@ def place(judged, elsewhere, always=False):
 
 def epoch_of(log, step):
     """Epochs done at a step by train.py's log.jsonl, to which steps are proportional; or None."""
-    if not step or not log.is_file():
+    if not step:
         return None
+    # the first line with an epoch will do; the last one may still be being written
     for record in json_lines(log):
         if record.get("epoch"):
             return record["epoch"] / record["step"] * step

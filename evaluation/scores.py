@@ -86,10 +86,10 @@ def with_identity(subject, settings):
 
 
 def json_lines(path):
-    """The objects of a .jsonl file, none where there is no file."""
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """Yield the objects of a .jsonl file, none where there is no file."""
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            yield json.loads(line)
 
 
 def write_score(subject, metric, scored, values, settings, seconds):

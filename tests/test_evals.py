@@ -275,3 +275,10 @@ def test_every_evaluation_says_the_same_of_what_it_judged(tmp_path):
     assert identity["model"] == str(base) and identity["adapter"] == str(tmp_path / "run/step_30")
     for line in lines:
         assert {key: line["settings"][key] for key in identity} == identity, line["metric"]
+
+
+def test_epoch_is_found_while_training_still_writes_its_log(tmp_path):
+    make_lora_checkpoint(tmp_path / "run" / "step_30", need("data/stories260k"))
+    with open(tmp_path / "run" / "log.jsonl", "a") as log:
+        log.write('{"step": 11, "ep')
+    assert load_for_eval(str(tmp_path / "run/step_30")).epoch == pytest.approx(1.5)
