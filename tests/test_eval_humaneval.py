@@ -178,6 +178,15 @@ def test_samples_are_drawn_whatever_the_batch_and_run_only_if_allowed(tmp_path, 
     assert lines["humaneval_pass@1"]["settings"]["temperature"] == 0.8 and 1 < lines["humaneval_unique"]["value"] <= 4
     assert len(read_done(tmp_path / "a/eval_humaneval_run.jsonl")) == 12
 
+    # the same samples as a file: what they were drawn with wins over this run's knobs
+    again = run(tmp_path, f"--samples={tmp_path / 'a/eval_humaneval.jsonl'}", "--limit=3", "--k=1",
+                "--allow_code_execution=True", "--workers=2", name="c")
+    assert again.returncode == 0, again.stderr
+    line = results(tmp_path / "c")["humaneval_pass@1"]
+    assert line["value"] == lines["humaneval_pass@1"]["value"]
+    assert line["settings"]["n_samples"] == 4 and line["settings"]["temperature"] == 0.8
+    assert line["settings"]["model"] == str(need("data/stories260k")) and line["settings"]["adapter"] == ""
+
 
 def test_greedy_answers_are_the_same_together_and_alone(tmp_path):
     argv = ["--limit=3", "--n_samples=1", "--temperature=0", "--max_length=230"]
