@@ -1,31 +1,39 @@
-"""
-Stage 3, learning: HumanEval as bigcode-evaluation-harness asks and cuts it, pass@k, and diversity of the samples.
+r"""
+Stage 3, learning: HumanEval as bigcode-evaluation-harness asks and cuts it; pass@k and diversity.
 
-    python eval_humaneval.py --model=out/code-r16/step_200 --data=HumanEval.jsonl.gz --allow_code_execution=True
-    python eval_humaneval.py --model=models/llama2-7b --mode=passk         # samples only: eval_humaneval.jsonl
-    python eval_humaneval.py --samples=out/code-r16/step_200/eval_humaneval.jsonl --allow_code_execution=True
+    python eval_humaneval.py --model=out/code-r16/step_200 --allow_code_execution=True
+    python eval_humaneval.py --model=models/llama2-7b --mode=passk   # samples, which are not run
+    python eval_humaneval.py --samples=FILE --allow_code_execution=True
     torchrun --nproc_per_node=8 eval_humaneval.py --model=models/llama2-7b
 
-Two steps. The first writes n completions of each problem to eval_NAME.jsonl. The second runs them, which a model's
-programs are only allowed to do with --allow_code_execution=True, and writes eval_NAME_run.jsonl and results.jsonl.
-It takes other tools' samples as well: lines {"task_id", "completion"} (human-eval) or a list of lists of whole
-programs (bigcode's generations.json). Both go on where a kill left them. What keeps the programs from doing harm, and
-what does not, stands at the head of evaluation/sandbox.py.
+    prompt         def add(a, b):\n    # The sum
+    n samples      \n    return a + b\n\ndef main():\n ...        -> eval_humaneval.jsonl
+    cut            \n    return a + b\n                          before the first stop word
+    run            prompt + completion, test, check(add)        -> eval_humaneval_run.jsonl
+    pass@k         1 - C(n - c, k) / C(n, k), c of n passed     -> results.jsonl
+
+A prompt that fills the length loses its beginning, which is counted. A model's programs are only
+run with --allow_code_execution=True; what keeps them from doing harm, and what does not, stands at
+the head of evaluation/sandbox.py. Other tools' samples can be run as well (evaluation/samples.py).
+Sampling and running both resume where a kill left them.
 """
-import json
 import math
 import os
 import queue
 import time
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from configurator import configure, knob_table
-from evaluation.evals import WORLD, cut_left, digest, evaluate, load_for_eval, place, read_items, start_ranks, write_result
-from runtime import one_line_errors, pick_dtype, print0
+from evaluation.evals import (cut_left, digest, load_for_eval, open_items, read_items, start_ranks,
+                              warn_of_cuts)
+from evaluation.samples import (check_samples, check_verdicts, read_samples, subject_of_samples,
+                                warn_of_unstripped)
 from evaluation.sandbox import Sandbox
+from evaluation.scores import write_result
+from runtime import LOCAL_WORLD, one_line_errors, pick_dtype, print0
 from text.tokenizer import text_stopper
 
 # -----------------------------------------------------------------------------
@@ -33,13 +41,13 @@ model = ''               # model folder, checkpoint folder out/RUN/step_N, or PE
 adapter = ''             # PEFT folder whose base is `model`
 tokenizer = ''           # tokenizer file or folder; '' = the base's
 data = 'hf://datasets/openai/openai_humaneval/openai_humaneval/test-00000-of-00001.parquet'
-mode = 'pass1'           # the paper's protocols: pass1 = n 50, T 0.2, k 1 and 10 | passk = n 256, T 0.8, k 1 to 256
+mode = 'pass1'           # the paper's protocols, pass1 | passk: see MODES below
 n_samples = 0            # a problem; 0 = the mode's (torchrun would take --n for its own)
 temperature = -1.0       # 0 = greedy; -1 = the mode's
 top_p = 0.95
 k = (0,)                 # which pass@k; 0 = the mode's
 seed = 0
-bos = True               # as Llama's tokenizer adds it in the harness; False for models trained without
+bos = True               # as Llama's tokenizer does; False for models trained without
 strip_prompt = True      # the harness's 'humaneval'; False = 'humaneval-unstripped'
 max_length = 512         # tokens of prompt and completion together, as the harness counts
 limit = 0                # only the first so many problems; 0 = all
@@ -49,14 +57,15 @@ allow_code_execution = False
 samples = ''             # run this file of samples instead of generating them
 timeout = 3.0            # seconds a program may take, the start of Python included
 memory_mb = 2048         # address space of each process
-sandbox = 'full'         # full = namespaces | process = limits only, where the kernel allows no more (see evaluation/sandbox.py)
+sandbox = 'full'         # full = namespaces | process = limits only (see evaluation/sandbox.py)
 workers = 0              # programs at once; 0 = CPU cores
 # where
-name = 'humaneval'       # samples go to eval_NAME.jsonl: another name keeps samples of other settings apart
-out_dir = ''             # for items and results.jsonl; '' = the checkpoint's folder and its run's, or out/MODEL
+name = 'humaneval'       # samples go to eval_NAME.jsonl: another name for other settings
+out_dir = ''             # for items and results; '' = the checkpoint's folder, or out/MODEL
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
-_choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64'), 'mode': ('pass1', 'passk'), 'sandbox': ('full', 'process')}
+_choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64'), 'mode': ('pass1', 'passk'),
+            'sandbox': ('full', 'process')}
 
 MODES = {"pass1": {"n_samples": 50, "temperature": 0.2, "k": (1, 10)},
          "passk": {"n_samples": 256, "temperature": 0.8, "k": (1, 2, 4, 8, 16, 32, 64, 128, 256)}}
@@ -64,188 +73,237 @@ STOPS = ("\nclass", "\ndef", "\n#", "\n@", "\nprint", "\nif", "\n```", "<file_se
 FIELDS = ("task_id", "prompt", "entry_point", "test")
 
 
-# ----------------------------------------------------------------------------- prompts and completions
+# ----------------------------------------------------------------------------- samples
+class Sampling(NamedTuple):
+    """How completions are drawn: the knobs of these names."""
+    n_samples: int
+    temperature: float
+    top_p: float
+    seed: int
+    bos: bool
+    max_length: int
+    strip_prompt: bool
+
+
 def prompt_of(problem, strip=True):
     return problem["prompt"].strip() if strip else problem["prompt"]
 
 
 def truncate_at_stop(text, stops=STOPS + ("</s>",)):
-    """A completion up to the first stop word in it; the harness adds the tokenizer's EOS to its task's words."""
-    return text[:min([at for stop in stops if (at := text.find(stop)) >= 0], default=len(text))]
+    """A completion up to the first stop word; the harness adds the tokenizer's EOS to its words."""
+    places = [text.find(stop) for stop in stops if stop in text]
+    return text[:min(places)] if places else text
 
 
-def sample_problems(problems, subject, ids, finish):
-    """n_samples completions of each of problems[i], i in ids; random numbers belong to (seed, problem, sample)."""
-    tok, context = subject.tokenizer, subject.model.config.max_position_embeddings
+def encode_prompts(problems, tok, sampling, most):
+    """(token ids, how many were cut) of each problem's prompt, where `most` are there for all.
+
+    A prompt that leaves no token to its completion is cut from the left, to three quarters."""
+    prompts = []
+    kept = most - most // 4
+    for problem in problems:
+        tokens = tok.encode(prompt_of(problem, sampling.strip_prompt), bos=sampling.bos)
+        cut = 0
+        if len(tokens) >= most:
+            tokens, cut = cut_left(tokens, kept, tok.bos_id)
+        prompts.append((tokens, cut))
+    warn_of_cuts([cut for _, cut in prompts], kept)
+    return prompts
+
+
+def sample_problems(items, subject, problems, sampling, batch_size):
+    """Draw and keep the completions of the problems that `items` lacks; returns all records."""
+    tok = subject.tokenizer
+    most = min(sampling.max_length, subject.model.config.max_position_embeddings)
+    prompts = encode_prompts(problems, tok, sampling, most)
+    # a completion ends with EOS, as an id or spelt out, or with a stop word
     eos = [text for text, i in tok.special_ids.items() if i == tok.eos_id]
-    stops, most = STOPS + tuple(eos), min(max_length, context)
-    ended, prompts = text_stopper(tok, stops, {tok.eos_id}), {}
-    for i in ids:
-        tokens = tok.encode(prompt_of(problems[i], strip_prompt), bos=bos)
-        # one that fills the whole length is cut from the left so that a quarter is left for the answer
-        prompts[i] = cut_left(tokens, most - most // 4, tok.bos_id) if len(tokens) >= most else (tokens, 0)
-    if cut := [cut for _, cut in prompts.values() if cut]:
-        print0(f"WARNING: {len(cut)} prompts were cut from the left, by up to {max(cut)} tokens, to {most - most // 4}")
+    stops = STOPS + tuple(eos)
+    ended = text_stopper(tok, stops, {tok.eos_id})
 
-    tokens = [prompts[i][0] for i in ids]
-    answers = subject.model.generate_each(tokens, [most - len(prompt) for prompt in tokens], temperature, top_p, n_samples, ended,
-                                          seed=[seed * 1000 + i for i in ids], batch_size=batch_size)
-    for p, new in answers:
-        i = ids[p]
-        tokens, cut = prompts[i]
-        start = len(tok.decode(tokens))  # decoded together, or sentencepiece would drop a leading blank
-        texts = [tok.decode(tokens + ids)[start:] for ids in new]
-        finish(i, {"task_id": problems[i]["task_id"], "completions": [truncate_at_stop(text, stops) for text in texts],
-                   "prompt_tokens": len(tokens), "cut": cut, "new_tokens": [len(ids) for ids in new],
-                   "truncated": [int(len(ids) == most - len(tokens) and not ended(ids)) for ids in new]})
+    # random numbers belong to (seed, problem, sample)
+    tokens = [prompts[i][0] for i in items.todo]
+    rooms = [most - len(ids) for ids in tokens]
+    seeds = [sampling.seed * 1000 + i for i in items.todo]
+    answers = subject.model.generate_each(
+        tokens, rooms, sampling.temperature, sampling.top_p, sampling.n_samples, ended,
+        seed=seeds, batch_size=batch_size)
+    for index, rows in answers:
+        i = items.todo[index]
+        prompt, cut = prompts[i]
+        completions = []
+        truncated = []
+        for new in rows:
+            # decoded behind the prompt, or sentencepiece would drop a leading blank
+            text = tok.decode(prompt + new)[len(tok.decode(prompt)):]
+            completions.append(truncate_at_stop(text, stops))
+            truncated.append(int(len(new) == rooms[index] and not ended(new)))
+        items.finish(i, {"task_id": problems[i]["task_id"], "completions": completions,
+                         "prompt_tokens": len(prompt), "cut": cut,
+                         "new_tokens": [len(new) for new in rows], "truncated": truncated})
+    return items.close()
 
 
-# ----------------------------------------------------------------------------- samples and verdicts
-def read_samples(path, problems, strip=True):
-    """{index of problem: its completions} of a file made here, by human-eval's format, or by bigcode's.
+# ----------------------------------------------------------------------------- verdicts
+def run_program(problem, completion, timeout=3.0, box=None, strip=True):
+    """{"task_id", "passed", "result"} of prompt + completion under the problem's test.
 
-    Raises ValueError for a problem that is unknown or has no samples."""
-    index, found = {problem["task_id"]: i for i, problem in enumerate(problems)}, defaultdict(list)
+    result: as human-eval's, 'passed', 'timed out' or 'failed: why'. box: a running Sandbox; without
+    one the program has its own."""
+    if box is None:
+        with Sandbox(timeout) as box:
+            return run_program(problem, completion, timeout, box, strip)
+    program = prompt_of(problem, strip) + completion + "\n"
+    passed, result = box.run(program, problem["test"], problem["entry_point"])
+    return {"task_id": problem["task_id"], "passed": passed, "result": result}
+
+
+def run_programs(programs, ids, strip, timeout, mode, memory_mb, workers):
+    """Yield (i, verdict) of programs[i], a problem and a completion, for each i of `ids` in order;
+    `workers` run at once, each in a sandbox of its own."""
+    if not ids:
+        return
+    # the ranks of a machine share its cores
+    cores = len(os.sched_getaffinity(0)) // LOCAL_WORLD
+    count = min(len(ids), workers or max(1, cores))
+    # a sandbox runs one program at a time; those that run none wait in a queue
+    boxes = []
+    free = queue.SimpleQueue()
+
+    def run_one(i):
+        problem, completion = programs[i]
+        box = free.get()
+        try:
+            verdict = run_program(problem, completion, timeout, box, strip)
+        finally:
+            free.put(box)
+        return i, {**verdict, "completion": completion}
+
     try:
-        text = Path(path).read_text()
-        if text.lstrip().startswith("[["):
-            for i, programs in enumerate(json.loads(text)):
-                prompt = prompt_of(problems[i], strip)
-                if wrong := [program for program in programs if not program.startswith(prompt)]:
-                    raise ValueError(f"{path}: a program of {problems[i]['task_id']} does not begin with its prompt, but "
-                                     f"with {wrong[0][:40]!r}")
-                found[i] = [program[len(prompt):] for program in programs]
-        else:
-            for line in filter(str.strip, text.split("\n")):
-                sample = json.loads(line)
-                texts = sample["completions"] if "completions" in sample else [sample["completion"]]
-                found[index[sample["task_id"]]] += texts
-    except (KeyError, IndexError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: expected lines with task_id and completion of {len(problems)} problems ({e!r})") from None
-    return dict(sorted(found.items()))
+        for _ in range(count):
+            boxes.append(Sandbox(timeout, mode, memory_mb))
+            free.put(boxes[-1])
+        with ThreadPoolExecutor(count) as pool:
+            yield from pool.map(run_one, ids)
+    finally:
+        for box in boxes:
+            box.close()
 
 
-def check_samples(path, found, problems, ks, strip):
-    """Refuse samples that leave problems out or are too few for a k; raises ValueError."""
-    if missing := [problem["task_id"] for i, problem in enumerate(problems) if not found.get(i)]:
-        raise ValueError(f"{path}: no samples of {len(missing)} of {len(problems)} problems: {', '.join(missing[:5])}"
-                         f"{', ...' if len(missing) > 5 else ''}")
-    few = min(found, key=lambda i: len(found[i]))
-    if max(ks) > len(found[few]):
-        raise ValueError(f"k={max(ks)} is more than the {len(found[few])} samples of {problems[few]['task_id']} in {path}")
-    texts = [text for completions in found.values() for text in completions if text.strip()]
-    if strip and texts and not any(text.split("\n")[0].strip() == "" for text in texts):
-        print0("WARNING: no completion begins on a new line: if they continue the unstripped prompt, say --strip_prompt=False")
-
-
+# ----------------------------------------------------------------------------- scores
 def pass_at_k(n, c, k):
-    """Probability that k of n samples, c of them right, hold a right one: 1 - C(n-c, k) / C(n, k) (human-eval's)."""
+    """Probability that k of n samples, c of them right, hold a right one (human-eval's formula)."""
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@{k} of {n} samples, {c} of them right, is not defined")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def run_program(problem, completion, timeout=3.0, box=None, strip=True):
-    """{"task_id", "passed", "result"} of prompt + completion under the problem's test; result as human-eval's, 'passed',
-    'timed out' or 'failed: why'. `box`: a running Sandbox; without one a program has its own."""
-    if box is None:
-        with Sandbox(timeout) as box:
-            return run_program(problem, completion, timeout, box, strip)
-    passed, result = box.run(prompt_of(problem, strip) + completion + "\n", problem["test"], problem["entry_point"])
-    return {"task_id": problem["task_id"], "passed": passed, "result": result}
-
-
-def run_samples(problems, programs, ids, finish):
-    """Run programs[i] = (index of its problem, completion) for i in ids, `workers` at once, each in its own sandbox."""
-    boxes = queue.SimpleQueue()
-    count = min(len(ids), workers or len(os.sched_getaffinity(0)) // min(WORLD, int(os.environ.get("LOCAL_WORLD_SIZE", 1))) or 1)
-    for _ in range(count):
-        boxes.put(Sandbox(timeout, sandbox, memory_mb))
-
-    def verdict(i):
-        box = boxes.get()
-        try:
-            problem, completion = programs[i]
-            return i, {**run_program(problems[problem], completion, timeout, box, strip_prompt), "completion": completion}
-        finally:
-            boxes.put(box)
-
-    try:
-        with ThreadPoolExecutor(count) as pool:
-            for i, record in pool.map(verdict, ids):
-                finish(i, record)
-    finally:
-        for _ in range(count):
-            boxes.get().close()
-
-
-def scores(found, records, ks):
-    """{metric: one value a problem}; records in the order of `found`'s completions."""
-    values, records = defaultdict(list), iter(records)
+def scores_of_problems(found, verdicts, ks):
+    """{metric: one value a problem}; found: {problem: completions}, verdicts: in their order."""
+    values = {f"pass@{k}": [] for k in ks}
+    values.update(unique=[], unique_passed=[], unique_failed=[])
+    verdicts = iter(verdicts)
     for completions in found.values():
-        verdicts = [(text, next(records)["passed"]) for text in completions]
-        c = sum(passed for _, passed in verdicts)
+        # by verdict
+        passed = []
+        failed = []
+        for text in completions:
+            if next(verdicts)["passed"]:
+                passed.append(text)
+            else:
+                failed.append(text)
+        # how many are right, and how many differ
         for k in ks:
-            values[f"pass@{k}"].append(pass_at_k(len(verdicts), c, k))
-        values["unique"].append(len({text for text, _ in verdicts}))
-        for which in (True, False):
-            values["unique_passed" if which else "unique_failed"].append(len({t for t, p in verdicts if p == which}))
+            values[f"pass@{k}"].append(pass_at_k(len(completions), len(passed), k))
+        values["unique"].append(len(set(completions)))
+        values["unique_passed"].append(len(set(passed)))
+        values["unique_failed"].append(len(set(failed)))
     return values
 
 
 # ----------------------------------------------------------------------------- the run
+def check_sampling(n_samples, temperature, k, samples, allow_code_execution):
+    """Raises ValueError for knobs that do not go together."""
+    if samples and not allow_code_execution:
+        raise ValueError("samples: running them needs --allow_code_execution=True; read "
+                         "evaluation/sandbox.py on what that means")
+    if not k or min(k) < 1 or (not samples and max(k) > n_samples):
+        found = ",".join(map(str, k))
+        raise ValueError(f"k={found}: expected numbers from 1 to n_samples={n_samples}")
+    if n_samples > 1 and temperature == 0 and not samples:
+        raise ValueError(f"temperature=0 gives {n_samples} times the same sample; "
+                         "say --n_samples=1")
+
+
 if __name__ == "__main__":
     with one_line_errors():
         config = configure(globals())
-        config["n_samples"] = n_samples = n_samples or MODES[mode]["n_samples"]
-        config["temperature"] = temperature = MODES[mode]["temperature"] if temperature < 0 else temperature
-        asked = 0 not in k
-        config["k"] = k = k if asked else tuple(value for value in MODES[mode]["k"] if samples or value <= n_samples)
+        # what the mode decides
+        n_samples = n_samples or MODES[mode]["n_samples"]
+        if temperature < 0:
+            temperature = MODES[mode]["temperature"]
+        all_ks = MODES[mode]["k"] if 0 in k else ()
+        if all_ks:
+            k = tuple(value for value in all_ks if samples or value <= n_samples)
+        config.update(n_samples=n_samples, temperature=temperature, k=k)
         print0(knob_table(globals()))
-        if not k or min(k) < 1 or not samples and max(k) > n_samples:
-            raise ValueError(f"k={','.join(map(str, k))}: expected numbers from 1 to n_samples={n_samples}")
-        if n_samples > 1 and temperature == 0 and not samples:
-            raise ValueError(f"temperature=0 gives {n_samples} times the same sample; say --n_samples=1")
-        if samples and not allow_code_execution:
-            raise ValueError("samples: running them needs --allow_code_execution=True; read evaluation/sandbox.py on what that means")
-        every = read_items(data, FIELDS)
-        problems = every[:limit or None]
-        device, started = start_ranks(device), time.perf_counter()
-        settings = {"strip_prompt": strip_prompt, "data": digest([[p[field] for field in FIELDS] for p in problems])}
+        check_sampling(n_samples, temperature, k, samples, allow_code_execution)
 
+        # the problems
+        all_problems = read_items(data, FIELDS)
+        problems = all_problems[:limit or None]
+        device = start_ranks(device)
+        started = time.perf_counter()
+        asked = [itemgetter(*FIELDS)(problem) for problem in problems]
+        settings = {"strip_prompt": strip_prompt, "data": digest(asked)}
+
+        # their samples, {problem: completions}: of a file
         if samples:
             path = Path(samples)
-            if not path.is_file():
-                raise FileNotFoundError(f"samples: {path}: no such file")
-            made = path.with_suffix(".settings.json")  # beside samples that were made here
-            subject = place(path.parent, out_dir or path.parent, bool(out_dir))._replace(identity={
-                **(json.loads(made.read_text()) if made.is_file() else {}), "samples": str(path)})
+            subject = subject_of_samples(path, out_dir)
             name = path.stem.removeprefix("eval_")
-            found = {i: texts for i, texts in read_samples(path, every, strip_prompt).items() if i < len(problems)}
-            if not asked:
-                config["k"] = k = tuple(value for value in k if value <= min(map(len, found.values()), default=1))
+            prompts = [prompt_of(problem, strip_prompt) for problem in all_problems]
+            found = read_samples(path, all_problems, prompts, limit)
+            if all_ks:
+                fewest = min(map(len, found.values()), default=1)
+                k = tuple(value for value in all_ks if value <= fewest)
+                config["k"] = k
+        # or drawn from the model
         else:
-            subject = load_for_eval(model, adapter, device, pick_dtype(dtype, device), tokenizer, out_dir)
-            print0(f"{len(problems)} problems, {n_samples} samples each, T={temperature}, top_p={top_p}, " +
-                   (f"BOS (id {subject.tokenizer.bos_id}) in front" if bos else "no BOS in front"))
-            drawn = {"n_samples": n_samples, "temperature": temperature, "top_p": top_p, "seed": seed, "bos": bos,
-                     "max_length": max_length, "strip_prompt": strip_prompt}
-            records = evaluate(subject, name, range(len(problems)), drawn, partial(sample_problems, problems, subject))
+            dtype = pick_dtype(dtype, device)
+            subject = load_for_eval(model, adapter, device, dtype, tokenizer, out_dir)
+            front = f"BOS (id {subject.tokenizer.bos_id}) in front" if bos else "no BOS in front"
+            print0(f"{len(problems)} problems, {n_samples} samples each, T={temperature}, "
+                   f"top_p={top_p}, {front}")
+            sampling = Sampling(n_samples, temperature, top_p, seed, bos, max_length, strip_prompt)
+            items = open_items(subject, name, range(len(problems)), sampling._asdict())
+            records = sample_problems(items, subject, problems, sampling, batch_size)
             found = {i: record["completions"] for i, record in records.items()}
-            cut_short = [sum(record["truncated"]) / n_samples for record in records.values()]
-            write_result(subject, f"{name}_truncated", cut_short, {**config, **settings}, time.perf_counter() - started)
+            truncated = [sum(record["truncated"]) / n_samples for record in records.values()]
+            seconds = time.perf_counter() - started
+            write_result(subject, f"{name}_truncated", truncated, {**config, **settings}, seconds)
+        check_samples(samples or f"eval_{name}.jsonl", found, problems, k)
+        if samples and strip_prompt:
+            warn_of_unstripped(found)
 
-        check_samples(samples or f"eval_{name}.jsonl", found, problems, k, strip_prompt and bool(samples))
-        programs = [(i, text) for i, texts in found.items() for text in texts]
+        # their verdicts
         if allow_code_execution:
+            programs = [(problems[i], text) for i, texts in found.items() for text in texts]
             print0(f"running {len(programs)} programs")
-            judged = {"timeout": timeout, "memory_mb": memory_mb, "sandbox": sandbox, "strip_prompt": strip_prompt}
-            verdicts = evaluate(subject, f"{name}_run", range(len(programs)), judged, partial(run_samples, problems, programs),
-                                lambda record: record["passed"])
-            if other := [i for i, (_, text) in enumerate(programs) if verdicts[i]["completion"] != text]:
-                raise ValueError(f"{subject.folder}/eval_{name}_run.jsonl: item {other[0]} is of another sample; delete the "
-                                 f"file to run them again")
-            for metric, values in scores(found, verdicts.values(), k).items():
-                write_result(subject, f"{name}_{metric}", values, {**config, **settings}, time.perf_counter() - started)
+            judged = {"timeout": timeout,
+                      "memory_mb": memory_mb,
+                      "sandbox": sandbox,
+                      "strip_prompt": strip_prompt}
+            items = open_items(subject, f"{name}_run", range(len(programs)), judged,
+                               itemgetter("passed"))
+            for i, verdict in run_programs(programs, items.todo, strip_prompt, timeout, sandbox,
+                                           memory_mb, workers):
+                items.finish(i, verdict)
+            verdicts = items.close()
+            check_verdicts(items.path, verdicts, programs)
+            seconds = time.perf_counter() - started
+            for metric, values in scores_of_problems(found, verdicts.values(), k).items():
+                write_result(subject, f"{name}_{metric}", values, {**config, **settings}, seconds)
         else:
-            print0("the samples are not run: that needs --allow_code_execution=True; read evaluation/sandbox.py on what it means")
+            print0("the samples are not run: that needs --allow_code_execution=True; "
+                   "read evaluation/sandbox.py on what it means")

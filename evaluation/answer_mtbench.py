@@ -1,20 +1,30 @@
-"""
-Stage 3, learning, of chat models: answers to MT-bench's 80 two-turn questions, in the file that FastChat's judge reads.
+r"""
+Stage 3, learning, of chat models: answers to MT-bench's 80 questions of two turns, for FastChat.
 
-    python -m evaluation.answer_mtbench --model=out/tulu-r64/step_4000 --questions=mt-bench/question.jsonl
-    cp -r out/tulu-r64/step_4000/mt_bench FASTCHAT/fastchat/llm_judge/data/    # then FastChat's gen_judgment.py there
+    python -m evaluation.answer_mtbench --model=out/tulu-r64/step_4000 --questions=question.jsonl
+    cp -r out/tulu-r64/step_4000/mt_bench FASTCHAT/fastchat/llm_judge/data/
+    # then FastChat's gen_judgment.py there
 
-The judge is GPT-4, by its API and outside of this code: nothing here is a score. Temperatures are FastChat's, by
-category. The answers do not depend on batch or number of GPUs; started again, it goes on with the questions left.
+    prompt 1   BOS <|user|>\n What is ...? \n<|assistant|>\n
+    answer 1   It is ... EOS                               sampled, at the category's temperature
+    prompt 2   prompt 1, answer 1, EOS \n <|user|>\n And why? \n<|assistant|>\n
+    answer 2   Because ... EOS
+
+The judge is GPT-4, by its API and outside of this code: nothing here is a score. Prompts too long
+for the model lose their beginning, which is counted. The answers do not depend on batch size or
+number of GPUs; started again after a kill, it answers the questions that are left.
 """
 import hashlib
 import json
 import time
-from functools import partial
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from configurator import configure, knob_table
-from evaluation.evals import cut_left, digest, evaluate, load_for_eval, read_items, start_ranks, write_result
+from evaluation.evals import cut_left, digest, load_for_eval, open_items, read_items, start_ranks
+from evaluation.scores import write_result
 from runtime import RANK, one_line_errors, pick_dtype, print0, write_whole
+from text.records import unescape
 from text.tokenizer import text_stopper
 
 # -----------------------------------------------------------------------------
@@ -22,7 +32,8 @@ model = ''               # model folder, checkpoint folder out/RUN/step_N, or PE
 adapter = ''             # PEFT folder whose base is `model`
 tokenizer = ''           # tokenizer file or folder; '' = the base's
 questions = ''           # FastChat's fastchat/llm_judge/data/mt_bench/question.jsonl
-template = '<|user|>\\n{message}\\n<|assistant|>\\n'  # of one turn, as in training (this is Tulu's); \n for a new line
+# of one turn, as in training (this is Tulu's); \n is a new line, \t a tab, \\ a backslash
+template = '<|user|>\\n{message}\\n<|assistant|>\\n'
 separator = '\\n'        # between the EOS of an answer and the next turn
 stop = ('<|user|>',)     # texts that end an answer, beside EOS
 bos = True               # put the beginning-of-sequence token in front
@@ -31,99 +42,172 @@ seed = 0
 limit = 0                # only the first so many questions; 0 = all
 batch_size = 64          # rows generated at once
 model_id = ''            # the name that the judge's tables show; '' = run and step
-name = 'mtbench'         # items go to eval_NAME.jsonl: another name keeps items of other settings apart
+name = 'mtbench'         # items go to eval_NAME.jsonl: another name for other settings
 out_dir = ''             # for items and mt_bench/; '' = the checkpoint's folder, or out/MODEL
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
 _choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
-TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
-                "stem": 0.1, "humanities": 0.1}  # FastChat llm_judge/common.py
+# FastChat's llm_judge/common.py
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
+                "reasoning": 0.0, "stem": 0.1, "humanities": 0.1}
 
 
-def next_prompt(tok, history, message):
-    """Ids that ask for the answer to `message`; history: ids of the turns before and their answers, [] at the first."""
-    text = template.replace("{message}", message)
-    return history + [tok.eos_id] + tok.encode(separator + text) if history else tok.encode(text, bos=bos)
+# ----------------------------------------------------------------------------- questions
+def read_questions(path):
+    """FastChat's questions: dicts with question_id, category, turns. Raises ValueError."""
+    if not path:
+        raise ValueError("questions is not set: FastChat has them in "
+                         "fastchat/llm_judge/data/mt_bench/question.jsonl")
+    asked = read_items(path, ("question_id", "category", "turns"), "questions")
+    for number, question in enumerate(asked, 1):
+        has_turns = isinstance(question["turns"], list) and question["turns"]
+        if question["category"] not in TEMPERATURES or not has_turns:
+            raise ValueError(f"{path}, record {number}: expected a category out of "
+                             f"{', '.join(TEMPERATURES)} and a list of turns")
+    return asked
 
 
-def answer_questions(asked, subject, ids, finish):
-    """Answer all turns of asked[i], i in ids, batch_size questions of one temperature together; the random numbers
-    belong to (seed, question, turn)."""
+class Form(NamedTuple):
+    """How a conversation is written down."""
+    template: str        # of a turn, with {message}
+    separator: str       # between the EOS of an answer and the next turn
+    bos: bool
+
+
+def next_prompt(tok, history, message, form):
+    """Ids that ask for the answer to `message`; history: ids of the turns and answers before."""
+    text = form.template.replace("{message}", message)
+    if not history:
+        return tok.encode(text, bos=form.bos)
+    return history + [tok.eos_id] + tok.encode(form.separator + text)
+
+
+# ----------------------------------------------------------------------------- answers
+@dataclass
+class Conversation:
+    history: list = field(default_factory=list)  # ids of its turns and answers so far
+    answers: list = field(default_factory=list)
+    cut: int = 0                                 # ids that its beginning lost
+    truncated: int = 0                           # answers that max_new_tokens ended
+
+
+def groups_of_questions(ids, questions, batch_size):
+    """Yield (temperature, at most batch_size ids with it). A group gets all its turns before the
+    next begins, so that a kill loses no more than a group."""
+    # generate_each samples all its rows at one temperature
     by_temperature = {}
     for i in ids:
-        by_temperature.setdefault(TEMPERATURES[asked[i]["category"]], []).append(i)
-    for temperature, group in by_temperature.items():
-        for start in range(0, len(group), batch_size):  # what is finished is kept: not all first turns before any second
-            answer_together(asked, subject, group[start:start + batch_size], temperature, finish)
+        temperature = TEMPERATURES[questions[i]["category"]]
+        by_temperature.setdefault(temperature, []).append(i)
+    for temperature, same in by_temperature.items():
+        for start in range(0, len(same), batch_size):
+            yield temperature, same[start:start + batch_size]
 
 
-def answer_together(asked, subject, group, temperature, finish):
-    """Answer asked[i], i in group, turn by turn."""
-    tok, room = subject.tokenizer, subject.model.config.max_position_embeddings - max_new_tokens
+def answer_group(subject, questions, ids, form, stop, temperature, max_new_tokens, seed):
+    """Yield (i, record) for the questions i of `ids`, which are answered together, turn by turn."""
+    tok = subject.tokenizer
     ended = text_stopper(tok, stop, {tok.eos_id})
-    history, turns = {i: [] for i in group}, {i: [] for i in group}
-    cut, truncated = dict.fromkeys(group, 0), dict.fromkeys(group, 0)
+    room = subject.model.config.max_position_embeddings - max_new_tokens
+    talks = {i: Conversation() for i in ids}
 
-    for turn in range(max(len(asked[i]["turns"]) for i in group)):
-        going = [i for i in group if turn < len(asked[i]["turns"])]
-        for i in going:
-            prompt = next_prompt(tok, history[i], asked[i]["turns"][turn])
-            history[i], lost = cut_left(prompt, room, tok.bos_id if bos else None)
-            cut[i] += lost
-        answers = subject.model.generate_each([history[i] for i in going], max_new_tokens, temperature, stop=ended,
-                                              batch_size=batch_size, seed=[(seed * 1000 + i) * 10 + turn for i in going])
-        for p, (new,) in answers:
-            i = going[p]
-            truncated[i] += not ended(new)
-            text = tok.decode(new)
-            end = min([at for s in stop if (at := text.find(s)) >= 0], default=None)
-            turns[i].append(text[:end].strip())
-            new = tok.encode(text[:end]) if end is not None else new  # an answer without the text that ended it
-            history[i] += new[:-1] if new[-1:] == [tok.eos_id] else new
-            if len(turns[i]) == len(asked[i]["turns"]):
-                finish(i, {"question_id": asked[i]["question_id"], "turns": turns[i], "tstamp": time.time(),
-                           "cut": cut[i], "truncated": truncated[i] / len(turns[i])})
+    for turn in range(max(len(questions[i]["turns"]) for i in ids)):
+        # the prompts of this turn; a BOS stays in front of one that is cut
+        asked = [i for i in ids if turn < len(questions[i]["turns"])]
+        for i in asked:
+            prompt = next_prompt(tok, talks[i].history, questions[i]["turns"][turn], form)
+            talks[i].history, cut = cut_left(prompt, room, tok.bos_id if form.bos else None)
+            talks[i].cut += cut
+        # the random numbers belong to (seed, question, turn)
+        seeds = [(seed * 1000 + i) * 10 + turn for i in asked]
+        prompts = [talks[i].history for i in asked]
+        answers = subject.model.generate_each(prompts, max_new_tokens, temperature, stop=ended,
+                                              batch_size=len(ids), seed=seeds)
+        for index, (new,) in answers:
+            i = asked[index]
+            talk = talks[i]
+            talk.truncated += not ended(new)
+            text, new = cut_answer(tok, new, stop)
+            talk.answers.append(text.strip())
+            talk.history += new
+            if len(talk.answers) == len(questions[i]["turns"]):
+                truncated = talk.truncated / len(talk.answers)
+                yield i, {"question_id": questions[i]["question_id"], "turns": talk.answers,
+                          "tstamp": time.time(), "cut": talk.cut, "truncated": truncated}
+
+
+def cut_answer(tok, new, stop):
+    """(text, ids) of an answer, without EOS and without the text of `stop` that ended it."""
+    # the first of the texts that end an answer
+    text = tok.decode(new)
+    places = [text.find(string) for string in stop if string in text]
+    if places:
+        text = text[:min(places)]
+        new = tok.encode(text)
+    if new[-1:] == [tok.eos_id]:
+        new = new[:-1]
+    return text, new
 
 
 def fastchat_line(record, model_id):
-    """An answer as FastChat's gen_model_answer.py writes it; its random answer_id is a hash here."""
+    """An answer as FastChat's gen_model_answer.py writes it; its id, random there, is a hash."""
     text = f"{model_id} {record['question_id']} {record['turns']}"
-    return {"question_id": record["question_id"], "answer_id": hashlib.sha256(text.encode()).hexdigest()[:22],
-            "model_id": model_id, "choices": [{"index": 0, "turns": record["turns"]}], "tstamp": record["tstamp"]}
+    answer_id = hashlib.sha256(text.encode()).hexdigest()[:22]
+    return {"question_id": record["question_id"], "answer_id": answer_id, "model_id": model_id,
+            "choices": [{"index": 0, "turns": record["turns"]}], "tstamp": record["tstamp"]}
+
+
+def write_answers(folder, records, model_id):
+    """Write FOLDER/mt_bench/model_answer/MODEL_ID.jsonl."""
+    path = folder / "mt_bench" / "model_answer" / f"{model_id}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(fastchat_line(record, model_id)) + "\n" for record in records]
+    write_whole(path, "".join(lines))
+    print0(f"wrote {path}: {len(lines)} answers for FastChat's judge")
 
 
 if __name__ == "__main__":
     with one_line_errors():
         config = configure(globals())
         print0(knob_table(globals()))
-        template, separator = (text.replace("\\n", "\n") for text in (template, separator))
-        if not questions:
-            raise ValueError("questions is not set: FastChat has them in fastchat/llm_judge/data/mt_bench/question.jsonl")
-        if "{message}" not in template:
-            raise ValueError(f"template: expected {{message}} in it, found {template!r}")
-        asked = read_items(questions, ("question_id", "category", "turns"), "questions")
-        for number, question in enumerate(asked, 1):
-            if question["category"] not in TEMPERATURES or not isinstance(question["turns"], list) or not question["turns"]:
-                raise ValueError(f"{questions}, record {number}: expected a category out of {', '.join(TEMPERATURES)} and a "
-                                 f"list of turns")
-        data, asked = digest(asked), asked[:limit or None]
-        device, started = start_ranks(device), time.perf_counter()
-        subject = load_for_eval(model, adapter, device, pick_dtype(dtype, device), tokenizer, out_dir)
-        if subject.model.config.max_position_embeddings <= max_new_tokens:
-            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a question in the model's context of "
-                             f"{subject.model.config.max_position_embeddings}")
-        model_id = model_id or f"{subject.run}-{subject.step}"
-        print0(f"{len(asked)} questions, " + (f"BOS (id {subject.tokenizer.bos_id}) in front" if bos else "no BOS in front") +
-               f"; the first begins {next_prompt(subject.tokenizer, [], asked[0]['turns'][0])[:8]}")
-        settings = {"template": template, "separator": separator, "stop": stop, "bos": bos, "max_new_tokens": max_new_tokens,
-                    "seed": seed, "data": data}
-        records = evaluate(subject, name, range(len(asked)), settings, partial(answer_questions, asked, subject)).values()
+        # the questions and how they are put
+        form = Form(unescape(template), unescape(separator), bos)
+        stop = tuple(unescape(text) for text in stop)
+        if "{message}" not in form.template:
+            raise ValueError(f"template: expected {{message}} in it, found {form.template!r}")
+        asked = read_questions(questions)
+        data = digest(asked)
+        asked = asked[:limit or None]
+
+        # the model
+        device = start_ranks(device)
+        started = time.perf_counter()
+        dtype = pick_dtype(dtype, device)
+        subject = load_for_eval(model, adapter, device, dtype, tokenizer, out_dir)
+        context = subject.model.config.max_position_embeddings
+        if context <= max_new_tokens:
+            raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a question in "
+                             f"the model's context of {context}")
+        front = f"BOS (id {subject.tokenizer.bos_id}) in front" if bos else "no BOS in front"
+        first = next_prompt(subject.tokenizer, [], asked[0]["turns"][0], form)
+        print0(f"{len(asked)} questions, {front}; the first begins {first[:8]}")
+
+        # the answers
+        settings = {**form._asdict(), "stop": stop, "max_new_tokens": max_new_tokens, "seed": seed,
+                    "data": data}
+        items = open_items(subject, name, range(len(asked)), settings)
+        for temperature, ids in groups_of_questions(items.todo, asked, batch_size):
+            answers = answer_group(subject, asked, ids, form, stop, temperature, max_new_tokens,
+                                   seed)
+            for i, record in answers:
+                items.finish(i, record)
+        records = items.close().values()
+
+        # what they lost, and the file of the judge
+        seconds = time.perf_counter() - started
         for metric in ("truncated", "cut"):
-            write_result(subject, f"{name}_{metric}", [min(1, record[metric]) for record in records], {**config, **settings},
-                         time.perf_counter() - started)
+            values = [min(1, record[metric]) for record in records]
+            write_result(subject, f"{name}_{metric}", values, {**config, **settings}, seconds)
         if RANK == 0:
-            path = subject.folder / "mt_bench" / "model_answer" / f"{model_id}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, "".join(json.dumps(fastchat_line(record, model_id)) + "\n" for record in records))
-            print0(f"wrote {path}: {len(records)} answers for FastChat's judge")
+            write_answers(subject.folder, records, model_id or f"{subject.run}-{subject.step}")

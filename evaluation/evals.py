@@ -1,20 +1,28 @@
-"""What the evaluations share: the model that is judged, its items in order and their resume, ranks, scores.
+"""What the evaluations share: the model that is judged, the items that are done, ranks, scores.
 
-    device = start_ranks(device)                                  # under torchrun, this rank's GPU
-    subject = load_for_eval(model, adapter, device, dtype)        # base, adapter or checkpoint folder
-    items = read_items("data/gsm8k/test.jsonl", ("question", "answer"))
-    records = evaluate(subject, "gsm8k", range(len(items)), settings, work, running)
-    write_result(subject, "gsm8k_strict", [records[i]["strict"] for i in records], settings, seconds)
+    device = start_ranks(device)                              # under torchrun, this rank's GPU
+    subject = load_for_eval(model, adapter, device, dtype)    # base, adapter or checkpoint folder
+    questions = read_items("gsm8k/test.jsonl", ("question", "answer"))
 
-Items go to FOLDER/eval_NAME.jsonl, scores to results.jsonl and each item's to values.jsonl; FOLDER is the checkpoint
-out/RUN/step_N and the other two stand in out/RUN, or all are in out/NAME of a model that is no checkpoint, or where out_dir says.
+    items = open_items(subject, "gsm8k", range(len(questions)), settings)
+    for i in items.todo:                                      # this rank's share of what is left
+        items.finish(i, {"strict": ...})                      # on disk at once
+    records = items.close()                                   # of all ranks, in order
+    values = [record["strict"] for record in records.values()]
+    write_result(subject, "gsm8k_strict", values, settings, seconds)    # evaluation/scores.py
+
+Where it is kept, if the model is a checkpoint of train.py (else all is in out/MODEL or out_dir):
+
+    out/RUN/step_N/eval_gsm8k.jsonl             a line an item, in order
+    out/RUN/step_N/eval_gsm8k.settings.json     what these items were made with
+    out/RUN/step_N/eval_gsm8k.jsonl.part0, 1 .. while it runs: what each rank has finished
+    out/RUN/results.jsonl                       a line a metric: value, error, what was judged how
+    out/RUN/values.jsonl                        a line a metric: each item's value
 """
 import atexit
 import datetime
 import hashlib
 import json
-import math
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,16 +30,17 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from training.checkpoint import checkpoints, read_state
+from evaluation.scores import json_lines, with_identity
 from lora import fingerprint, is_adapter, load_adapter, merge_lora
 from model import Llama
+from runtime import RANK, WORLD, join_ranks, pick_device, print0, write_whole
 from text.records import Source, check_format, from_hub, parse, read_records
-from runtime import RANK, WORLD, append_jsonl, join_ranks, pick_device, print0, versions, write_whole
 from text.tokenizer import Tokenizer, load_tokenizer
+from training.checkpoint import checkpoints, read_state
 
 
 class Subject(NamedTuple):
-    """What is evaluated, and where its results belong."""
+    """What is judged, and where its results belong."""
     model: Llama
     tokenizer: Tokenizer
     run: str
@@ -40,14 +49,15 @@ class Subject(NamedTuple):
     epoch: float     # None if unknown
     folder: Path     # of eval_NAME.jsonl
     results: Path    # results.jsonl
-    identity: dict   # what tells it from another: folders, hash of weights, dtype, tokenizer
+    identity: dict   # what distinguishes it: folders, hash of weights, dtype, tokenizer
 
 
 # ----------------------------------------------------------------------------- ranks
 def start_ranks(device):
     """The torch.device of this rank; under torchrun it also joins the others.
 
-    The group is gloo's on GPUs as well: only finished records travel. No rank times out waiting for a slower one."""
+    The group is gloo's on GPUs as well: only finished records travel. Its timeout is a week, since
+    a fast rank waits for the slowest one."""
     device = join_ranks(pick_device(device), "gloo", timeout=datetime.timedelta(days=7))
     if WORLD > 1:
         atexit.register(dist.destroy_process_group)
@@ -64,222 +74,261 @@ def gather(value):
 
 
 # ----------------------------------------------------------------------------- model
-def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.float32, tokenizer="", out_dir=""):
-    """The Subject of a model folder, a checkpoint folder out/RUN/step_N, or an adapter, merged in fp32 and rounded once.
+def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.float32, tokenizer="",
+                  out_dir=""):
+    """The Subject of a model folder, a checkpoint folder out/RUN/step_N, or an adapter.
 
-    An adapter stands in `adapter`, its base in `model`; or in `model` alone, and its config names the base.
-    Raises ValueError or FileNotFoundError for a folder that is none of these, and as model, lora, tokenizer do."""
+    An adapter stands in `adapter` and its base in `model`; or it stands in `model` alone, and its
+    config names the base. It is merged in fp32, then rounded once to `dtype`.
+    Raises ValueError or FileNotFoundError for any other folder, and as its readers do."""
     if not (model or adapter):
         raise ValueError("model is not set; see --help")
+    # an adapter in `model` alone
     if not adapter and is_adapter(model):
-        model, adapter = "", model
-    judged, base = Path(adapter or model), model or base_of(adapter)
-    if judged.name.endswith(".tmp"):
-        raise ValueError(f"{judged} is a checkpoint that was never finished")
-    if steps := sorted(p.name for p in judged.glob("step_*") if p.name[5:].isdigit()):
-        raise ValueError(f"{judged} is a run; give one of its checkpoints: {', '.join(steps)}")
-    if is_adapter(base):
-        raise ValueError(f"model: {base} is an adapter, expected the base of {adapter}")
-    if missing := [str(folder) for folder in (judged, base) if not Path(folder).is_dir()]:
-        there = ", ".join(p.name for _, p in checkpoints(Path(missing[0]).parent))
-        raise ValueError(f"{missing[0]}: no such folder" + (f"; there are {there} beside it" if there else ""))
+        adapter = model
+        model = ""
+    judged = Path(adapter or model)
+    base = model or base_named_by(adapter)
+    check_folders(judged, base, adapter)
     tok = load_tokenizer(tokenizer or base)
-    llama = Llama.from_pretrained(base, torch.promote_types(dtype, torch.float32) if adapter else dtype, device)
+
+    # the weights; an adapter is merged in fp32 at least
+    load_dtype = torch.promote_types(dtype, torch.float32) if adapter else dtype
+    llama = Llama.from_pretrained(base, load_dtype, device)
     weights = fingerprint(llama)
     if adapter:
         llama = merge_lora(load_adapter(llama, adapter)).to(dtype)
         llama.compute_dtype = dtype
-        weights += hashlib.sha256((judged / "adapter_model.safetensors").read_bytes()).hexdigest()
+        adapter_bytes = (judged / "adapter_model.safetensors").read_bytes()
+        weights += hashlib.sha256(adapter_bytes).hexdigest()
     if tok.vocab_size > llama.config.vocab_size:
-        raise ValueError(f"tokenizer has {tok.vocab_size:,} ids, the model {llama.config.vocab_size:,}: not its own")
-    identity = {"model": str(base), "adapter": str(adapter), "weights": weights, "dtype": str(dtype)[6:],
-                "tokenizer": tok.sha256}
-    return place(judged, out_dir or (Path("out") / judged.resolve().name), bool(out_dir))._replace(
-        model=llama.eval().requires_grad_(False), tokenizer=tok, identity=identity)
+        raise ValueError(f"tokenizer has {tok.vocab_size:,} ids, the model "
+                         f"{llama.config.vocab_size:,}: not its own")
+
+    # what it is, and where its results belong
+    identity = {"model": str(base), "adapter": str(adapter), "weights": weights,
+                "dtype": str(dtype).removeprefix("torch."), "tokenizer": tok.sha256}
+    subject = place(judged, out_dir or Path("out") / judged.resolve().name, bool(out_dir))
+    llama = llama.eval().requires_grad_(False)
+    return subject._replace(model=llama, tokenizer=tok, identity=identity)
 
 
-def place(judged, elsewhere, always=False):
-    """A Subject without a model: run, step and folder of a checkpoint, whose results.jsonl is its run's; or items and
-    results in the folder `elsewhere`, if `judged` is no checkpoint or if that is asked for."""
-    trained = read_state(judged)
-    name, step = (judged.resolve().parent if trained else judged.resolve()).name, trained.get("step", 0)
-    folder, results = (judged, judged.parent) if trained and not always else (Path(elsewhere), Path(elsewhere))
-    return Subject(None, None, name, step, trained.get("tokens"), epoch_of(judged.parent / "log.jsonl", step), folder,
-                   results / "results.jsonl", {})
+def check_folders(judged, base, adapter):
+    """Raises ValueError where `judged` or its base is no finished model or adapter folder."""
+    if judged.name.endswith(".tmp"):
+        raise ValueError(f"{judged} is a checkpoint that was never finished")
+    # a run without a step: the user has to choose
+    steps = sorted(path.name for path in judged.glob("step_*") if path.name[5:].isdigit())
+    if steps:
+        raise ValueError(f"{judged} is a run; give one of its checkpoints: {', '.join(steps)}")
+    if is_adapter(base):
+        raise ValueError(f"model: {base} is an adapter, expected the base of {adapter}")
+    # a folder that is not there may be a step that was never saved
+    for folder in (judged, Path(base)):
+        if not folder.is_dir():
+            message = f"{folder}: no such folder"
+            beside = ", ".join(path.name for _, path in checkpoints(folder.parent))
+            if beside:
+                message += f"; beside it are {beside}"
+            raise ValueError(message)
 
 
-def base_of(adapter):
+def base_named_by(adapter):
     """The base that an adapter folder names; raises ValueError when that is no folder here."""
     if not is_adapter(adapter):
         raise ValueError(f"adapter: {adapter} holds no adapter_config.json")
-    base = json.loads((Path(adapter) / "adapter_config.json").read_text()).get("base_model_name_or_path") or ""
-    if not (base and Path(base).is_dir()):
-        raise ValueError(f"{adapter} names the base {base!r}, no folder here; say --model=BASE --adapter={adapter}")
+    config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    base = config.get("base_model_name_or_path") or ""
+    if not base or not Path(base).is_dir():
+        raise ValueError(f"{adapter} names the base {base!r}, no folder here; "
+                         f"say --model=BASE --adapter={adapter}")
     return base
 
 
+def place(judged, elsewhere, always=False):
+    """A Subject without a model, with the run, step and folders of its results.
+
+    These are a checkpoint's own folder and its run's; or both are `elsewhere`, if `judged` is no
+    checkpoint of train.py or if `always`."""
+    trained = read_state(judged)
+    step = trained.get("step", 0)
+    run = judged.resolve().parent.name if trained else judged.resolve().name
+    folder = results = Path(elsewhere)
+    if trained and not always:
+        folder = judged
+        results = judged.parent
+    epoch = epoch_of(judged.parent / "log.jsonl", step)
+    return Subject(None, None, run, step, trained.get("tokens"), epoch, folder,
+                   results / "results.jsonl", {})
+
+
 def epoch_of(log, step):
-    """Epochs done at a step by train.py's log.jsonl: epochs are proportional to steps. None if it does not tell."""
-    for line in log.read_text().splitlines() if step and log.is_file() else []:
-        if (record := json.loads(line)).get("epoch"):
+    """Epochs done at a step by train.py's log.jsonl, to which steps are proportional; or None."""
+    if not step:
+        return None
+    # the first line with an epoch will do; the last one may still be being written
+    for record in json_lines(log):
+        if record.get("epoch"):
             return record["epoch"] / record["step"] * step
     return None
 
 
-# ----------------------------------------------------------------------------- items
+# ----------------------------------------------------------------------------- data
 def read_items(source, fields, knob="data"):
-    """The records of a .jsonl, .json (these also .gz) or .parquet file, here or on the hub, a list of dicts.
+    """The records of a .jsonl, .json (these also .gz) or .parquet file, here or on the hub: dicts.
 
-    Raises FileNotFoundError, or ValueError naming the first record that lacks one of `fields`; `knob` is what named it."""
+    Raises FileNotFoundError, or ValueError naming the first record that lacks one of `fields`;
+    `knob` is the one that held the path."""
     if source.startswith("hf://"):
         sources = from_hub(source, knob)
     elif Path(source).is_file():
         check_format(source, knob)
         sources = [Source(source, source)]
     else:
-        raise FileNotFoundError(f"{knob}: {source}: no such file; expected .parquet, .json, .jsonl (.gz) or "
-                                f"hf://datasets/OWNER/NAME/FILE")
+        raise FileNotFoundError(f"{knob}: {source}: no such file; expected .parquet, .json, "
+                                f".jsonl (.gz) or hf://datasets/OWNER/NAME/FILE")
+    # a record that cannot be read or lacks a field is named by its file and number
     items = []
     for part in sources:
         for number, raw, _ in read_records(part):
             try:
-                items.append(parse(raw))
+                record = parse(raw)
             except ValueError as e:
                 raise ValueError(f"{part.name}, record {number}: {e}") from None
-            found = list(items[-1]) if isinstance(items[-1], dict) else [type(items[-1]).__name__]
-            if missing := [field for field in fields if field not in found]:
-                raise ValueError(f"{part.name}, record {number}: expected {', '.join(fields)}; found {', '.join(found)}, "
-                                 f"without {', '.join(missing)}")
+            found = list(record) if isinstance(record, dict) else [type(record).__name__]
+            missing = [field for field in fields if field not in found]
+            if missing:
+                raise ValueError(f"{part.name}, record {number}: expected {', '.join(fields)}; "
+                                 f"found {', '.join(found)}, without {', '.join(missing)}")
+            items.append(record)
     return items
 
 
 def cut_left(ids, most, bos_id=None):
     """(the last `most` ids, how many were cut); a BOS in front stays in front."""
     cut = max(0, len(ids) - most)
-    keep = [bos_id] if cut and ids[0] == bos_id else []
-    return keep + ids[cut + len(keep):], cut
+    if cut and ids[0] == bos_id:
+        return [bos_id] + ids[cut + 1:], cut
+    return ids[cut:], cut
+
+
+def warn_of_cuts(cuts, most):
+    """Say how many prompts cut_left made shorter, to `most` tokens."""
+    cuts = [cut for cut in cuts if cut]
+    if cuts:
+        print0(f"WARNING: {len(cuts)} prompts were cut from the left, by up to {max(cuts)} tokens, "
+               f"to {most}")
 
 
 def digest(records):
     """A hash of what the records say, whatever file they came in."""
-    return hashlib.sha256(json.dumps(records, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    text = json.dumps(records, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def evaluate(subject, name, ids, settings, work, running=None):
-    """{id: record} of all `ids` (ints) in order, on every rank, as FOLDER/eval_NAME.jsonl ends up holding them.
+# ----------------------------------------------------------------------------- items
+class Items:
+    """The items of one evaluation, made by open_items. todo: the ids that this rank has to do."""
 
-    work(ids, finish) is given those that this rank has to do, and calls finish(id, record), a dict, as each is done.
-    Finished ones are in FOLDER/eval_NAME.jsonl.part* at once and are not done again, on whatever number of ranks.
-    running(record) is the number whose mean the progress bar shows.
-    Raises ValueError when the folder holds items of the same name made with other settings."""
-    final = subject.folder / f"eval_{name}.jsonl"
+    def __init__(self, path, ids, todo, done, score_of):
+        self.path = path
+        self.ids = ids
+        self.todo = todo
+        self.done = done          # {id: record} of earlier starts, all ranks'
+        self.new = {}             # {id: record} of this start and rank
+        self.part = open(f"{path}.part{RANK}", "a")
+        # the bar shows the mean of the scores so far
+        self.score_of = score_of
+        self.scores = []
+        if score_of:
+            self.scores = [score_of(done[i]) for i in ids if i in done]
+        name = path.stem.removeprefix("eval_")
+        hidden = None if RANK == 0 else True  # None: hidden where there is no terminal
+        self.bar = tqdm(total=len(todo), desc=name, disable=hidden, smoothing=0.05)
+
+    def finish(self, i, record):
+        """Keep the record (a dict) of item i; it survives a kill."""
+        self.new[i] = record
+        self.part.write(json.dumps({"id": i, **record}) + "\n")
+        self.part.flush()
+        if self.score_of:
+            self.scores.append(self.score_of(record))
+            mean = sum(self.scores) / len(self.scores)
+            self.bar.set_postfix_str(f"score {mean:.4f}", refresh=False)
+        self.bar.update()
+
+    def close(self):
+        """{id: record} of all ids in order, on every rank; rank 0 writes them as one file."""
+        self.part.close()
+        self.bar.close()
+        # every rank learns all records, so that all can score them
+        records = dict(self.done)
+        for new in gather(self.new):
+            records.update(new)
+        missing = [i for i in self.ids if i not in records]
+        if missing:
+            raise RuntimeError(f"{self.path}: items {missing[:5]} were not evaluated")
+        # the parts go only when the whole is there
+        if RANK == 0:
+            write_records(self.path, records)
+            for part in self.path.parent.glob(f"{self.path.name}.part*"):
+                part.unlink()
+        return {i: records[i] for i in self.ids}
+
+
+def open_items(subject, name, ids, settings, score_of=None):
+    """The Items `ids` (ints) of FOLDER/eval_NAME.jsonl; what is done already is not done again.
+
+    score_of(record) is the number whose mean the progress bar shows.
+    Raises ValueError when the folder holds items of this name made with other settings."""
+    path = subject.folder / f"eval_{name}.jsonl"
     done = {}
     if RANK == 0:
-        keep_settings(final, {**subject.identity, **settings})
-        for part in (final, *sorted(final.parent.glob(f"{final.name}.part*"))):
+        keep_settings(path, with_identity(subject, settings))
+        # what earlier starts finished, on whatever number of ranks, goes into one part
+        parts = sorted(path.parent.glob(f"{path.name}.part*"))
+        for part in [path, *parts]:
             done.update(read_done(part))
-        write_records(final.with_name(f"{final.name}.part0"), done)  # in one file again, without torn ends
-        for part in final.parent.glob(f"{final.name}.part[1-9]*"):
+        write_records(f"{path}.part0", done)
+        for part in path.parent.glob(f"{path.name}.part[1-9]*"):
             part.unlink()
     done = gather(done)[0]
-    todo = [i for i in ids if i not in done]
-    if len(todo) < len(ids):
-        print0(f"{final}: {len(ids) - len(todo)} of {len(ids)} items are there already")
-    mine, score = todo[RANK::WORLD], [running(done[i]) for i in ids if i in done] if running else []
-    new = {}
-    with open(f"{final}.part{RANK}", "a") as part, \
-            tqdm(total=len(mine), desc=name, disable=None if RANK == 0 else True, smoothing=0.05) as bar:
-        def finish(i, record):
-            new[i] = record
-            part.write(json.dumps({"id": i, **record}) + "\n")
-            part.flush()
-            if running:
-                score.append(running(record))
-                bar.set_postfix_str(f"score {sum(score) / len(score):.4f}", refresh=False)
-            bar.update()
 
-        if mine:
-            work(mine, finish)
-    for records in gather(new):
-        done.update(records)
-    if missing := [i for i in ids if i not in done]:
-        raise RuntimeError(f"{name}: items {missing[:5]} were not evaluated")
-    if RANK == 0:
-        write_records(final, done)
-        for part in final.parent.glob(f"{final.name}.part*"):
-            part.unlink()
-    return {i: done[i] for i in ids}
+    # the rest is dealt out like cards
+    left = [i for i in ids if i not in done]
+    if len(left) < len(ids):
+        print0(f"{path}: {len(ids) - len(left)} of {len(ids)} items are there already")
+    return Items(path, ids, left[RANK::WORLD], done, score_of)
 
 
-def keep_settings(final, settings):
+def keep_settings(path, settings):
     """Write eval_NAME.settings.json; raises ValueError when it is there and differs."""
-    path = final.with_suffix(".settings.json")
-    settings = json.loads(json.dumps(settings))
-    if path.is_file():
-        before = json.loads(path.read_text())
-        if other := [k for k in {**before, **settings} if before.get(k) != settings.get(k)]:
-            raise ValueError(f"{final} was made with " +
-                             ", ".join(f"{k}={before.get(k)!r}, not {settings.get(k)!r}" for k in other) +
-                             "; choose another --name or --out_dir, or delete it and its parts and settings")
+    kept = path.with_suffix(".settings.json")
+    if not kept.is_file():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, json.dumps(settings, indent=1))
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(settings, indent=1))
+    # each setting that differs is named
+    before = json.loads(kept.read_text())
+    changes = []
+    for key in {**before, **settings}:
+        if before.get(key) != settings.get(key):
+            changes.append(f"{key}={before.get(key)!r}, not {settings.get(key)!r}")
+    if changes:
+        raise ValueError(f"{path} was made with {', '.join(changes)}; choose another --name or "
+                         f"--out_dir, or delete it and its parts and settings")
 
 
 def write_records(path, records):
-    write_whole(path, "".join(json.dumps({"id": i, **records[i]}) + "\n" for i in sorted(records)))
+    lines = [json.dumps({"id": i, **records[i]}) + "\n" for i in sorted(records)]
+    write_whole(path, "".join(lines))
 
 
 def read_done(path):
     """{id: record} of a file of items, without a last line that a kill tore."""
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    records = [json.loads(line) for line in lines]
+    if not path.is_file():
+        return {}
+    # what stands behind the last line end is torn, or nothing
+    whole_lines = path.read_text().split("\n")[:-1]
+    records = [json.loads(line) for line in whole_lines]
     return {record.pop("id"): record for record in records}
-
-
-# ----------------------------------------------------------------------------- scores
-def score(values):
-    """(mean, standard error, low, high) of per-item values; low and high are the 95% interval.
-
-    The error is lm-eval's (sample deviation / sqrt n). Of values that are all 0 or 1 the interval is Wilson's,
-    which holds for shares near 0 and 1 as well, else mean +- 1.96 errors. Raises ValueError without values."""
-    if not (n := len(values)):
-        raise ValueError("no items were evaluated")
-    mean = math.fsum(values) / n
-    stderr = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else 0.0
-    if not all(v in (0, 1) for v in values):
-        return mean, stderr, mean - 1.96 * stderr, mean + 1.96 * stderr
-    z2 = 1.96 ** 2
-    centre, half = (mean + z2 / 2 / n) / (1 + z2 / n), math.sqrt(z2) / (1 + z2 / n) * math.sqrt(
-        mean * (1 - mean) / n + z2 / 4 / n ** 2)
-    return mean, stderr, max(0.0, centre - half), min(1.0, centre + half)
-
-
-def write_result(subject, metric, values, settings, seconds):
-    """As write_score, for the mean of `values`, one number an item; returns it."""
-    scored = score(values)
-    write_score(subject, metric, scored, values, settings, seconds)
-    return scored[0]
-
-
-def write_score(subject, metric, scored, values, settings, seconds):
-    """Print a metric with its interval, and append it to results.jsonl, and the items' values to values.jsonl beside it, by
-    which two models can be compared item by item; unless they stand there.
-
-    scored: as of score(), settings: every knob; the subject's identity is added."""
-    mean, stderr, low, high = scored
-    print0(f"{metric}: {mean:.4f} +- {stderr:.4f} ({low:.4f} to {high:.4f} with 95%), {len(values)} items")
-    record = {"run": subject.run, "step": subject.step, "tokens": subject.tokens, "epoch": subject.epoch, "metric": metric,
-              "value": mean, "stderr": stderr, "n": len(values),
-              "settings": json.loads(json.dumps({**subject.identity, **settings}))}
-    if RANK:
-        return
-    subject.results.parent.mkdir(parents=True, exist_ok=True)
-    read = lambda path: [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    of_items, path = {"metric": metric, "step": subject.step, "values": list(values)}, subject.results.with_name("values.jsonl")
-    new = not any(record.items() <= line.items() for line in read(subject.results))  # else finished items were judged again
-    if new or of_items not in read(path):
-        append_jsonl(path, of_items)
-    if new:
-        append_jsonl(subject.results, {**record, "seconds": round(seconds, 3), "version": versions(),
-                                       "time": time.strftime("%Y-%m-%dT%H:%M:%S")})

@@ -4,8 +4,7 @@ import json
 import pytest
 from conftest import need, run_here
 
-from evaluation import answer_mtbench
-from evaluation.answer_mtbench import TEMPERATURES, next_prompt
+from evaluation.answer_mtbench import TEMPERATURES, Form, next_prompt
 from text.tokenizer import load_tokenizer
 
 
@@ -52,15 +51,24 @@ def test_started_again_it_answers_what_is_left(tmp_path):
     assert other.returncode == 2 and "made with bos=False, not True" in other.stderr
 
 
-def test_second_prompt_holds_the_first_turn_and_one_eos(monkeypatch):
+def test_second_prompt_holds_the_first_turn_and_one_eos():
     tok = load_tokenizer(need("data/stories260k"))
-    monkeypatch.setattr(answer_mtbench, "template", "U: {message} A:")
-    monkeypatch.setattr(answer_mtbench, "separator", "\n")
-    first = next_prompt(tok, [], "hi {message}")
+    form = Form("U: {message} A:", "\n", bos=True)
+    first = next_prompt(tok, [], "hi {message}", form)
     assert first == tok.encode("U: hi {message} A:", bos=True)
-    second = next_prompt(tok, first + [50, 51], "more")
+    second = next_prompt(tok, first + [50, 51], "more", form)
     assert second == first + [50, 51, tok.eos_id] + tok.encode("\nU: more A:")
     assert second.count(tok.bos_id) == second.count(tok.eos_id) == 1
+
+
+def test_backslashes_are_read_as_prepare_data_reads_them(tmp_path):
+    r"""\n, \t and \\ in the template, the separator and the stop texts are a newline, a tab and a backslash."""
+    done = run(tmp_path, limit=1, template=r"a\tb\\n{message}\n", separator=r"\t\\t", stop=r"\n\n,\\n")
+    assert done.returncode == 0, done.stderr
+    settings = json.loads((tmp_path / "a/eval_mtbench.settings.json").read_text())
+    assert settings["template"] == "a\tb\\n{message}\n"
+    assert settings["separator"] == "\t\\t"
+    assert settings["stop"] == ["\n\n", "\\n"]
 
 
 @pytest.mark.parametrize("knob, value, message", [

@@ -14,6 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eval_forgetting as ef
+from evaluation import trees
+from evaluation.scores import score
+from evaluation.shots import gauntlet_shots, lm_eval_shots_from, lm_eval_shots_of_subject
 from model import Llama, LlamaConfig
 from text.tokenizer import load_tokenizer
 
@@ -33,46 +36,45 @@ def stories(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def items():
-    return {task: ef.load_items(task, str(need(f"data/{file}"))) for task, file in FILES.items()}
+    return {task: ef.load_questions(task, str(need(f"data/{file}"))) for task, file in FILES.items()}
 
 
 @pytest.fixture(scope="module")
 def mosaic(items):
-    rows = {task: ef.load_items(task, str(need(f"data/{file}"))) for task, file in MOSAIC.items()}
+    rows = {task: ef.load_questions(task, str(need(f"data/{file}"))) for task, file in MOSAIC.items()}
     return {"hellaswag": items["hellaswag"], **rows}
 
 
-def judged(llama, items, prompts, style, ids, batch_tokens=1024):
-    records = {}
-    work = ef.judging(llama, items, lambda i, style: prompts(i), (style,), batch_tokens)
-    work(list(ids), lambda i, record: records.__setitem__(i, record[style]))
-    return records
+def judged(stories, exam, style, ids, batch_tokens=1024):
+    """{i: the style's part of the record of question i}"""
+    llama, tok = stories
+    return {i: record[style] for i, record in ef.judge_questions(llama, tok, exam, ids, batch_tokens)}
 
 
 # ----------------------------------------------------------------------------- the original tools
 @pytest.mark.parametrize("number", range(12))
 def test_golden(number, stories, items, mosaic):
     run = golden("forgetting")["runs"][number]
-    llama, tok = stories
+    _, tok = stories
     task, few = run["task"], run["num_fewshot"]
-    delimiter = ef.DELIMITER[task]
+    delimiter = ef.TASKS[task].delimiter
     if run["flavour"] == "lm-eval":
         rows, style, key = items[task], "lm_eval", "doc_id"
-        pool = ef.load_items(task, str(need("data/arc-challenge/ARC-Challenge-validation.jsonl"))) if few else []
-        shots = ef.lm_eval_shots_from(pool, rows, few, task)
+        pool = ef.load_questions(task, str(need("data/arc-challenge/ARC-Challenge-validation.jsonl"))) if few else []
+        shots = lm_eval_shots_from(pool, rows, few, ef.TASKS[task].spare_shot)
         bos, limit, most = run["add_bos_token"], run["max_length"], run["max_length"] + 1
-        prompts = lambda i: ef.lm_eval_sequences(rows[i], shots[i], delimiter, tok, bos, limit)
     else:
         rows, style, key = mosaic[task], "gauntlet", "row"
         rows = rows[:200] if task == "hellaswag" and few else rows
         assert delimiter == run["continuation_delimiter"]
-        shots, most = ef.gauntlet_shots(rows, few, run["fewshot_random_seed"]), run["max_seq_len"]
-        prompts = lambda i: ef.gauntlet_sequences(rows[i], shots[i], delimiter, tok, True, most)
-    records = judged(llama, rows, prompts, style, [item[key] for item in run["items"]])
+        shots = gauntlet_shots(rows, few, run["fewshot_random_seed"])
+        bos, limit, most = True, run["max_seq_len"], run["max_seq_len"]
+    exam = ef.Exam(rows, delimiter, {style: shots}, {style: bos}, limit)
+    records = judged(stories, exam, style, [item[key] for item in run["items"]])
     right = {"sum": 0, "per_char": 0, "per_token": 0}
     for item in run["items"]:
         i = item[key]
-        record, (sequences, _) = records[i], prompts(i)
+        record, (sequences, _) = records[i], exam.put(i, style, tok)
         if style == "lm_eval":
             contexts = item.get("contexts", [item.get("context")] * len(sequences))
             texts = list(zip(contexts, item["continuations"]))
@@ -100,6 +102,12 @@ def test_original_records_are_the_rows_of_llm_foundry(items, mosaic):
     assert sum(a[:2] != b[:2] for a, b in pairs) == 7
 
 
+def test_every_task_has_a_line_in_the_table_and_its_knobs():
+    assert set(ef._choices["tasks"]) == set(ef.TASKS)
+    for task in ef.TASKS:
+        assert isinstance(getattr(ef, task), str) and isinstance(getattr(ef, f"{task}_shots"), int)
+
+
 MMLU = [{"question": " What is 1 + 1?\n", "choices": ["1", "2", "3", "4"], "answer": 1, "subject": "abstract_algebra"},
         {"question": "Which is prime?", "choices": ["7", "8", "9", "10"], "answer": 0, "subject": "abstract_algebra"},
         {"question": "Who wrote it?", "choices": ["I", "You", "He", "She"], "answer": "3", "subject": "world_history"}]
@@ -108,27 +116,27 @@ MMLU = [{"question": " What is 1 + 1?\n", "choices": ["1", "2", "3", "4"], "answ
 def test_mmlu_prompt(stories):
     """lm-eval 0.4.2's text for MMLU, as its code made it: description, shots of the subject, first come first, letters."""
     _, tok = stories
-    test, dev, other = (ef.to_item("mmlu", record) for record in MMLU)
-    [shots] = ef.lm_eval_shots_from([other, dev, dev], [test], 1, "mmlu")
+    test, dev, other = (ef.mmlu_question(record) for record in MMLU)
+    [shots] = lm_eval_shots_of_subject([other, dev, dev], [test], 1)
     with pytest.raises(ValueError, match="holds 2 of abstract_algebra"):
-        ef.lm_eval_shots_from([other, dev, dev], [test], 3, "mmlu")
-    sequences, _ = ef.lm_eval_sequences(test, shots, ef.DELIMITER["mmlu"], tok)
+        lm_eval_shots_of_subject([other, dev, dev], [test], 3)
+    sequences, _ = ef.lm_eval_sequences(test, shots, ef.TASKS["mmlu"].delimiter, tok, False, 2048)
     front = ("The following are multiple choice questions (with answers) about abstract algebra.\n"
              "Which is prime?\nA. 7\nB. 8\nC. 9\nD. 10\nAnswer: A\n\nWhat is 1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:")
     assert [tok.decode(ids) for ids, _ in sequences] == [f"{front} {letter}" for letter in "ABCD"]
     assert all(tok.decode(ids[-scored:]).strip() == letter for (ids, scored), letter in zip(sequences, "ABCD"))
     assert (test.gold, other.gold) == (1, 3)
-    drawn = ef.gauntlet_shots([test, other, dev], 5, 1234)  # within the subject, without itself
+    drawn = gauntlet_shots([test, other, dev], 5, 1234)  # within the subject, without itself
     assert drawn == [[dev], [], [test]]
 
 
 def test_lm_eval_draws_one_more_where_it_has_no_test_split():
     """Its sampler asks for one more than it uses if the splits for shots and tests are the same; both unset are, too."""
     pool, tests = list(range(20)), [None] * 3
-    assert ef.lm_eval_shots_from(pool, tests, 2, "winogrande") == [[14, 3], [2, 18], [2, 3]]
-    assert ef.lm_eval_shots_from(pool, tests, 2, "arc_challenge") == [[14, 3], [0, 2], [18, 1]]
+    assert lm_eval_shots_from(pool, tests, 2, ef.TASKS["winogrande"].spare_shot) == [[14, 3], [2, 18], [2, 3]]
+    assert lm_eval_shots_from(pool, tests, 2, ef.TASKS["arc_challenge"].spare_shot) == [[14, 3], [0, 2], [18, 1]]
     with pytest.raises(ValueError, match="holds 20 items, expected 21"):
-        ef.lm_eval_shots_from(pool, tests, 20, "hellaswag")
+        lm_eval_shots_from(pool, tests, 20, ef.TASKS["hellaswag"].spare_shot)
 
 
 # ----------------------------------------------------------------------------- trees
@@ -149,7 +157,7 @@ def test_trees_score_what_plain_passes_score(small, groups):
     small.compute_dtype = torch.float64
     groups = [[(ids, min(scored, len(ids) - 1)) for ids, scored in group] for group in groups]
     with torch.no_grad():
-        for group, found in zip(groups, ef.score_sequences(small, groups)):
+        for group, found in zip(groups, trees.score_sequences(small, groups)):
             for (ids, scored), values in zip(group, found):
                 logp = small(torch.tensor([ids]))[0][0].log_softmax(-1)
                 expected = [logp[t - 1, ids[t]].item() for t in range(len(ids) - scored, len(ids))]
@@ -159,11 +167,11 @@ def test_trees_score_what_plain_passes_score(small, groups):
 def test_a_beginning_is_computed_once(small, monkeypatch):
     shared = [1, 2, 3, 4, 5, 6, 7]
     group = [(shared + end, len(end)) for end in ([8, 9], [8, 10, 11], [12], [8, 9])]
-    tree = ef.make_tree([ids[:-1] for ids, _ in group])
+    tree = trees.make_tree([ids[:-1] for ids, _ in group])
     assert tree.tokens == shared + [8, 10] and tree.parents[-2:] == [6, 7]
     rows = []
     monkeypatch.setattr(small, "head", lambda x, head=small.head: rows.append(len(x)) or head(x))
-    found = ef.score_sequences(small, [group])[0]
+    found = trees.score_sequences(small, [group])[0]
     assert rows == [3]  # after the shared part, after 8, after 10
     assert found[0] == found[3] and len(found[1]) == 3
 
@@ -172,16 +180,16 @@ def test_bundles_take_neighbours_that_share_much():
     shots = list(range(20))
     asked = [(i, [(shots + [30 + i, letter], 1) for letter in (1, 2)]) for i in range(5)]
     asked += [(5, [([9] * 10, 1)]), (6, [([9] * 3 + [8] * 8, 1)]), (7, [([9] * 3 + [8] + [7] * 7, 1)])]
-    ids = lambda most: [[i for i, _ in group] for group, _ in ef.bundle(asked, most)]
+    ids = lambda most: [[i for i, _ in tree.members] for tree in trees.bundle(asked, most)]
     assert ids(1000) == [[0, 1, 2, 3, 4], [5], [6, 7]]  # 3 of 10 nodes are less than a third, 4 are more
-    assert [size for _, size in ef.bundle(asked, 1000)] == [25, 9, 16]
+    assert [tree.size for tree in trees.bundle(asked, 1000)] == [25, 9, 16]
     assert ids(22) == [[0, 1], [2, 3], [4], [5], [6, 7]] and ids(15)[-2:] == [[6], [7]]
 
 
 def test_equal_choices_go_to_the_first():
-    record = ef.judge([[-1.0, -1.0], [-2.0], [-1.0, -1.0]], [4, 4, 4])
+    record = ef.judge_choices([[-1.0, -1.0], [-2.0], [-1.0, -1.0]], [4, 4, 4])
     assert record["sum"] == record["per_char"] == 0 and record["per_token"] == 0
-    assert ef.judge([[-3.0], [-2.0, -2.0]], [1, 8]) == {"per_token": 1, "sum": 0, "per_char": 1, "logprobs": [-3.0, -4.0],
+    assert ef.judge_choices([[-3.0], [-2.0, -2.0]], [1, 8]) == {"per_token": 1, "sum": 0, "per_char": 1, "logprobs": [-3.0, -4.0],
                                                         "tokens": [1, 2]}
 
 
@@ -207,7 +215,7 @@ def assert_same_items(first, second):
 
 
 @pytest.fixture(scope="module")
-def full_tensor(tmp_path_factory):
+def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     ran = run_here(*argv(out))
     assert ran.returncode == 0, ran.stderr
@@ -236,7 +244,7 @@ def test_script(whole):
     assert found["value"] == pytest.approx(sum(means) / 3) and found["n"] == 36
     assert found["stderr"] == pytest.approx(math.sqrt(sum(errors)) / 3)
     values = [json.loads(line) for line in (out / "values.jsonl").read_text().splitlines()]
-    of_mean = ef.score(next(line["values"] for line in values if line["metric"] == "forgetting"))
+    of_mean = score(next(line["values"] for line in values if line["metric"] == "forgetting"))
     assert of_mean[0] == pytest.approx(found["value"]) and of_mean[1] == pytest.approx(found["stderr"], rel=0.05)
     assert f"forgetting: {found['value']:.4f} +- {found['stderr']:.4f}" in stdout
     assert found["settings"]["dtype"] == "float32" and found["settings"]["winogrande_shots"] == 5

@@ -5,7 +5,7 @@ import re
 import pytest
 from conftest import golden, need, run_here
 
-from eval_gsm8k import build_prompt, cut_at_stops, draw_shots, extract_flexible, extract_strict, judge, normalise
+from eval_gsm8k import build_prompt, cut_at_stops, draw_shots, extract_flexible, extract_strict, judge_answer, normalise
 from evaluation.evals import read_items, read_done
 
 
@@ -31,7 +31,7 @@ def test_extraction_and_verdicts_are_the_harness():
         assert cut == item["after_stop_strings"]
         assert extract_strict(cut) == item["strict_match"]["extracted"], cut
         assert extract_flexible(cut) == item["flexible_extract"]["extracted"], cut
-        record = judge(item["output"], test[item["doc_id"]]["answer"])
+        record = judge_answer(item["output"], test[item["doc_id"]]["answer"])
         assert record["gold"] == item["gold"]
         assert record["strict_match"] == item["strict_match"]["exact_match"], cut
         assert record["flexible_match"] == item["flexible_extract"]["exact_match"], cut
@@ -39,7 +39,7 @@ def test_extraction_and_verdicts_are_the_harness():
 
 def test_every_gold_answer_is_right_by_its_own_text():
     for record in data()[0]:
-        verdict = judge(" " + record["answer"], record["answer"])
+        verdict = judge_answer(" " + record["answer"], record["answer"])
         assert verdict["strict_match"] == verdict["flexible_match"] == 1
         assert normalise(verdict["gold"]) == normalise(record["answer"])
 

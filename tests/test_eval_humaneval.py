@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import golden, need, run_here
 
-from eval_humaneval import STOPS, check_samples, pass_at_k, prompt_of, read_samples, run_program, scores, truncate_at_stop
-from evaluation.evals import read_items, read_done
+from eval_humaneval import STOPS, pass_at_k, prompt_of, run_program, scores_of_problems, truncate_at_stop
+from evaluation.evals import read_done, read_items
+from evaluation.samples import check_samples, read_samples, warn_of_unstripped
 from model import Llama
 from evaluation.sandbox import Sandbox
 
@@ -93,6 +94,7 @@ def test_one_program_without_a_sandbox_at_hand():
 # ----------------------------------------------------------------------------- samples
 def test_samples_of_three_kinds_are_read_alike(tmp_path):
     some = problems()[:3]
+    prompts = [prompt_of(problem) for problem in some]
     texts = {i: [f"\n    return {i}\n", f"\n    return -{i}\n"] for i in range(3)}
     lines = [{"task_id": some[i]["task_id"], "completion": text} for i in (2, 0, 1) for text in texts[i]]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -100,33 +102,33 @@ def test_samples_of_three_kinds_are_read_alike(tmp_path):
     ours = [{"id": i, "task_id": some[i]["task_id"], "completions": texts[i]} for i in range(3)]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ours))
     for name in ("a.jsonl", "b.json", "c.jsonl"):
-        assert list(read_samples(tmp_path / name, some).items()) == list(texts.items())
+        assert list(read_samples(tmp_path / name, some, prompts).items()) == list(texts.items())
     (tmp_path / "d.json").write_text(json.dumps([["import os"]]))
     with pytest.raises(ValueError, match="HumanEval/0 does not begin with its prompt, but with 'import os'"):
-        read_samples(tmp_path / "d.json", some)
+        read_samples(tmp_path / "d.json", some, prompts)
     for text in ('{"task_id": "HumanEval/999", "completion": ""}', '{"completion": ""}', "[1]", "{",
                  '{"task_id": "HumanEval/0"}'):
         (tmp_path / "e.jsonl").write_text(text)
         with pytest.raises(ValueError, match="expected lines with task_id and completion of 3 problems"):
-            read_samples(tmp_path / "e.jsonl", some)
+            read_samples(tmp_path / "e.jsonl", some, prompts)
 
 
 def test_missing_problems_and_too_few_samples_are_refused(capsys):
     some = problems()[:3]
     with pytest.raises(ValueError, match="no samples of 2 of 3 problems: HumanEval/0, HumanEval/2"):
-        check_samples("x", {1: ["a"]}, some, (1,), True)
+        check_samples("x", {1: ["a"]}, some, (1,))
     with pytest.raises(ValueError, match="k=2 is more than the 1 samples of HumanEval/1 in x"):
-        check_samples("x", {0: ["a", "b"], 1: ["a"], 2: ["a", "b"]}, some, (1, 2), True)
-    check_samples("x", {i: ["    return 1"] for i in range(3)}, some, (1,), True)
+        check_samples("x", {0: ["a", "b"], 1: ["a"], 2: ["a", "b"]}, some, (1, 2))
+    warn_of_unstripped({i: ["    return 1"] for i in range(3)})
     assert "--strip_prompt=False" in capsys.readouterr().out
-    check_samples("x", {i: ["\n    return 1"] for i in range(3)}, some, (1,), True)
+    warn_of_unstripped({i: ["\n    return 1"] for i in range(3)})
     assert capsys.readouterr().out == ""
 
 
 def test_scores_count_unique_samples_by_verdict():
     found = {0: ["a", "a", "b", "c"], 1: ["d", "d", "d", "d"]}
     verdicts = [{"passed": p} for p in (1, 1, 0, 0, 0, 0, 0, 0)]
-    assert scores(found, verdicts, (1, 2)) == {"pass@1": [0.5, 0], "pass@2": [pytest.approx(5 / 6), 0], "unique": [3, 1],
+    assert scores_of_problems(found, verdicts, (1, 2)) == {"pass@1": [0.5, 0], "pass@2": [pytest.approx(5 / 6), 0], "unique": [3, 1],
                                                "unique_passed": [1, 0], "unique_failed": [2, 1]}
 
 
@@ -142,9 +144,15 @@ def results(folder):
 
 
 def test_samples_are_drawn_whatever_the_batch_and_run_only_if_allowed(tmp_path, monkeypatch):
-    short, together, generate = ["--limit=3", "--n_samples=4", "--temperature=0.8", "--max_length=240"], [], Llama.generate
-    monkeypatch.setattr(Llama, "generate", lambda self, prompts, *a, **k: together.append(len(prompts)) or
-                        generate(self, prompts, *a, **k))
+    short = ["--limit=3", "--n_samples=4", "--temperature=0.8", "--max_length=240"]
+    together = []
+    generate_each = Llama.generate_each
+
+    def counting(self, prompts, *args, **knobs):
+        together.append(len(prompts))
+        return generate_each(self, prompts, *args, **knobs)
+
+    monkeypatch.setattr(Llama, "generate_each", counting)
     done = run(tmp_path, *short, "--batch_size=8")
     assert done.returncode == 0, done.stderr
     assert together == [3]
@@ -169,6 +177,15 @@ def test_samples_are_drawn_whatever_the_batch_and_run_only_if_allowed(tmp_path, 
     assert lines["humaneval_pass@1"]["value"] == 0 and lines["humaneval_pass@1"]["n"] == 3 and "humaneval_pass@10" not in lines
     assert lines["humaneval_pass@1"]["settings"]["temperature"] == 0.8 and 1 < lines["humaneval_unique"]["value"] <= 4
     assert len(read_done(tmp_path / "a/eval_humaneval_run.jsonl")) == 12
+
+    # the same samples as a file: what they were drawn with wins over this run's knobs
+    again = run(tmp_path, f"--samples={tmp_path / 'a/eval_humaneval.jsonl'}", "--limit=3", "--k=1",
+                "--allow_code_execution=True", "--workers=2", name="c")
+    assert again.returncode == 0, again.stderr
+    line = results(tmp_path / "c")["humaneval_pass@1"]
+    assert line["value"] == lines["humaneval_pass@1"]["value"]
+    assert line["settings"]["n_samples"] == 4 and line["settings"]["temperature"] == 0.8
+    assert line["settings"]["model"] == str(need("data/stories260k")) and line["settings"]["adapter"] == ""
 
 
 def test_greedy_answers_are_the_same_together_and_alone(tmp_path):

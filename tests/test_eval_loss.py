@@ -8,7 +8,8 @@ import pytest
 from conftest import need, run_here, run_stage
 
 from eval_loss import values_of_rows
-from evaluation.evals import read_done, score
+from evaluation.evals import read_done
+from evaluation.scores import score
 from paper.results import falls
 
 

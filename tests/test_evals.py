@@ -5,14 +5,13 @@ import math
 import random
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, need
+from conftest import ROOT, need, run_here
 
-from evaluation.evals import (cut_left, evaluate, load_for_eval, read_items, read_done, score,
-                   write_result)
+from evaluation.evals import cut_left, load_for_eval, open_items, read_done, read_items
+from evaluation.scores import score, write_result
 from lora import apply_lora, save_adapter
 from model import Llama
 from text.records import Source
@@ -22,11 +21,12 @@ def subject_in(folder):
     return load_for_eval(str(need("data/stories260k")), out_dir=str(folder))
 
 
-def squares(ids, finish, seen=None):
-    for i in ids:
-        finish(i, {"square": i * i})
-        if seen is not None:
-            seen.append(i)
+def squares(folder, ids, settings):
+    """Evaluate the squares of `ids`; returns the records and which were computed now."""
+    items = open_items(subject_in(folder), "toy", ids, settings)
+    for i in items.todo:
+        items.finish(i, {"square": i * i})
+    return items.close(), items.todo
 
 
 # ----------------------------------------------------------------------------- subjects
@@ -134,43 +134,50 @@ def test_cut_left():
 
 
 # ----------------------------------------------------------------------------- resume and ranks
-def test_a_killed_evaluation_goes_on_with_the_items_it_lacks(tmp_path):
-    subject, seen = subject_in(tmp_path), []
-
-    def dies(ids, finish):
-        squares(ids[:4], finish)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(subject, "toy", range(10), {"a": 1}, dies)
+def test_a_killed_evaluation_resumes_with_the_items_it_lacks(tmp_path):
+    items = open_items(subject_in(tmp_path), "toy", range(10), {"a": 1})
+    for i in items.todo[:4]:
+        items.finish(i, {"square": i * i})
+    del items  # killed: never closed
     assert not (tmp_path / "eval_toy.jsonl").exists()
     with open(tmp_path / "eval_toy.jsonl.part0", "a") as part:
         part.write('{"id": 4, "squ')  # the kill came in the middle of a line
-    records = evaluate(subject, "toy", range(10), {"a": 1}, partial(squares, seen=seen))
-    assert seen == [4, 5, 6, 7, 8, 9]
+    records, computed = squares(tmp_path, range(10), {"a": 1})
+    assert computed == [4, 5, 6, 7, 8, 9]
     assert records == {i: {"square": i * i} for i in range(10)} == read_done(tmp_path / "eval_toy.jsonl")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["eval_toy.jsonl", "eval_toy.settings.json"]
 
 
 def test_more_items_build_on_the_finished_ones_and_fewer_leave_them(tmp_path):
-    subject, seen = subject_in(tmp_path), []
-    evaluate(subject, "toy", range(3), {}, squares)
-    assert list(evaluate(subject, "toy", range(5), {}, partial(squares, seen=seen))) == [0, 1, 2, 3, 4]
-    assert seen == [3, 4]
-    assert list(evaluate(subject, "toy", range(2), {}, None)) == [0, 1]
+    squares(tmp_path, range(3), {})
+    records, computed = squares(tmp_path, range(5), {})
+    assert list(records) == [0, 1, 2, 3, 4] and computed == [3, 4]
+    records, computed = squares(tmp_path, range(2), {})
+    assert list(records) == [0, 1] and computed == []
     assert len(read_done(tmp_path / "eval_toy.jsonl")) == 5
 
 
+def test_running_score_counts_what_was_done_before(tmp_path):
+    squares(tmp_path, range(3), {})
+    items = open_items(subject_in(tmp_path), "toy", range(4), {}, lambda record: record["square"])
+    assert items.scores == [0, 1, 4]
+    items.finish(3, {"square": 9})
+    assert items.scores == [0, 1, 4, 9]
+
+
 def test_other_settings_are_refused_in_one_line(tmp_path):
-    evaluate(subject_in(tmp_path), "toy", range(3), {"shots": 5, "stop": ("a",)}, squares)
-    evaluate(subject_in(tmp_path), "toy", range(3), {"shots": 5, "stop": ("a",)}, squares)
+    squares(tmp_path, range(3), {"shots": 5, "stop": ("a",)})
+    squares(tmp_path, range(3), {"shots": 5, "stop": ("a",)})
     with pytest.raises(ValueError, match="eval_toy.jsonl was made with shots=5, not 0; choose another --name"):
-        evaluate(subject_in(tmp_path), "toy", range(3), {"shots": 0, "stop": ("a",)}, squares)
+        squares(tmp_path, range(3), {"shots": 0, "stop": ("a",)})
 
 
-def test_work_that_leaves_items_out_is_noticed(tmp_path):
+def test_items_that_were_left_out_are_noticed(tmp_path):
+    items = open_items(subject_in(tmp_path), "toy", range(3), {})
+    for i in items.todo[:2]:
+        items.finish(i, {})
     with pytest.raises(RuntimeError, match=r"\[2\]"):
-        evaluate(subject_in(tmp_path), "toy", range(3), {}, lambda ids, finish: squares(ids[:2], finish))
+        items.close()
 
 
 def test_two_ranks_finish_what_one_began_and_write_the_same_file(tmp_path):
@@ -180,15 +187,16 @@ import os
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 from evaluation.evals import *
+from evaluation.scores import write_result
 start_ranks("cpu")
 subject = load_for_eval({str(need("data/stories260k"))!r}, out_dir=sys.argv[1])
-def work(ids, finish):
-    for i in ids:
-        if i == int(sys.argv[2]):
-            raise SystemExit("killed")
-        os.write(1, f"did {{i}} of {{RANK}}\\n".encode())  # in one piece: two ranks share the pipe
-        finish(i, {{"square": i * i}})
-records = evaluate(subject, "toy", range(9), {{}}, work, lambda r: r["square"])
+items = open_items(subject, "toy", range(9), {{}}, lambda record: record["square"])
+for i in items.todo:
+    if i == int(sys.argv[2]):
+        raise SystemExit("killed")
+    os.write(1, f"did {{i}} of {{RANK}}\\n".encode())  # in one piece: two ranks share the pipe
+    items.finish(i, {{"square": i * i}})
+records = items.close()
 assert records == {{i: {{"square": i * i}} for i in range(9)}}
 write_result(subject, "toy_square", [r["square"] for r in records.values()], {{}}, 1.0)
 """)
@@ -199,7 +207,7 @@ write_result(subject, "toy_square", [r["square"] for r in records.values()], {{}
     assert two.returncode == 0, two.stderr
     did = sorted(line for line in two.stdout.splitlines() if line.startswith("did"))
     assert did == ["did 3 of 0", "did 4 of 1", "did 5 of 0", "did 6 of 1", "did 7 of 0", "did 8 of 1"]
-    evaluate(subject_in(tmp_path / "alone"), "toy", range(9), {}, squares)
+    squares(tmp_path / "alone", range(9), {})
     assert (out / "eval_toy.jsonl").read_bytes() == (tmp_path / "alone" / "eval_toy.jsonl").read_bytes()
     assert sorted(p.name for p in out.iterdir()) == ["eval_toy.jsonl", "eval_toy.settings.json", "results.jsonl", "values.jsonl"]
     assert len((out / "results.jsonl").read_text().splitlines()) == 1
@@ -236,3 +244,41 @@ def test_results_hold_every_field_and_no_line_twice(tmp_path):
     assert set("run step tokens epoch metric value stderr n settings seconds version".split()) <= lines[0].keys()
     assert lines[0]["value"] == 0.5 and lines[0]["seconds"] == 1.5 and lines[0]["n"] == 2
     assert lines[0]["settings"]["shots"] == 5 and lines[0]["settings"]["dtype"] == "float32"
+
+
+def test_every_evaluation_says_the_same_of_what_it_judged(tmp_path):
+    """The identity of a LoRA checkpoint in results.jsonl: base, adapter, weights, dtype and tokenizer."""
+    base = need("data/stories260k")
+    make_lora_checkpoint(tmp_path / "run" / "step_30", base)
+    gsm8k = need("data/gsm8k/test.jsonl")
+    tokens = run_here("prepare_data.py", f"--source={gsm8k}", "--text_field=question", f"--tokenizer={base}",
+                      "--seq_len=64", "--max_records=20", "--val_fraction=0",
+                      f"--out_dir={tmp_path / 'tokens'}", "--workers=1")
+    assert tokens.returncode == 0, tokens.stderr
+    commands = [
+        ("eval_gsm8k.py", f"--test_data={gsm8k}", "--shots=0", "--limit=1", "--max_new_tokens=2"),
+        ("eval_humaneval.py", f"--data={need('data/humaneval/HumanEval.jsonl.gz')}", "--limit=1", "--n_samples=1",
+         "--temperature=0"),
+        ("eval_forgetting.py", f"--hellaswag={need('data/hellaswag/hellaswag_val.jsonl.gz')}", "--tasks=hellaswag",
+         "--limit=2"),
+        ("eval_loss.py", f"--data={tmp_path / 'tokens'}", "--rows=2"),
+        ("evaluation/answer_mtbench.py", f"--questions={need('data/mt-bench/question.jsonl')}", "--limit=1",
+         "--max_new_tokens=2"),
+    ]
+    for script, *argv in commands:
+        done = run_here(script, f"--model={tmp_path / 'run/step_30'}", "--device=cpu", *argv)
+        assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run/results.jsonl").read_text().splitlines()]
+    metrics = {line["metric"] for line in lines}
+    assert {"gsm8k_strict_match", "humaneval_truncated", "hellaswag", "loss tokens", "mtbench_cut"} <= metrics
+    identity = load_for_eval(str(tmp_path / "run/step_30")).identity
+    assert identity["model"] == str(base) and identity["adapter"] == str(tmp_path / "run/step_30")
+    for line in lines:
+        assert {key: line["settings"][key] for key in identity} == identity, line["metric"]
+
+
+def test_epoch_is_found_while_training_still_writes_its_log(tmp_path):
+    make_lora_checkpoint(tmp_path / "run" / "step_30", need("data/stories260k"))
+    with open(tmp_path / "run" / "log.jsonl", "a") as log:
+        log.write('{"step": 11, "ep')
+    assert load_for_eval(str(tmp_path / "run/step_30")).epoch == pytest.approx(1.5)

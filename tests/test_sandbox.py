@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.sandbox import BOOT, Sandbox
+from evaluation.sandbox import Sandbox
+from evaluation.warden import BOOT
 
 TEST = """
 def check(candidate):
