@@ -207,7 +207,7 @@ def assert_same_items(first, second):
 
 
 @pytest.fixture(scope="module")
-def full_tensor(tmp_path_factory):
+def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole")
     ran = run_here(*argv(out))
     assert ran.returncode == 0, ran.stderr
