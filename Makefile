@@ -7,6 +7,17 @@ quickstart: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q
 
+# under a minute: a look at every stage, in one process
+QUICK = configurator model lora lion tokenizer prepare_data plan train eval_gsm8k spectrum
+QUICK_SKIPS = merge_script or killed or sigterm or full_disk or as_a_user or long_runs or merge_table or any_scalar
+quick: .venv/installed-test
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" -k "not ($(QUICK_SKIPS))" $(QUICK:%=tests/test_%.py)
+
+# the reading path: the system in 3,000 lines
+READING_PATH = configurator.py model.py lora.py lion.py prepare_data.py train.py eval_gsm8k.py eval_humaneval.py spectrum.py
+lines:
+	@wc -l $(READING_PATH)
+
 # what the machine can run: on a GPU all, on a CPU a small model
 bench: .venv/installed-test
 	$(BIN)/python -m bench.train
@@ -37,4 +48,4 @@ gpu: .venv/installed-test
 	$(BIN)/pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: quickstart test bench gpu
+.PHONY: quickstart test quick lines bench gpu
