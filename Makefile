@@ -7,15 +7,29 @@ quickstart: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q
 
+# under a minute: a look at every stage, in one process
+QUICK = configurator model lora lion tokenizer prepare_data plan train eval_gsm8k spectrum
+QUICK_SKIPS = merge_script or killed or sigterm or full_disk or as_a_user or long_runs or merge_table or any_scalar
+quick: .venv/installed-test
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" -k "not ($(QUICK_SKIPS))" $(QUICK:%=tests/test_%.py)
+
+# the reading path: the system in 3,000 lines
+READING_PATH = configurator.py model.py lora.py lion.py prepare_data.py train.py eval_gsm8k.py eval_humaneval.py spectrum.py
+lines:
+	@wc -l $(READING_PATH)
+
 # what the machine can run: on a GPU all, on a CPU a small model
 bench: .venv/installed-test
+	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	    then $(BIN)/python -m bench.throughput; fi
 	$(BIN)/python -m bench.train
+	$(BIN)/python -m bench.generate
 	$(BIN)/python -m bench.kernels
 
 # One call for a GPU lent for ten minutes. What matters most comes first, figures are written as they come, and a part that
 # fails costs no other. On a machine that has the packages already: make -o .venv/installed-test gpu BIN=/its/venv/bin
 GPU_OUT = out/gpu
-TRAINING = $(BIN)/python -m bench.train --device=cuda --parts=training
+TRAINING = $(BIN)/python -m bench.throughput --device=cuda
 gpu: .venv/installed-test
 	mkdir -p $(GPU_OUT)
 	failed=; \
@@ -25,7 +39,8 @@ gpu: .venv/installed-test
 	    --out=$(GPU_OUT)/training.json || failed="$$failed training"; \
 	timeout 120 $(BIN)/python -m pytest -q -m gpu || failed="$$failed tests"; \
 	$(TRAINING) --batches=64,8,256 --repeats=1 --stop_after=60 --out=$(GPU_OUT)/axes.json || failed="$$failed axes"; \
-	$(BIN)/python -m paper.plot --benches=$(GPU_OUT)/training.json,$(GPU_OUT)/axes.json --out_dir=$(GPU_OUT) || failed="$$failed plot"; \
+	$(BIN)/python -m paper.plot --benches=$(GPU_OUT)/training.json,$(GPU_OUT)/axes.json --out_dir=$(GPU_OUT) \
+	    || failed="$$failed plot"; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 .venv/installed: requirements.txt
@@ -37,4 +52,4 @@ gpu: .venv/installed-test
 	$(BIN)/pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: quickstart test bench gpu
+.PHONY: quickstart test quick lines bench gpu

@@ -1,5 +1,6 @@
-"""Shared by all tests: the path to the repo, the golden fixtures, two ways to run a stage as a user does."""
+"""Shared by all tests: where the recorded outputs and the data are, and two ways to run a stage as a user does."""
 import contextlib
+import gzip
 import io
 import json
 import os
@@ -17,21 +18,31 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the backgro
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"  # outputs of the original tools and real data; beside the checkout, not in it
+GOLDEN = ROOT / "tests" / "golden"  # outputs of the original tools, in the repository
+SHARED = ROOT.parent / "shared"  # larger real data, beside the checkout
 sys.path.insert(0, str(ROOT))
 
 
 def need(path):
-    """A path under ../shared, or skip the test and say which file is missing."""
-    full = SHARED / path
-    if not full.exists():
+    """The file or folder that a test needs, or skip the test and say which is missing.
+
+        need("golden/models/sharded3")  ->  tests/golden/models/sharded3
+        need("data/stories260k")        ->  tests/golden/data/stories260k
+        need("data/gsm8k/test.jsonl")   ->  ../shared/data/gsm8k/test.jsonl, or a skipped test
+    """
+    in_repository = GOLDEN / path.removeprefix("golden/")
+    if in_repository.exists():
+        return in_repository
+    beside = SHARED / path
+    if not beside.exists():
         pytest.skip(f"needs ../shared/{path}")
-    return full
+    return beside
 
 
 def golden(name):
-    """The parsed fixture ../shared/golden/NAME.json."""
-    return json.loads(need(f"golden/{name}.json").read_text())
+    """The recorded outputs in tests/golden/NAME.json.gz, parsed."""
+    with gzip.open(GOLDEN / f"{name}.json.gz", "rt", encoding="utf-8") as file:
+        return json.load(file)
 
 
 def run_stage(*argv, cwd=ROOT, timeout=300, **env):

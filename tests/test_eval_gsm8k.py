@@ -89,7 +89,8 @@ def test_bos_is_one_and_long_prompts_are_cut_behind_it_and_counted(tmp_path):
     (["--adapter=golden/adapters/gqa-r16-qv"], "does not fit"),
 ])
 def test_mistakes_are_one_line(tmp_path, argv, message):
-    argv = [re.sub(r"=(data|golden)/", lambda m: f"={need('data').parent}/{m[1]}/", a) for a in argv]
+    folders = {"data": need("data/gsm8k").parent, "golden": need("golden/adapters").parent}
+    argv = [re.sub(r"=(data|golden)/", lambda m: f"={folders[m[1]]}/", a) for a in argv]
     done = run(tmp_path, "--limit=1", *argv)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 

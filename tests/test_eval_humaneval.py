@@ -226,7 +226,7 @@ def test_samples_made_elsewhere_are_run_and_a_kill_loses_nothing(tmp_path):
     (["--mode=pass2"], "expected a str out of 'pass1', 'passk'"),
 ])
 def test_mistakes_are_one_line(tmp_path, argv, message):
-    argv = [re.sub(r"=data/", f"={need('data')}/", a) for a in argv]
+    argv = [re.sub(r"=data/", f"={need('data/gsm8k').parent}/", a) for a in argv]
     done = run(tmp_path, "--limit=2", *argv)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
