@@ -4,7 +4,7 @@ Speed and memory of generation against Hugging Face transformers, both sides in 
     greedy     16 prompts of 32 to 96 tokens    64 new tokens each
     samples    1 prompt of 128 tokens           50 continuations of 64 new tokens, drawn
 
-    python -m bench.generate                                 # random weights of SmolLM2-135M's shape
+    python -m bench.generate                               # random weights of SmolLM2-135M's shape
     python -m bench.generate --model=models/smollm2-135m
 
 Both sides make exactly `new_tokens` a row. See bench/sides.py for how they are compared.

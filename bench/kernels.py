@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bench.sides import clock, write_results
+from bench.sides import Settings, clock, write_results
 from configurator import configure, knob_table
 from lora import lora_matmul, milliseconds
 from runtime import device_name, one_line_errors, pick_device, versions
@@ -89,13 +89,11 @@ class Product:
 
     def forward_backward(self, x, W, A, B, dy, p):
         """y, dx, and dA and dB where there are adapters."""
-        wanted = [x, A, B] if self.variant != "plain" else [x]
-        wanted = [tensor.detach().requires_grad_() for tensor in wanted]
-        if self.variant == "plain":
-            y = self.forward(wanted[0], W, A, B, p)
-        else:
-            y = self.forward(wanted[0], W, wanted[1], wanted[2], p)
-        return [y, *torch.autograd.grad(y, wanted, dy)]
+        x, A, B = (tensor.detach().requires_grad_() for tensor in (x, A, B))
+        y = self.forward(x, W, A, B, p)
+        inputs = (x,) if self.variant == "plain" else (x, A, B)
+        gradients = torch.autograd.grad(y, inputs, dy)
+        return y, *gradients
 
 
 def peft_matmul(x, W, A, B, spans, p):
@@ -104,96 +102,106 @@ def peft_matmul(x, W, A, B, spans, p):
     rank = B.shape[1]
     outputs = []
     for w, a, b in zip(W.split(sizes), A.split(rank), B.split(sizes)):
+        y = F.linear(x, w)
         low_rank = F.linear(F.linear(F.dropout(x, p), a), b)
-        outputs.append(F.linear(x, w) + low_rank * SCALE)
+        outputs.append(y + low_rank * SCALE)
     return torch.cat(outputs, -1)
 
 
 # ----------------------------------------------------------------------------- measuring
-def median_ms(run, repeats, device):
+def median_ms(run, settings):
     """Milliseconds of run(), the median over its rounds."""
-    if device.type == "cuda":
+    if settings.device.type == "cuda":
         return milliseconds(run)
     times = []
-    for _ in range(repeats):
-        started = clock(device)
+    for _ in range(settings.repeats):
+        started = clock(settings.device)
         run()
-        times.append(clock(device) - started)
+        times.append(clock(settings.device) - started)
     return 1e3 * statistics.median(times)
 
 
-def random_operands(variant, group, rank, tokens, dtype, device):
-    """x, W, A, B and dy of a group; A and B are fp32, but peft's in `dtype`, its fastest."""
-    generator = torch.Generator(device).manual_seed(0)
-    N, K = sum(group.sizes), group.K
-    how = {"generator": generator, "device": device}
-    x = torch.randn(tokens, K, **how).to(dtype)
-    W = (torch.randn(N, K, **how) / K ** 0.5).to(dtype)
-    dy = torch.randn(tokens, N, **how).to(dtype)
+def random_operands(variant, group, rank, tokens, settings):
+    """x, W, A, B and dy of a group; A and B are fp32, but peft's in its dtype, which is faster."""
+    generator = torch.Generator(settings.device).manual_seed(0)
+    how = {"generator": generator, "device": settings.device}
+    dtype = settings.dtype
+    N = sum(group.sizes)
+    K = group.K
+    x = torch.randn(tokens, K, **how)
+    W = torch.randn(N, K, **how) / K ** 0.5
+    dy = torch.randn(tokens, N, **how)
     A = torch.randn(len(group.sizes) * rank, K, **how) / K ** 0.5
     B = torch.randn(N, rank, **how) / rank ** 0.5
     if variant == "peft":
-        A, B = A.to(dtype), B.to(dtype)
-    return x, W, A, B, dy
+        A = A.to(dtype)
+        B = B.to(dtype)
+    return x.to(dtype), W.to(dtype), A, B, dy.to(dtype)
 
 
-def measure_variant(variant, group, rank, tokens, lora_dropout, compile, repeats, dtype, device):
-    """Times of a group's forward and backward, rates, and the error for at most 512 rows."""
-    x, W, A, B, dy = random_operands(variant, group, rank, tokens, dtype, device)
+def measure_variant(variant, group, rank, tokens, settings):
+    """Times of a group's forward and backward, rates, and the error."""
+    operands = random_operands(variant, group, rank, tokens, settings)
+    x, W, A, B, dy = operands
     torch.compiler.reset()
-    compiled = compile and device.type == "cuda" and variant == "torch"
+    compiled = settings.compile and settings.device.type == "cuda" and variant == "torch"
     product = Product(variant, group.spans(), compiled)
 
     # time
     def forward():
         with torch.no_grad():
-            product.forward(x, W, A, B, lora_dropout)
+            product.forward(x, W, A, B, settings.lora_dropout)
 
     def forward_backward():
-        product.forward_backward(x, W, A, B, dy, lora_dropout)
+        product.forward_backward(x, W, A, B, dy, settings.lora_dropout)
 
-    ms_forward = median_ms(forward, repeats, device)
-    ms_both = median_ms(forward_backward, repeats, device)
+    ms_forward = median_ms(forward, settings)
+    ms_both = median_ms(forward_backward, settings)
 
-    # error of y and of each gradient
-    exact = Product("plain" if variant == "plain" else "peft", group.spans(), False)
+    # operations: W is used for y and dx; A and B are for y, dx and their own gradients
+    N, K = W.shape
+    operations = 2 * (2 * tokens * N * K)
+    if variant != "plain":
+        operations += 3 * (2 * tokens * rank * (len(group.sizes) * K + N))
+    # bytes of x, W and y in both directions
+    moved = 2 * (tokens * K + N * K + tokens * N) * x.itemsize
+    return {"forward_ms": ms_forward, "backward_ms": ms_both - ms_forward,
+            "tflops": operations / ms_both / 1e9, "gb_per_s": moved / ms_both / 1e6,
+            "error": largest_error(product, operands)}
+
+
+def largest_error(product, operands):
+    """Of y, dx, dA and dB for at most 512 rows, against float64, by norm, without dropout."""
+    x, W, A, B, dy = operands
     operands = (x[:512], W, A, B, dy[:512])
-    found = product.forward_backward(*operands, 0.0)
     in_fp64 = [tensor.double() for tensor in operands]
+    exact = Product("plain" if product.variant == "plain" else "peft", product.spans, False)
+    found = product.forward_backward(*operands, 0.0)
     wanted = exact.forward_backward(*in_fp64, 0.0)
     errors = []
     for tensor, want in zip(found, wanted):
-        errors.append(((tensor.double() - want).norm() / want.norm()).item())
-
-    # operations and bytes of one direction; the adapters' products run once more in backward
-    N, K = W.shape
-    of_W = 2 * tokens * N * K
-    of_adapters = 0
-    if variant != "plain":
-        of_adapters = 2 * tokens * rank * (len(group.sizes) * K + N)
-    moved = (tokens * K + N * K + tokens * N) * x.itemsize
-    return {"forward_ms": ms_forward, "backward_ms": ms_both - ms_forward,
-            "tflops": (2 * of_W + 3 * of_adapters) / ms_both / 1e9,
-            "gb_per_s": 2 * moved / ms_both / 1e6, "error": max(errors)}
+        error = (tensor.double() - want).norm() / want.norm()
+        errors.append(error.item())
+    return max(errors)
 
 
-def variants_here(dtype, device):
+def variants_here(settings):
     """Names of the variants that can run here."""
     try:
         from llama import lora_kernels
-        lora_kernels.check(dtype, device)
+        lora_kernels.check(settings.dtype, settings.device)
     except (ImportError, ValueError) as e:
         print(f"without fused and added: {e}")
         return ("plain", "peft", "torch")
     return ("plain", "peft", "torch", "fused", "added")
 
 
-def kernel_table(shapes, rows, ranks, lora_dropout, compile, repeats, dtype, device, stop_after=0):
+def kernel_table(shapes, rows, ranks, settings, stop_after=0):
     """Yield a record for each shape, number of tokens, rank, group and variant; print it as a line.
 
     A variant that fails is a record that says so, and the next one is measured."""
     began = time.perf_counter()
-    variants = variants_here(dtype, device)
+    variants = variants_here(settings)
     for shape, tokens, rank in itertools.product(shapes, rows, ranks):
         for group in groups_of(shape):
             if stop_after and time.perf_counter() - began > stop_after:
@@ -206,8 +214,7 @@ def kernel_table(shapes, rows, ranks, lora_dropout, compile, repeats, dtype, dev
                           "N": sum(group.sizes), "K": group.K, "rank": rank, "tokens": tokens}
                 line = f"{shape:4} {group.name:7} tokens {tokens:5} r={rank:<3} {variant:5}"
                 try:
-                    found = measure_variant(variant, group, rank, tokens, lora_dropout, compile,
-                                            repeats, dtype, device)
+                    found = measure_variant(variant, group, rank, tokens, settings)
                 except Exception as e:  # whatever it is, it must not cost the other variants
                     traceback.print_exc()
                     print(f"{line}  FAILED: {type(e).__name__}", flush=True)
@@ -245,9 +252,9 @@ if __name__ == "__main__":
         if on_cpu:
             print("times on a CPU say nothing about a GPU")
 
+        settings = Settings(device, getattr(torch, dtype), repeats, compile, lora_dropout)
         records = []
-        for record in kernel_table(shapes, rows, ranks, lora_dropout, compile, repeats,
-                                   getattr(torch, dtype), device, stop_after):
+        for record in kernel_table(shapes, rows, ranks, settings, stop_after):
             records.append(record)
             write_results(out, config, device, {"kernels": records})
         failed = sum("failed" in record for record in records)

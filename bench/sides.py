@@ -13,21 +13,36 @@ import subprocess
 import sys
 import time
 
+from dataclasses import dataclass
+
 import torch
 
 from model import Llama, LlamaConfig
 from runtime import device_name, versions, write_whole
 
 SIDES = ("ours", "peer")
+# the shape of HuggingFaceTB/SmolLM2-135M
 SMOLLM2_135M = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
     num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
     rope_theta=100000.0, tie_word_embeddings=True)
 
 
+@dataclass
+class Settings:
+    """How both sides compute, in every script that trains."""
+    device: torch.device
+    dtype: torch.dtype
+    repeats: int                # rounds, of which the median counts
+    compile: bool               # torch.compile of ours
+    lora_dropout: float
+    compile_peer: bool = False
+    lora_kernel: str = "auto"   # of ours
+
+
 # ----------------------------------------------------------------------------- models
 def write_random_model(folder):
-    """A model folder of SmolLM2-135M's shape with random weights."""
+    """Write a model folder of SmolLM2-135M's shape with random weights."""
     Llama(SMOLLM2_135M).init_weights().save_pretrained(folder)
 
 
@@ -69,16 +84,18 @@ def peak_alone(script, side, part, folder, knobs):
     """Peak memory in GB of one side of `script`, in a process of its own that takes one round."""
     argv = [sys.executable, "-m", script, f"--model={folder}", f"--parts={part}",
             f"--side={side}", "--repeats=1"]
+    # all other knobs as they are here
     for name, value in knobs.items():
         if name not in ("model", "parts", "side", "repeats", "out"):
             argv.append(f"--{name}={value}")
     done = subprocess.run(argv, check=True, text=True, capture_output=True)
+    # the script ends with a line {"peak_gb": ...} when it runs one side
     return json.loads(done.stdout.splitlines()[-1])["peak_gb"]
 
 
 # ----------------------------------------------------------------------------- results
 def speed_of_sides(seconds, tokens):
-    """{side: {"tok_per_s", "seconds"}} from the seconds of each side's rounds of `tokens` tokens."""
+    """Results of each side, from the seconds of its rounds of `tokens` tokens."""
     found = {}
     for side, times in seconds.items():
         found[side] = {"tok_per_s": tokens / statistics.median(times), "seconds": times}

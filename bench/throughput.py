@@ -29,9 +29,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bench.sides import SIDES, clock, write_results
-from bench.train import (Settings, add_peft, compile_side, make_optimizer, random_batch,
-                         training_step)
+from bench.sides import SIDES, Settings, clock, write_results
+from bench.train import add_peft, compile_side, make_optimizer, random_batch, training_step
 from configurator import configure, knob_table
 from lora import LoRAProjection, apply_lora, choose_kernel
 from model import Llama, LlamaConfig
@@ -136,15 +135,17 @@ def blocks_that_fit(config, axes, settings, has):
     return fewer
 
 
-def print_prediction(config, full_config, shape, axes, settings, has):
+def print_prediction(shape, config, axes, settings, has):
     """One line: blocks, and the predicted memory of each rank at the first length."""
+    seq_len = axes.seq_lens[0]
+    checkpointing = axes.checkpointing[0]
     words = []
     for rank in axes.ranks:
-        need = predicted_bytes(config, rank, axes.seq_lens[0], axes.checkpointing[0], axes, settings)
+        need = predicted_bytes(config, rank, seq_len, checkpointing, axes, settings)
         words.append(f"{method_name(rank)} {need / 1e9:.3g} GB")
-    print(f"training: {config.num_hidden_layers} of {full_config.num_hidden_layers} blocks of shape "
-          f"{shape} in {has / 1e9:.1f} GB; predicted at {axes.seq_lens[0]} tokens, checkpointing "
-          f"{axes.checkpointing[0]}: {', '.join(words)}")
+    print(f"{config.num_hidden_layers} of {SHAPES[shape].num_hidden_layers} blocks of shape "
+          f"{shape} in {has / 1e9:.1f} GB; predicted at {seq_len} tokens, checkpointing "
+          f"{checkpointing}: {', '.join(words)}")
 
 
 def memory_of(device):
@@ -315,7 +316,9 @@ def figures(found):
 
 
 def ratios(speed, batch, ranks):
-    """Ours over our full finetuning and over the peer, from {(batch, rank, side): tokens a second}."""
+    """In words: ours over our full finetuning, and over the peer.
+
+    speed: {(batch, rank, side): tokens a second}."""
     over_full = []
     over_peer = []
     for rank in ranks:
@@ -347,13 +350,13 @@ if __name__ == "__main__":
         print(f"{device_name(device)}, {versions()}")
 
         # what is measured, and with how many blocks
-        settings = Settings(device, getattr(torch, dtype), compile, compile_peer, lora_kernel,
-                            lora_dropout, repeats)
+        settings = Settings(device, getattr(torch, dtype), repeats, compile, lora_dropout,
+                            compile_peer, lora_kernel)
         sides = SIDES if side == "both" else (side,)
         axes = Axes(sides, ranks, seq_lens, checkpointing, batches, microbatch, microbatch_tokens)
         has = memory_of(device)
         model_config = blocks_that_fit(SHAPES[shape], axes, settings, has)
-        print_prediction(model_config, SHAPES[shape], shape, axes, settings, has)
+        print_prediction(shape, model_config, axes, settings, has)
 
         records = []
         write_results(out, config, device, {"training": records})

@@ -15,11 +15,10 @@ import gc
 import json
 import tempfile
 from collections import defaultdict
-from dataclasses import dataclass
 
 import torch
 
-from bench.sides import (SIDES, clock, in_turn, load_peer, peak_alone, print_sides,
+from bench.sides import (SIDES, Settings, clock, in_turn, load_peer, peak_alone, print_sides,
                          speed_of_sides, write_random_model, write_results)
 from configurator import configure, knob_table
 from lion import DecoupledLionW
@@ -46,18 +45,6 @@ _choices = {'parts': ('full', 'lora'), 'lora_kernel': ('auto', 'torch', 'triton'
             'side': ('both', 'ours', 'peer'), 'dtype': ('float32', 'bfloat16')}
 
 
-@dataclass
-class Settings:
-    """What both sides train with, here and in bench/throughput.py."""
-    device: torch.device
-    dtype: torch.dtype
-    compile: bool
-    compile_peer: bool
-    lora_kernel: str
-    lora_dropout: float
-    repeats: int
-
-
 # ----------------------------------------------------------------------------- models
 def add_peft(model, rank, dropout, **how):
     """peft's adapters on all projections of transformers' model, as peft makes them."""
@@ -68,7 +55,9 @@ def add_peft(model, rank, dropout, **how):
 
 
 def load_ours(folder, rank, tokens, settings):
-    """Our model as train.py makes it: in fp32 for rank 0, else with adapters; for `tokens` at once."""
+    """Our model as train.py makes it: in fp32 for rank 0, else with adapters.
+
+    tokens: of a microbatch, for which the LoRA kernel is chosen."""
     dtype = settings.dtype if rank else torch.float32
     llama = Llama.from_pretrained(folder, dtype, settings.device)
     llama.compute_dtype = settings.dtype
@@ -82,7 +71,7 @@ def load_ours(folder, rank, tokens, settings):
 
 
 def compile_side(side, llama, settings):
-    """torch.compile where the settings ask for it, in place: ours by blocks, the peer as a whole."""
+    """torch.compile in place where the settings ask for it: ours by blocks, the peer whole."""
     if side == "ours" and settings.compile:
         for block in llama.layers:
             block.compile()
@@ -109,12 +98,12 @@ def make_optimizer(side, llama):
 
 def training_step(side, llama, optimizer, tokens, targets, rows_at_once):
     """One step on a batch by microbatches; it reads the loss, as any loop does."""
-    microbatches = zip(tokens.split(rows_at_once), targets.split(rows_at_once))
-    for x, y in microbatches:
+    for x, y in zip(tokens.split(rows_at_once), targets.split(rows_at_once)):
         if side == "ours":
             loss = llama(x, y)[1]
         else:
             loss = llama(input_ids=x, labels=x).loss
+        # all rows have the same number of targets, so the batch's loss is the mean over rows
         loss = loss * (len(x) / len(tokens))
         loss.backward()
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
@@ -126,6 +115,8 @@ def training_step(side, llama, optimizer, tokens, targets, rows_at_once):
 def training_rounds(folder, sides, rank, rows, seq_len, settings):
     """Seconds of each round of a training step, {side: [...]}, after two steps to warm up."""
     tokens, targets = random_batch(rows, seq_len, 49000, settings.device)
+
+    # both models in memory, warmed up
     models = {}
     optimizers = {}
     for side in sides:
@@ -141,6 +132,7 @@ def training_rounds(folder, sides, rank, rows, seq_len, settings):
         for _ in range(2):
             training_step(side, llama, optimizers[side], tokens, targets, rows)
 
+    # a step of each in turn
     seconds = defaultdict(list)
     for side in in_turn(sides, settings.repeats):
         started = clock(settings.device)
@@ -154,8 +146,8 @@ if __name__ == "__main__":
     with one_line_errors():
         config = configure(globals())
         device = pick_device(device)
-        settings = Settings(device, getattr(torch, dtype), compile, compile_peer, lora_kernel,
-                            lora_dropout, repeats)
+        settings = Settings(device, getattr(torch, dtype), repeats, compile, lora_dropout,
+                            compile_peer, lora_kernel)
         sides = SIDES if side == "both" else (side,)
         if side == "both":
             print(knob_table(globals()))
@@ -166,7 +158,7 @@ if __name__ == "__main__":
             folder = scratch.name
             write_random_model(folder)
 
-        # time, then memory
+        # time of both in this process, then memory of each in its own
         results = {}
         for part in parts:
             rank = lora_rank if part == "lora" else 0

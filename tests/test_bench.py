@@ -21,8 +21,8 @@ CPU = torch.device("cpu")
 
 
 def settings(**changes):
-    plain = train.Settings(device=CPU, dtype=torch.float32, compile=False, compile_peer=False,
-                           lora_kernel="auto", lora_dropout=0.0, repeats=1)
+    plain = sides.Settings(device=CPU, dtype=torch.float32, repeats=1, compile=False,
+                           lora_dropout=0.0)
     return replace(plain, **changes)
 
 
@@ -134,7 +134,8 @@ def test_a_step_by_microbatches_has_the_gradient_of_the_whole_batch(monkeypatch)
                         lambda ps, most: found.append([p.grad.clone() for p in ps]))
     for side in ("ours", "peer"):
         torch.manual_seed(0)
-        llama = throughput.random_model(Case(side, 4, 16, "none", 3), SHAPES["tiny"], settings()).train()
+        case = Case(side, 4, 16, "none", 3)
+        llama = throughput.random_model(case, SHAPES["tiny"], settings()).train()
         for p in llama.parameters():
             if p.requires_grad:
                 torch.nn.init.normal_(p, 0, 0.02)
@@ -242,8 +243,7 @@ def test_a_variant_that_fails_does_not_end_the_table(monkeypatch, capsys):
         return real(variant, *rest)
 
     monkeypatch.setattr(kernels, "measure_variant", measure_variant)
-    records = list(kernels.kernel_table(("tiny",), (8,), (2,), lora_dropout=0.05, compile=False,
-                                        repeats=1, dtype=torch.float32, device=CPU))
+    records = list(kernels.kernel_table(("tiny",), (8,), (2,), settings(lora_dropout=0.05)))
     assert {"failed" in r for r in records if r["variant"] == "plain"} == {True}
     assert {"failed" in r for r in records if r["variant"] != "plain"} == {False}
     assert "FAILED: ZeroDivisionError" in capsys.readouterr().out
