@@ -66,6 +66,7 @@ def effective_rank(singular_values, fraction=0.9):
     values = np.sort(np.asarray(singular_values, dtype=np.float64))[::-1]
     if not np.isfinite(values).all() or (values < 0).any():
         raise ValueError("singular values must be finite and not negative")
+    # the squares, summed from the largest on
     squares = values ** 2
     if not squares.any():
         return 0
@@ -81,6 +82,8 @@ def describe(values, error, method, shape, fractions, lora_rank=None):
         random_values = random_singular_values(*shape)
     else:
         random_values = random_lora_singular_values(*shape, lora_rank)
+
+    # effective ranks
     ranks = {}
     random_ranks = {}
     for fraction in fractions:
@@ -113,7 +116,7 @@ def analyse(before, checkpoints, layer, module, device, fractions, subspaces, me
     sizes = [k for k in subspaces if k <= min(shape)]
     place = {"layer": layer, "module": module, "shape": shape}
 
-    # the base
+    # the base: its spectrum and leading directions
     of_W0 = singular_values(W0, *how)
     record = describe(*of_W0, shape, fractions)
     records = [{**place, "checkpoint": None, "matrix": "W0", **record}]
@@ -145,6 +148,7 @@ def analyse(before, checkpoints, layer, module, device, fractions, subspaces, me
         if sizes:
             record.update(compare_directions(leading, W, of_W[0], D, sizes))
         records.append({**place, "checkpoint": i, "matrix": "W", **record})
+        # the change beside them
         record = describe(*of_D, shape, fractions, checkpoint.rank)
         record["rounding_share"] = rounding
         records.append({**place, "checkpoint": i, "matrix": "D", **record})
@@ -184,6 +188,7 @@ def resume_from(part, made_with):
         check_made_with(part, made_with)
         lines = part.read_text().split("\n")[1:-1]  # after the last newline: what a kill cut short
     part.parent.mkdir(parents=True, exist_ok=True)
+    # written again without the torn line
     first = json.dumps({"made_with": made_with})
     write_whole(part, "\n".join([first, *lines]) + "\n")
     done = {}
@@ -197,6 +202,7 @@ def resume_from(part, made_with):
 def summary(matrices, checkpoints, fraction):
     """The table printed at the end: means over layers, a line for each checkpoint and module."""
     key = str(fraction)
+    # the layers of one module and matrix together
     groups = defaultdict(list)
     for record in matrices:
         groups[record["module"], record["matrix"], record["checkpoint"]].append(record)
@@ -233,8 +239,10 @@ def summary(matrices, checkpoints, fraction):
 # ----------------------------------------------------------------------------- the run
 if __name__ == "__main__":
     with one_line_errors():
-        settings = configure(globals())
+        config = configure(globals())
         device = pick_device(device)
+
+        # the knobs
         if not fractions or min(fractions) <= 0 or max(fractions) >= 1:
             raise ValueError(f"fractions must be in (0, 1), found {fractions}")
         if min(subspaces, default=1) < 1 or tolerance <= 0:
@@ -245,17 +253,17 @@ if __name__ == "__main__":
         folders = find_checkpoints(tuned)
         path = Path(out) if out else default_out(folders)
         base = base or base_named_by(folders)
-        config = LlamaConfig.from_json(base)
+        shape = LlamaConfig.from_json(base)
         modules = resolve_targets(modules)
-        blocks = range(config.num_hidden_layers)
+        blocks = range(shape.num_hidden_layers)
         layers = layers or tuple(blocks)
         if not set(layers) <= set(blocks):
             raise ValueError(f"layers: found {', '.join(map(str, layers))}; "
                              f"{base} has 0 to {blocks[-1]}")
-        before = open_model(base, config)
+        before = open_model(base, shape)
         checkpoints = []
         for folder in folders:
-            checkpoints.append(open_checkpoint(folder, config, before.identity))
+            checkpoints.append(open_checkpoint(folder, shape, before.identity))
 
         # what the numbers depend on: a file made with something else is not continued
         made_with = {
@@ -301,7 +309,7 @@ if __name__ == "__main__":
             state = read_state(checkpoint.folder)
             described.append({"folder": str(checkpoint.folder), "step": state.get("step"),
                               "tokens": state.get("tokens"), "lora_rank": checkpoint.rank})
-        result = {"settings": settings, "device": device_name(device), "versions": versions(),
+        result = {"settings": config, "device": device_name(device), "versions": versions(),
                   "made_with": made_with, "kind": "spectrum", "base": str(base),
                   "checkpoints": described, "matrices": matrices}
         write_whole(path, json.dumps(result))

@@ -21,12 +21,15 @@ def random_singular_values(m, n, points=200_000):
     x = 1 + g - 2 sqrt(g) cos t: eigenvalues of the Gram matrix have density 2 sin^2 t / (pi x)."""
     small, large = sorted((m, n))
     g = small / large
+    # the share of eigenvalues below x(t), summed over a grid of angles
     t = (np.arange(points) + 0.5) * np.pi / points
     x = 1 + g - 2 * g ** 0.5 * np.cos(t)
-    below = np.cumsum(2 * np.sin(t) ** 2 / x)
-    # eigenvalue i lies where the share below it is (i + 1/2) / small
+    density = 2 * np.sin(t) ** 2 / x
+    below = np.cumsum(density)
+    below = below / below[-1]
+    # eigenvalue i lies where that share is (i + 1/2) / small
     shares = (np.arange(small) + 0.5) / small
-    eigenvalues = np.interp(shares, below / below[-1], x)
+    eigenvalues = np.interp(shares, below, x)
     values = eigenvalues[::-1] ** 0.5
     return values / np.linalg.norm(values)
 
@@ -50,9 +53,11 @@ def rounding_share(W, D):
     """Share of |D|^2 that rounding W to its 16-bit dtype makes, errors taken as uniform; else 0."""
     if W.element_size() > 2 or not D.any():
         return 0.0
+    # the distance between numbers of the dtype around each weight
     exponent = torch.frexp(W.double()).exponent - 1
     step = torch.ldexp(torch.full_like(D, torch.finfo(W.dtype).eps), exponent)
     # where the change was rounded to nothing, D is zero and holds no noise
     changed = (D != 0) & (W != 0)
+    # a uniform error within one step has the variance step^2 / 12
     noise = (step * changed).square().sum() / 12
     return min(1.0, (noise / D.square().sum()).item())

@@ -68,9 +68,10 @@ def leading_in(A, basis, mapped, sizes, values):
     squares = squares[-most:].flip(0).clamp(min=0)
     vectors = vectors[:, -most:].flip(1)
     V = basis @ vectors
-    U = torch.linalg.qr(mapped @ vectors).Q
-    # how far V and U are from being singular vectors
-    V_residual = A.T @ (mapped @ vectors) - V * squares
+    AV = mapped @ vectors
+    U = torch.linalg.qr(AV).Q
+    # A^T A V and A A^T U less what they would be for exact vectors
+    V_residual = A.T @ AV - V * squares
     U_residual = A @ (A.T @ U) - U * squares
 
     sines = {}
@@ -78,7 +79,9 @@ def leading_in(A, basis, mapped, sizes, values):
         if k == n:
             sines[k] = 0.0
             continue
-        residual = max(V_residual[:, :k].norm().item(), U_residual[:, :k].norm().item())
+        V_error = V_residual[:, :k].norm().item()
+        U_error = U_residual[:, :k].norm().item()
+        residual = max(V_error, U_error)
         gap = (squares[k - 1] - values[k] ** 2).item()
         sines[k] = residual / gap if gap > 0 else math.inf
     return U, V, sines
@@ -101,7 +104,7 @@ def compare_directions(leading, W, values, D, sizes):
     cosines_in = (V0.T @ V).square()
     inside = cosines_out.sum(0)
     # squares of D along each direction of W0
-    total = D.square().sum().item()
+    total = D.square().sum().item() or 1.0  # without a change all shares are 0
     written = (U0.T @ D).square().sum(1)
     read = (D @ V0).square().sum(0)
 
@@ -114,8 +117,8 @@ def compare_directions(leading, W, values, D, sizes):
         # sqrt(2 k) (|P0 - P0'| + |P - P'|), and |P - P'| = sqrt(2) |sines|
         error = 2 * (sines0[k] + sines[k]) / k ** 0.5
         found["overlap_error"][key] = min(1.0, error)
-        found["change_out"][key] = written[:k].sum().item() / total if total else 0.0
-        found["change_in"][key] = read[:k].sum().item() / total if total else 0.0
+        found["change_out"][key] = written[:k].sum().item() / total
+        found["change_in"][key] = read[:k].sum().item() / total
         found["entered"][key] = int((inside[:k] < 0.5).sum())
         found["random_out"][key] = k / len(U)
         found["random_in"][key] = k / len(V)

@@ -77,6 +77,7 @@ def open_model(folder, config):
     for layer in range(config.num_hidden_layers):
         for module, shape in config.projection_shapes.items():
             expected[f"{module_path(layer, module)}.weight"] = shape
+    # what the folder holds of them
     found = {}
     for name, shape in shapes.items():
         if name.split(".")[-2] in PROJECTIONS:
@@ -90,10 +91,13 @@ def open_model(folder, config):
 
 def model_identity(files):
     """The fingerprint that lora.py stores in adapters, from an opened model folder."""
+    # the embedding is tied and under the head's name in some folders
     norm = files["model.norm.weight"].get_tensor("model.norm.weight")
     embedding = "model.embed_tokens.weight"
     if embedding not in files:
-        embedding = "lm_head.weight"  # tied, and stored under the head's name
+        embedding = "lm_head.weight"
+
+    # q, k and v of the first block, as our model stores them together
     parts = []
     for module in PROJECTIONS[:3]:
         name = f"{module_path(0, module)}.weight"
@@ -116,6 +120,7 @@ def open_adapter(folder, config, base_identity):
                 expected[adapter_name(path, "B")] = (rows, rank)
     files = open_adapter_weights(folder, expected, lambda: base_identity)
 
+    # what it multiplies B A with, and what tells it from other adapters
     scale = alpha / (rank ** 0.5 if rslora else rank)
     weights = (Path(folder) / "adapter_model.safetensors").read_bytes()
     digest = hashlib.sha256(weights).hexdigest()
@@ -131,6 +136,7 @@ def find_checkpoints(folders):
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise FileNotFoundError(f"tuned: {folder}: no such folder")
+        # a folder without steps is a checkpoint itself
         of_run = [path for _, path in checkpoints(folder)]
         found += of_run or [folder]
     if not found:
@@ -150,6 +156,7 @@ def base_named_by(folders):
             named.add(settings.get("base_model_name_or_path") or "")
         else:
             named.add(read_state(folder).get("config", {}).get("base", ""))
+    # exactly one, and here
     name = named.pop()
     if named or not name or not Path(name).is_dir():
         raise ValueError("base is not set, and the checkpoints do not all name the same folder; "

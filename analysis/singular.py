@@ -82,7 +82,8 @@ def gram_errors(values, A, G, probes=16):
     A = tall(A)
     n = len(G)
     generator = torch.Generator().manual_seed(0)
-    V = torch.randn(n, probes, generator=generator, dtype=A.dtype).to(A.device)
+    V = torch.randn(n, probes, generator=generator, dtype=A.dtype)
+    V = V.to(A.device)
     # G V, with the upper half of G taken from its lower half
     difference = A.T @ (A @ V) - G.tril() @ V - G.tril(-1).T @ V
     rounding = 4 * difference.norm() / probes ** 0.5

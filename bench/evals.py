@@ -61,19 +61,19 @@ def gsm8k_prompts(tokenizer, gsm8k_test, gsm8k_train, items):
     return sorted(prompts, key=len, reverse=True)
 
 
-def answer_by_ours(llama, prompts, new_tokens, stop, at_once):
-    """New ids of each prompt."""
-    answers = llama.generate(prompts, new_tokens, stop=stop, batch_size=at_once)
-    return [ids for [ids] in answers]
+def answer_prompts(side, llama, prompts, new_tokens, stop, at_once):
+    """New ids of each prompt; the peer's may go on after the stop."""
+    if side == "ours":
+        answers = llama.generate(prompts, new_tokens, stop=stop, batch_size=at_once)
+        return [ids for [ids] in answers]
 
-
-def answer_by_peer(llama, prompts, new_tokens, stop, at_once):
-    """New ids of each prompt by transformers' generate, with what follows the stop cut off."""
+    # the loop that lm-eval runs around transformers' generate
     answers = []
     for start in range(0, len(prompts), at_once):
         ids, mask = left_padded(prompts[start:start + at_once], llama.device)
         width = ids.shape[1]
 
+        # a batch ends when all of its rows have
         def ended(ids, scores, **_):
             rows = [stop(row) for row in ids[:, width:].tolist()]
             return torch.tensor(rows, device=ids.device)
@@ -85,7 +85,7 @@ def answer_by_peer(llama, prompts, new_tokens, stop, at_once):
 
 
 def cut_after_stop(ids, stop):
-    """The ids up to where the row ended; a batch of the peer goes on until its last row ends."""
+    """The ids up to the first stop."""
     for length in range(1, len(ids)):
         if stop(ids[:length]):
             return ids[:length]
@@ -101,19 +101,22 @@ def bench_gsm8k(model, gsm8k_test, gsm8k_train, items, at_once, repeats, dtype, 
     stop = text_stopper(tokenizer, STOPS, {tokenizer.eos_id})
     models = {"ours": Llama.from_pretrained(model, dtype, device).eval(),
               "peer": load_peer(model, dtype, device).eval()}
-    answer = {"ours": answer_by_ours, "peer": answer_by_peer}
 
-    # a short round to warm up, then the rounds
+    # a short round to warm up
+    short = [prompts[-1][:64]] * 2
     for side in SIDES:
-        answer[side](models[side], [prompts[-1][:64]] * 2, 3, stop, at_once[side])
+        answer_prompts(side, models[side], short, 3, stop, at_once[side])
+
+    # all prompts, in turn
     seconds = defaultdict(list)
     answers = {}
     for side in in_turn(SIDES, repeats):
         started = clock(device)
-        answers[side] = answer[side](models[side], prompts, NEW_TOKENS, stop, at_once[side])
+        answers[side] = answer_prompts(side, models[side], prompts, NEW_TOKENS, stop, at_once[side])
         seconds[side].append(clock(device) - started)
     answers["peer"] = [cut_after_stop(ids, stop) for ids in answers["peer"]]
 
+    # items a second, and how many answers are the same
     result = {}
     words = []
     for side in SIDES:
@@ -148,6 +151,7 @@ def run_bare(count):
 
 def bench_starts(humaneval, programs, repeats, device):
     """Run solutions sandboxed and Python bare, in turn; print and return the seconds of each."""
+    # as many as asked for, from the first again when they run out
     problems = read_items(humaneval, (*FIELDS, "canonical_solution"), "humaneval")
     solutions = list(itertools.islice(itertools.cycle(problems), programs))
     seconds = defaultdict(list)
@@ -177,6 +181,7 @@ if __name__ == "__main__":
         device = pick_device(device)
         print(f"{device_name(device)}, {versions()}")
 
+        # one part after the other, written as they come
         results = {}
         for part in parts:
             if part == "gsm8k":

@@ -55,6 +55,7 @@ def generate_rows(side, llama, ids, new_tokens, drawing):
     if side == "ours":
         llama.generate(ids, new_tokens, **drawing)
         return
+    # transformers has other names for the same
     padded, mask = left_padded(ids, llama.device)
     how = {"do_sample": False}
     if drawing:
@@ -66,6 +67,7 @@ def generate_rows(side, llama, ids, new_tokens, drawing):
 
 def generation_rounds(folder, sides, ids, new_tokens, drawing, repeats, dtype, device):
     """Seconds of each round of generating, {side: [...]}, after one to warm up."""
+    # both models in memory, warmed up
     models = {}
     for side in sides:
         if side == "ours":
@@ -74,6 +76,7 @@ def generation_rounds(folder, sides, ids, new_tokens, drawing, repeats, dtype, d
             models[side] = load_peer(folder, dtype, device).eval()
         generate_rows(side, models[side], ids, new_tokens, drawing)
 
+    # a round of each in turn
     seconds = defaultdict(list)
     for side in in_turn(sides, repeats):
         started = clock(device)

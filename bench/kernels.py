@@ -128,6 +128,7 @@ def random_operands(variant, group, rank, tokens, settings):
     dtype = settings.dtype
     N = sum(group.sizes)
     K = group.K
+    # scaled so that all products are of the size of x
     x = torch.randn(tokens, K, **how)
     W = torch.randn(N, K, **how) / K ** 0.5
     dy = torch.randn(tokens, N, **how)
@@ -141,6 +142,7 @@ def random_operands(variant, group, rank, tokens, settings):
 
 def measure_variant(variant, group, rank, tokens, settings):
     """Times of a group's forward and backward, rates, and the error."""
+    # what is computed
     operands = random_operands(variant, group, rank, tokens, settings)
     x, W, A, B, dy = operands
     torch.compiler.reset()
@@ -176,6 +178,7 @@ def largest_error(product, operands):
     operands = (x[:512], W, A, B, dy[:512])
     in_fp64 = [tensor.double() for tensor in operands]
     exact = Product("plain" if product.variant == "plain" else "peft", product.spans, False)
+    # the same operands through the plain formulas
     found = product.forward_backward(*operands, 0.0)
     wanted = exact.forward_backward(*in_fp64, 0.0)
     errors = []
@@ -200,6 +203,7 @@ def kernel_table(shapes, rows, ranks, settings, stop_after=0):
     """Yield a record for each shape, number of tokens, rank, group and variant; print it as a line.
 
     A variant that fails is a record that says so, and the next one is measured."""
+    # a shape that is not begun in time is left out, with a line that says so
     began = time.perf_counter()
     variants = variants_here(settings)
     for shape, tokens, rank in itertools.product(shapes, rows, ranks):
@@ -208,6 +212,7 @@ def kernel_table(shapes, rows, ranks, settings, stop_after=0):
                 print(f"not begun within {stop_after} s: {shape} {group.name} tokens {tokens} "
                       f"r={rank}")
                 continue
+            # the first variant, plain, is what the others are compared to
             floor = None
             for variant in variants:
                 record = {"shape": shape, "group": group.name, "variant": variant,
@@ -224,11 +229,11 @@ def kernel_table(shapes, rows, ranks, settings, stop_after=0):
                 ms = found["forward_ms"] + found["backward_ms"]
                 if variant == "plain":
                     floor = ms
-                print(f"{line}  {figures(found, ms, floor)}", flush=True)
+                print(f"{line}  {kernel_figures(found, ms, floor)}", flush=True)
                 yield {**record, **found}
 
 
-def figures(found, ms, floor):
+def kernel_figures(found, ms, floor):
     """A record in words; floor: milliseconds of plain, or None where it failed."""
     above = f"{ms / floor - 1:+7.1%} of plain  " if floor else ""
     return (f"forward {found['forward_ms']:8.3f} ms  backward {found['backward_ms']:8.3f} ms  "
@@ -241,6 +246,8 @@ if __name__ == "__main__":
     with one_line_errors():
         config = configure(globals())
         device = pick_device(device)
+
+        # a CPU shows only that the script runs
         on_cpu = device.type == "cpu"
         if not shapes:
             shapes = ("tiny",) if on_cpu else ("7b", "13b", "70b")
@@ -253,6 +260,7 @@ if __name__ == "__main__":
             print("times on a CPU say nothing about a GPU")
 
         settings = Settings(device, getattr(torch, dtype), repeats, compile, lora_dropout)
+        # the table, written line by line
         records = []
         for record in kernel_table(shapes, rows, ranks, settings, stop_after):
             records.append(record)

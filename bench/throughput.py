@@ -114,6 +114,7 @@ def our_model_on_meta(config, rank, checkpointing, settings):
 
 def predicted_bytes(config, rank, seq_len, checkpointing, axes, settings):
     """Memory of our largest batch, by training/plan.py."""
+    # how the largest batch is cut
     largest = max(axes.batches)
     rows = axes.rows_at_once(seq_len, largest)
     microbatches = largest // GPUS // rows
@@ -123,19 +124,19 @@ def predicted_bytes(config, rank, seq_len, checkpointing, axes, settings):
     return sum(by_kind.values())
 
 
-def blocks_that_fit(config, axes, settings, has):
-    """The shape with as many blocks, one at least, as all of ours fit with in `has` bytes."""
+def blocks_that_fit(config, axes, settings, available):
+    """The shape with as many blocks, at least one, as all of ours fit in the available bytes."""
     cases = list(itertools.product(axes.ranks, axes.seq_lens, axes.checkpointing))
     for layers in range(config.num_hidden_layers, 0, -1):
-        # the rest of the memory is for what the plan does not count: CUDA's own, fragmentation
         fewer = replace(config, num_hidden_layers=layers)
         needs = [predicted_bytes(fewer, *case, axes, settings) for case in cases]
-        if max(needs) < 0.93 * has:
+        # the rest is for what the plan does not count: CUDA's own memory, fragmentation
+        if max(needs) < 0.93 * available:
             break
     return fewer
 
 
-def print_prediction(shape, config, axes, settings, has):
+def print_prediction(shape, config, axes, settings, available):
     """One line: blocks, and the predicted memory of each rank at the first length."""
     seq_len = axes.seq_lens[0]
     checkpointing = axes.checkpointing[0]
@@ -144,7 +145,7 @@ def print_prediction(shape, config, axes, settings, has):
         need = predicted_bytes(config, rank, seq_len, checkpointing, axes, settings)
         words.append(f"{method_name(rank)} {need / 1e9:.3g} GB")
     print(f"{config.num_hidden_layers} of {SHAPES[shape].num_hidden_layers} blocks of shape "
-          f"{shape} in {has / 1e9:.1f} GB; predicted at {seq_len} tokens, checkpointing "
+          f"{shape} in {available / 1e9:.1f} GB; predicted at {seq_len} tokens, checkpointing "
           f"{checkpointing}: {', '.join(words)}")
 
 
@@ -157,6 +158,7 @@ def memory_of(device):
 
 def random_model(case, config, settings):
     """A side's model with random weights, made on the device."""
+    # ours as train.py has it; norms are vectors of ones
     if case.side == "ours":
         llama = our_model_on_meta(config, case.rank, case.checkpointing, settings)
         llama = llama.to_empty(device=settings.device)
@@ -167,6 +169,8 @@ def random_model(case, config, settings):
                 else:
                     p.fill_(1)
         return llama
+
+    # the peer's
     from transformers import AutoModelForCausalLM
     from transformers import LlamaConfig as PeerConfig
     with torch.device(settings.device):
@@ -181,18 +185,18 @@ def random_model(case, config, settings):
     return llama
 
 
-def choose_kernel_once(llama, case, chosen, settings):
-    """As choose_kernel, which measures once for a rank and number of tokens; `chosen` keeps it."""
+def choose_kernel_once(llama, case, kernels, settings):
+    """As choose_kernel, which measures once for a rank and number of tokens; `kernels` keeps it."""
     adapted = [m for m in llama.modules() if isinstance(m, LoRAProjection)]
     tokens = case.rows_at_once * case.seq_len
     key = case.rank, tokens
-    if key not in chosen:
+    if key not in kernels:
         lines = choose_kernel(llama, settings.lora_kernel, tokens, settings.dtype,
                               settings.device, settings.compile)
         for line in lines:
             print(line, flush=True)
-        chosen[key] = [module.kernel for module in adapted]
-    for module, kernel in zip(adapted, chosen[key]):
+        kernels[key] = [module.kernel for module in adapted]
+    for module, kernel in zip(adapted, kernels[key]):
         module.kernel = kernel
 
 
@@ -215,31 +219,31 @@ def reset_peak_memory(device):
     return False
 
 
-def measure_case(case, batches, config, chosen, settings):
+def measure_case(case, batches, config, kernels, settings):
     """Yield a record for each batch, all with one model.
 
     What fails becomes a record for each batch that is left: it must not cost other measurements."""
     left = list(batches)
     try:
-        for record in measure_batches(case, batches, config, chosen, settings):
+        for record in measure_batches(case, batches, config, kernels, settings):
             left.remove(record["batch"])
             yield record
         return
     except torch.OutOfMemoryError:
         why = "out of memory"
-    except Exception as e:
+    except Exception as e:  # the status of the script will be 1
         traceback.print_exc()
         why = " ".join(f"{type(e).__name__}: {e}".split())[:300]
     for batch in left:
         yield {"batch": batch, "rows": batch // GPUS, "failed": why}
 
 
-def measure_batches(case, batches, config, chosen, settings):
+def measure_batches(case, batches, config, kernels, settings):
     """Build the model of a case and yield a record for each batch."""
     # the model
     llama = random_model(case, config, settings).train()
     if case.side == "ours" and case.rank:
-        choose_kernel_once(llama, case, chosen, settings)
+        choose_kernel_once(llama, case, kernels, settings)
     compile_side(case.side, llama, settings)
     optimizer = make_optimizer(case.side, llama)
 
@@ -256,6 +260,7 @@ def measure_batches(case, batches, config, chosen, settings):
     for _ in range(2):
         training_step(case.side, llama, optimizer, tokens[:at_once], targets[:at_once], at_once)
 
+    # each batch: this GPU's eighth
     for batch in batches:
         rows = batch // GPUS
         peak_is_known = reset_peak_memory(device)
@@ -264,18 +269,25 @@ def measure_batches(case, batches, config, chosen, settings):
             started = clock(device)
             training_step(case.side, llama, optimizer, tokens[:rows], targets[:rows], at_once)
             seconds.append(clock(device) - started)
+        # MFU only where the data sheet's rate is known
         median = statistics.median(seconds)
         rate = flops * rows / median
         peak_rate = peak_flops(device)
-        yield {"batch": batch, "rows": rows, "tok_per_s": rows * case.seq_len / median,
-               "tflops": rate / 1e12, "mfu": rate / peak_rate if peak_rate else None,
-               "peak_gb": peak_memory(device) if peak_is_known else None, "seconds": seconds}
+        yield {
+            "batch": batch,
+            "rows": rows,
+            "tok_per_s": rows * case.seq_len / median,
+            "tflops": rate / 1e12,
+            "mfu": rate / peak_rate if peak_rate else None,
+            "peak_gb": peak_memory(device) if peak_is_known else None,
+            "seconds": seconds,
+        }
 
 
 def measure_all(shape, config, axes, settings, stop_after=0):
     """Yield a record for each combination of the axes, and print it as a line."""
     began = time.perf_counter()
-    chosen = {}
+    kernels = {}  # what was chosen, by rank and number of tokens
     for seq_len, checkpointing in itertools.product(axes.seq_lens, axes.checkpointing):
         # batches of the same microbatch share a model
         groups = {}
@@ -283,6 +295,7 @@ def measure_all(shape, config, axes, settings, stop_after=0):
             rows_at_once = axes.rows_at_once(seq_len, batch)
             groups.setdefault(rows_at_once, []).append(batch)
 
+        # one model after the other
         speed = {}  # tokens a second by (batch, rank, side)
         for rows_at_once, rank, side in itertools.product(groups, axes.ranks, axes.sides):
             case = Case(side, rank, seq_len, checkpointing, rows_at_once)
@@ -291,21 +304,22 @@ def measure_all(shape, config, axes, settings, stop_after=0):
                 print(f"{case}, batches {batches}: not begun within {stop_after} s", flush=True)
                 continue
             free_last_model(settings.device)
-            for found in measure_case(case, batches, config, chosen, settings):
+            for found in measure_case(case, batches, config, kernels, settings):
                 speed[found["batch"], rank, side] = found.get("tok_per_s")
-                print(f"{str(case):48} batch {found['batch']:3}, "
-                      f"{found['rows']:2} rows by {rows_at_once}:  {figures(found)}", flush=True)
+                print(f"{case!s:48} batch {found['batch']:3}, {found['rows']:2} rows by "
+                      f"{rows_at_once}:  {training_figures(found)}", flush=True)
                 yield {"side": side, "rank": rank, "seq_len": seq_len,
                        "checkpointing": checkpointing, "microbatch": rows_at_once, "shape": shape,
                        "layers": config.num_hidden_layers,
                        "of_layers": SHAPES[shape].num_hidden_layers, **found}
+        # what the reader wants to know, from all models of this length
         for batch in axes.batches:
             print(f"{seq_len} tokens, checkpointing {checkpointing}, batch {batch}: "
                   f"{ratios(speed, batch, axes.ranks)}", flush=True)
 
 
 # ----------------------------------------------------------------------------- words
-def figures(found):
+def training_figures(found):
     """A record in words."""
     if "failed" in found:
         return found["failed"]
@@ -338,6 +352,8 @@ if __name__ == "__main__":
     with one_line_errors():
         config = configure(globals())
         print(knob_table(globals()))
+
+        # the knobs
         for batch in batches:
             if batch < GPUS or batch % GPUS:
                 raise ValueError(f"batches: found {batch}, which {GPUS} GPUs cannot share; "
@@ -354,10 +370,11 @@ if __name__ == "__main__":
                             compile_peer, lora_kernel)
         sides = SIDES if side == "both" else (side,)
         axes = Axes(sides, ranks, seq_lens, checkpointing, batches, microbatch, microbatch_tokens)
-        has = memory_of(device)
-        model_config = blocks_that_fit(SHAPES[shape], axes, settings, has)
-        print_prediction(shape, model_config, axes, settings, has)
+        available = memory_of(device)
+        model_config = blocks_that_fit(SHAPES[shape], axes, settings, available)
+        print_prediction(shape, model_config, axes, settings, available)
 
+        # the results, written as they come
         records = []
         write_results(out, config, device, {"training": records})
         for record in measure_all(shape, model_config, axes, settings, stop_after):

@@ -48,7 +48,7 @@ _choices = {'parts': ('full', 'lora'), 'lora_kernel': ('auto', 'torch', 'triton'
 # ----------------------------------------------------------------------------- models
 def add_peft(model, rank, dropout, **how):
     """peft's adapters on all projections of transformers' model, as peft makes them."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model  # only the peer needs it
     config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout,
                         target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config, **how)
@@ -84,6 +84,7 @@ def random_batch(rows, seq_len, vocab_size, device):
     """Tokens and their targets, [rows, seq_len] each."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, vocab_size, (rows, seq_len), generator=generator).to(device)
+    # the last token has no target
     nothing = torch.full_like(tokens[:, :1], IGNORE)
     targets = torch.cat([tokens[:, 1:], nothing], 1)
     return tokens, targets
@@ -106,6 +107,7 @@ def training_step(side, llama, optimizer, tokens, targets, rows_at_once):
         # all rows have the same number of targets, so the batch's loss is the mean over rows
         loss = loss * (len(x) / len(tokens))
         loss.backward()
+    # the step
     torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

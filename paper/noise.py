@@ -56,7 +56,7 @@ def noise_experiment(size, seed, fractions, device):
 # -----------------------------------------------------------------------------
 if __name__ == "__main__":
     with one_line_errors():
-        settings = configure(globals())
+        config = configure(globals())
         device = pick_device(device)
         if not out:
             raise ValueError("out is not set; see --help")
@@ -64,8 +64,9 @@ if __name__ == "__main__":
             raise ValueError(f"size must be positive, found {size}")
         if not fractions or min(fractions) <= 0 or max(fractions) >= 1:
             raise ValueError(f"fractions must be in (0, 1), found {fractions}")
+
         found = noise_experiment(size, seed, fractions, device)
-        result = {"kind": "noise", "settings": settings, "device": device_name(device),
+        result = {"kind": "noise", "settings": config, "device": device_name(device),
                   "versions": versions(), **found}
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, json.dumps(result))

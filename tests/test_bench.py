@@ -113,8 +113,8 @@ def test_as_many_blocks_as_fit():
                     needs.append(sum(kinds.values()))
         return max(needs)
 
-    has = (need_of(5) + need_of(6)) / 2 / 0.93
-    assert throughput.blocks_that_fit(config, several, settings(), has).num_hidden_layers == 5
+    available = (need_of(5) + need_of(6)) / 2 / 0.93
+    assert throughput.blocks_that_fit(config, several, settings(), available).num_hidden_layers == 5
     assert throughput.blocks_that_fit(config, several, settings(), 1).num_hidden_layers == 1
 
 
