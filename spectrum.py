@@ -95,16 +95,9 @@ def describe(values, error, method, shape, fractions, lora_rank=None):
     above = values[values > norm * random_edge(*shape)]
     above_share = (above.norm() / norm).item() ** 2 if norm else 0.0
     nine_digits = [float(f"{value:.9g}") for value in values.tolist()]
-    return {
-        "norm": norm,
-        "effective_rank": ranks,
-        "random_rank": random_ranks,
-        "above_random": len(above),
-        "above_random_share": above_share,
-        "error": error,
-        "method": method,
-        "singular_values": nine_digits,
-    }
+    return {"norm": norm, "effective_rank": ranks, "random_rank": random_ranks,
+            "above_random": len(above), "above_random_share": above_share,
+            "error": error, "method": method, "singular_values": nine_digits}
 
 
 # ----------------------------------------------------------------------------- one projection
@@ -266,16 +259,10 @@ if __name__ == "__main__":
             checkpoints.append(open_checkpoint(folder, shape, before.identity))
 
         # what the numbers depend on: a file made with something else is not continued
-        made_with = {
-            "base": before.identity,
-            "checkpoints": [[c.folder.name, c.identity] for c in checkpoints],
-            "modules": modules,
-            "layers": layers,
-            "fractions": fractions,
-            "subspaces": subspaces,
-            "method": method,
-            "tolerance": tolerance,
-        }
+        identities = [[checkpoint.folder.name, checkpoint.identity] for checkpoint in checkpoints]
+        made_with = {"base": before.identity, "checkpoints": identities, "modules": modules,
+                     "layers": layers, "fractions": fractions, "subspaces": subspaces,
+                     "method": method, "tolerance": tolerance}
         made_with = json.loads(json.dumps(made_with))  # tuples become lists, as in the file
         share = 0.9 if 0.9 in fractions else fractions[0]
         if path.is_file():

@@ -11,13 +11,12 @@ Both sides make exactly `new_tokens` a row. See bench/sides.py for how they are 
 """
 import gc
 import json
-import tempfile
 from collections import defaultdict
 
 import torch
 
-from bench.sides import (SIDES, clock, in_turn, left_padded, load_peer, peak_alone, print_sides,
-                         speed_of_sides, write_random_model, write_results)
+from bench.sides import (SIDES, clock, compare_sides, in_turn, left_padded, load_peer,
+                         write_random_model, write_results)
 from configurator import configure, knob_table
 from model import Llama
 from runtime import device_name, one_line_errors, peak_memory, pick_device, versions
@@ -26,9 +25,7 @@ from runtime import device_name, one_line_errors, peak_memory, pick_device, vers
 model = ''               # model folder; '' = random weights of SmolLM2-135M's shape
 parts = ('greedy', 'samples')
 prompts = 16             # greedy: prompts at once, of 32 to 96 tokens
-samples = 50             # samples: of one prompt of 128 tokens
-temperature = 0.8        # samples
-top_p = 0.95             # samples
+samples = 50             # samples: of one prompt of 128 tokens, temperature 0.8, top_p 0.95
 new_tokens = 64          # of each continuation
 repeats = 3              # rounds; the median counts
 side = 'both'            # both in turn | ours | peer: one alone, which is how memory is measured
@@ -41,11 +38,8 @@ _choices = {'parts': ('greedy', 'samples'), 'side': ('both', 'ours', 'peer'),
 
 # ----------------------------------------------------------------------------- one part
 def random_prompts(lengths, generator):
-    """Lists of random ids that both tokenizers' vocabularies hold, [len(lengths)]."""
-    rows = []
-    for length in lengths:
-        rows.append(torch.randint(3, 49000, (length,), generator=generator).tolist())
-    return rows
+    """A list of random ids for each length."""
+    return [torch.randint(3, 49000, (length,), generator=generator).tolist() for length in lengths]
 
 
 def generate_rows(side, llama, ids, new_tokens, drawing):
@@ -94,15 +88,12 @@ if __name__ == "__main__":
         if side == "both":
             print(knob_table(globals()))
             print(f"{device_name(device)}, {versions()}")
-        folder = model
-        if not model:
-            scratch = tempfile.TemporaryDirectory()  # removed when the script ends
-            folder = scratch.name
-            write_random_model(folder)
+        random_weights = None if model else write_random_model()
+        folder = model or random_weights.name
 
         results = {}
         for part in parts:
-            # what is generated, the same for both sides
+            # the same prompts for both sides
             generator = torch.Generator().manual_seed(0)
             if part == "greedy":
                 lengths = torch.randint(32, 97, (prompts,), generator=generator).tolist()
@@ -110,20 +101,15 @@ if __name__ == "__main__":
                 rows = prompts
             else:
                 lengths = [128]
-                drawing = {"n": samples, "temperature": temperature, "top_p": top_p}
+                drawing = {"n": samples, "temperature": 0.8, "top_p": 0.95}
                 rows = samples
             ids = random_prompts(lengths, generator)
 
-            # time, then memory
             seconds = generation_rounds(folder, sides, ids, new_tokens, drawing, repeats,
                                         getattr(torch, dtype), device)
-            results[part] = speed_of_sides(seconds, rows * new_tokens)
             gc.collect()
-            if side == "both":
-                for name in sides:
-                    peak = peak_alone("bench.generate", name, part, folder, config)
-                    results[part][name]["peak_gb"] = peak
-                print_sides(part, results[part])
+            results[part] = compare_sides("bench.generate", part, seconds, rows * new_tokens,
+                                          folder, config)
             write_results(out, config, device, results)
         if side != "both":
             print(json.dumps({"peak_gb": peak_memory(device)}))

@@ -11,6 +11,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 from dataclasses import dataclass
@@ -41,9 +42,11 @@ class Settings:
 
 
 # ----------------------------------------------------------------------------- models
-def write_random_model(folder):
-    """Write a model folder of SmolLM2-135M's shape with random weights."""
-    Llama(SMOLLM2_135M).init_weights().save_pretrained(folder)
+def write_random_model():
+    """A temporary model folder of SmolLM2-135M's shape, which goes when the object goes."""
+    folder = tempfile.TemporaryDirectory()
+    Llama(SMOLLM2_135M).init_weights().save_pretrained(folder.name)
+    return folder
 
 
 def load_peer(folder, dtype, device):
@@ -94,22 +97,22 @@ def peak_alone(script, side, part, folder, knobs):
 
 
 # ----------------------------------------------------------------------------- results
-def speed_of_sides(seconds, tokens):
-    """Results of each side, from the seconds of its rounds of `tokens` tokens."""
+def compare_sides(script, part, seconds, tokens, folder, knobs):
+    """{side: {"tok_per_s", "seconds", "peak_gb"}} from the seconds of rounds of `tokens` tokens.
+
+    With both sides their memory is measured, and a line printed."""
     found = {}
     for side, times in seconds.items():
         found[side] = {"tok_per_s": tokens / statistics.median(times), "seconds": times}
-    return found
-
-
-def print_sides(part, found):
-    """One line: ours, the peer, and how many times as fast ours is."""
+    if len(found) == 1:
+        return found
     words = []
-    for side in SIDES:
-        speed, peak = found[side]["tok_per_s"], found[side]["peak_gb"]
-        words.append(f"{side} {speed:8.1f} tok/s {peak:5.2f} GB")
+    for side, figures in found.items():
+        figures["peak_gb"] = peak_alone(script, side, part, folder, knobs)
+        words.append(f"{side} {figures['tok_per_s']:8.1f} tok/s {figures['peak_gb']:5.2f} GB")
     ratio = found["ours"]["tok_per_s"] / found["peer"]["tok_per_s"]
     print(f"{part:8} {'   '.join(words)}   {ratio:.2f}x", flush=True)
+    return found
 
 
 def write_results(out, knobs, device, results):

@@ -88,7 +88,7 @@ class Case(NamedTuple):
     rank: int
     seq_len: int
     checkpointing: str
-    rows_at_once: int
+    microbatch: int    # rows at once
 
     def __str__(self):
         return (f"{self.seq_len} tokens, checkpointing {self.checkpointing}, "
@@ -188,7 +188,7 @@ def random_model(case, config, settings):
 def choose_kernel_once(llama, case, kernels, settings):
     """As choose_kernel, which measures once for a rank and number of tokens; `kernels` keeps it."""
     adapted = [m for m in llama.modules() if isinstance(m, LoRAProjection)]
-    tokens = case.rows_at_once * case.seq_len
+    tokens = case.microbatch * case.seq_len
     key = case.rank, tokens
     if key not in kernels:
         lines = choose_kernel(llama, settings.lora_kernel, tokens, settings.dtype,
@@ -256,7 +256,7 @@ def measure_batches(case, batches, config, kernels, settings):
     flops = flops_of_batch(counted, [(row, row, no_borders)], doc_mask=False)
 
     # two steps to warm up
-    at_once = case.rows_at_once
+    at_once = case.microbatch
     for _ in range(2):
         training_step(case.side, llama, optimizer, tokens[:at_once], targets[:at_once], at_once)
 
@@ -273,19 +273,15 @@ def measure_batches(case, batches, config, kernels, settings):
         median = statistics.median(seconds)
         rate = flops * rows / median
         peak_rate = peak_flops(device)
-        yield {
-            "batch": batch,
-            "rows": rows,
-            "tok_per_s": rows * case.seq_len / median,
-            "tflops": rate / 1e12,
-            "mfu": rate / peak_rate if peak_rate else None,
-            "peak_gb": peak_memory(device) if peak_is_known else None,
-            "seconds": seconds,
-        }
+        yield {"batch": batch, "rows": rows, "tok_per_s": rows * case.seq_len / median,
+               "tflops": rate / 1e12, "mfu": rate / peak_rate if peak_rate else None,
+               "peak_gb": peak_memory(device) if peak_is_known else None, "seconds": seconds}
 
 
 def measure_all(shape, config, axes, settings, stop_after=0):
     """Yield a record for each combination of the axes, and print it as a line."""
+    about = {"shape": shape, "layers": config.num_hidden_layers,
+             "of_layers": SHAPES[shape].num_hidden_layers}
     began = time.perf_counter()
     kernels = {}  # what was chosen, by rank and number of tokens
     for seq_len, checkpointing in itertools.product(axes.seq_lens, axes.checkpointing):
@@ -308,10 +304,7 @@ def measure_all(shape, config, axes, settings, stop_after=0):
                 speed[found["batch"], rank, side] = found.get("tok_per_s")
                 print(f"{case!s:48} batch {found['batch']:3}, {found['rows']:2} rows by "
                       f"{rows_at_once}:  {training_figures(found)}", flush=True)
-                yield {"side": side, "rank": rank, "seq_len": seq_len,
-                       "checkpointing": checkpointing, "microbatch": rows_at_once, "shape": shape,
-                       "layers": config.num_hidden_layers,
-                       "of_layers": SHAPES[shape].num_hidden_layers, **found}
+                yield {**case._asdict(), **about, **found}
         # what the reader wants to know, from all models of this length
         for batch in axes.batches:
             print(f"{seq_len} tokens, checkpointing {checkpointing}, batch {batch}: "

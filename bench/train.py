@@ -13,13 +13,12 @@ See bench/sides.py for how the sides are compared, bench/throughput.py for Llama
 """
 import gc
 import json
-import tempfile
 from collections import defaultdict
 
 import torch
 
-from bench.sides import (SIDES, Settings, clock, in_turn, load_peer, peak_alone, print_sides,
-                         speed_of_sides, write_random_model, write_results)
+from bench.sides import (SIDES, Settings, clock, compare_sides, in_turn, load_peer,
+                         write_random_model, write_results)
 from configurator import configure, knob_table
 from lion import DecoupledLionW
 from lora import apply_lora, choose_kernel
@@ -154,26 +153,17 @@ if __name__ == "__main__":
         if side == "both":
             print(knob_table(globals()))
             print(f"{device_name(device)}, {versions()}")
-        folder = model
-        if not model:
-            scratch = tempfile.TemporaryDirectory()  # removed when the script ends
-            folder = scratch.name
-            write_random_model(folder)
+        random_weights = None if model else write_random_model()
+        folder = model or random_weights.name
 
-        # time of both in this process, then memory of each in its own
         results = {}
         for part in parts:
             rank = lora_rank if part == "lora" else 0
             seconds = training_rounds(folder, sides, rank, rows, seq_len, settings)
-            results[part] = speed_of_sides(seconds, rows * seq_len)
             gc.collect()
-            if side == "both":
-                for name in sides:
-                    peak = peak_alone("bench.train", name, part, folder, config)
-                    results[part][name]["peak_gb"] = peak
-                print_sides(part, results[part])
+            results[part] = compare_sides("bench.train", part, seconds, rows * seq_len, folder,
+                                          config)
             write_results(out, config, device, results)
-
         if side != "both":
             print(json.dumps({"peak_gb": peak_memory(device)}))
         elif "full" in results and "lora" in results:
