@@ -260,9 +260,12 @@ if __name__ == "__main__":
 
         # what the numbers depend on: a file made with something else is not continued
         identities = [[checkpoint.folder.name, checkpoint.identity] for checkpoint in checkpoints]
-        made_with = {"base": before.identity, "checkpoints": identities, "modules": modules,
-                     "layers": layers, "fractions": fractions, "subspaces": subspaces,
-                     "method": method, "tolerance": tolerance}
+        made_with = {
+            "base": before.identity, "checkpoints": identities,
+            "modules": modules, "layers": layers,
+            "fractions": fractions, "subspaces": subspaces,
+            "method": method, "tolerance": tolerance,
+        }
         made_with = json.loads(json.dumps(made_with))  # tuples become lists, as in the file
         share = 0.9 if 0.9 in fractions else fractions[0]
         if path.is_file():

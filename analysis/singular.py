@@ -37,6 +37,7 @@ def singular_values(A, method="auto", tolerance=1e-6, fractions=()):
         certain = ranks_are_certain(values, eigenvalue_error, fractions)
         if method == "gram" or (accurate and certain):
             return values * scale, errors.max().item() * scale, "gram"
+    # the slow way, good to the rounding of fp64
     values = torch.linalg.svdvals(A).cpu()
     error = max(A.shape) * UNIT * values[0].item()
     return values * scale, error * scale, "svd"
@@ -111,6 +112,7 @@ def lora_singular_values(A, B, scale):
 
     The product is not formed: with B = Q R and A^T = P S it is Q (R S^T) P^T, where Q and P have
     orthonormal columns, so the small R S^T has the same singular values."""
+    # only R and S are needed, not Q and P
     R = torch.linalg.qr(B.double(), mode="r").R
     S = torch.linalg.qr(A.double().T, mode="r").R
     return abs(scale) * torch.linalg.svdvals(R @ S.T).cpu()

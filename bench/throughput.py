@@ -326,6 +326,7 @@ def ratios(speed, batch, ranks):
     """In words: ours over our full finetuning, and over the peer.
 
     speed: {(batch, rank, side): tokens a second}."""
+    # what was not measured has no ratio
     over_full = []
     over_peer = []
     for rank in ranks:

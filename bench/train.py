@@ -115,6 +115,7 @@ def training_step(side, llama, optimizer, tokens, targets, rows_at_once):
 
 def training_rounds(folder, sides, rank, rows, seq_len, settings):
     """Seconds of each round of a training step, {side: [...]}, after two steps to warm up."""
+    # ids that any SmolLM2 vocabulary holds
     tokens, targets = random_batch(rows, seq_len, 49000, settings.device)
 
     # both models in memory, warmed up
