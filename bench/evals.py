@@ -1,5 +1,10 @@
 """
-Speed of the evaluations: GSM8K against a loop around transformers' generate, the sandbox against bare starts of Python.
+Speed of the evaluations: GSM8K against a loop around transformers' generate, the sandbox against
+bare starts of Python.
+
+    gsm8k     5 shots + question -> at most 256 greedy tokens, the harness's stop strings
+              ours: rows join and leave a batch | peer: batches of similar length, padded
+    starts    HumanEval's solutions in the sandbox | as many `python -c pass`, one by one
 
     python -m bench.evals --model=models/smollm2-135m
     python -m bench.evals --parts=starts
@@ -7,32 +12,32 @@ Speed of the evaluations: GSM8K against a loop around transformers' generate, th
 Both sides of each take turns in one process.
 """
 import itertools
-import json
 import statistics
 import subprocess
 import sys
+from collections import defaultdict
 
 import torch
 
-from bench.train import alternate, left_padded
+from bench.sides import SIDES, clock, in_turn, left_padded, load_peer, write_results
 from configurator import configure, knob_table
 from eval_gsm8k import STOPS, build_prompt, draw_shots
 from eval_humaneval import FIELDS, run_program
 from evaluation.evals import read_items
-from model import Llama
-from runtime import device_name, one_line_errors, pick_device, versions, write_whole
 from evaluation.sandbox import Sandbox
+from model import Llama
+from runtime import device_name, one_line_errors, pick_device, versions
 from text.tokenizer import load_tokenizer, text_stopper
 
 # -----------------------------------------------------------------------------
 model = ''               # gsm8k: model folder
 parts = ('gsm8k', 'starts')
-items = 16               # gsm8k: of the test set, 5 shots, greedy, at most 256 new tokens, the harness's stop strings
+items = 16               # gsm8k: of the test set
 items_at_once = 16       # rows that ours generates at once
-peer_at_once = 8         # and the peer, prompts of similar length padded on the left
+peer_at_once = 8         # and the peer
 gsm8k_test = 'hf://datasets/openai/gsm8k/main/test-00000-of-00001.parquet'
 gsm8k_train = 'hf://datasets/openai/gsm8k/main/train-00000-of-00001.parquet'
-programs = 1640          # starts: HumanEval's solutions in the sandbox, and as many bare starts of Python, one by one
+programs = 1640          # starts
 humaneval = 'hf://datasets/openai/openai_humaneval/openai_humaneval/test-00000-of-00001.parquet'
 repeats = 3              # rounds; the median counts
 dtype = 'bfloat16'
@@ -40,60 +45,128 @@ device = 'auto'          # auto | cpu | cuda | cuda:N
 out = ''                 # also write the results to this JSON file
 _choices = {'parts': ('gsm8k', 'starts'), 'dtype': ('float32', 'bfloat16')}
 
+NEW_TOKENS = 256  # at most, the harness's
 
-def gsm8k():
-    """Answer GSM8K's first items, ours and by a loop around transformers' generate, in turn; prints and returns both."""
-    tok, fields = load_tokenizer(model), ("question", "answer")
-    test, train = read_items(gsm8k_test, fields, "gsm8k_test")[:items], read_items(gsm8k_train, fields, "gsm8k_train")
-    shots = [[train[i] for i in rows] for rows in draw_shots(len(test), len(train), 5)]
-    texts = sorted([tok.encode(build_prompt(q["question"], s)) for q, s in zip(test, shots)], key=len, reverse=True)
-    stop, made = text_stopper(tok, STOPS, {tok.eos_id}), {}
-    from transformers import AutoModelForCausalLM
-    mine, peer = Llama.from_pretrained(model, getattr(torch, dtype), device).eval(), AutoModelForCausalLM.from_pretrained(
-        model, dtype=getattr(torch, dtype), attn_implementation="sdpa").to(device).eval()
 
-    def by_ours(texts=texts, new=256):
-        made["ours"] = [ids for [ids] in mine.generate(texts, new, stop=stop, batch_size=items_at_once)]
+# ----------------------------------------------------------------------------- gsm8k
+def gsm8k_prompts(tokenizer, gsm8k_test, gsm8k_train, items):
+    """Ids of the first items' prompts, 5 shots each, the longest first as in lm-eval."""
+    fields = ("question", "answer")
+    test = read_items(gsm8k_test, fields, "gsm8k_test")[:items]
+    train = read_items(gsm8k_train, fields, "gsm8k_train")
+    prompts = []
+    for item, rows in zip(test, draw_shots(len(test), len(train), 5)):
+        shots = [train[row] for row in rows]
+        prompts.append(tokenizer.encode(build_prompt(item["question"], shots)))
+    return sorted(prompts, key=len, reverse=True)
 
-    def by_peer(texts=texts, new=256):
-        made["peer"] = []
-        for start in range(0, len(texts), peer_at_once):  # longest first, as in lm-evaluation-harness
-            ids, mask = left_padded(texts[start:start + peer_at_once], device)
-            width = ids.shape[1]
-            ended = lambda ids, scores, width=width, **_: torch.tensor(
-                [stop(row) for row in ids[:, width:].tolist()], device=device)
-            made["peer"] += peer.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0,
-                                            stopping_criteria=[ended])[:, width:].tolist()
 
-    runs = {"ours": by_ours, "peer": by_peer}
-    for run in runs.values():
-        run([texts[-1][:64]] * 2, 3)
-    seconds = alternate(runs, repeats, device)
-    made["peer"] = [row[:next((n for n in range(1, len(row)) if stop(row[:n])), len(row))] for row in made["peer"]]
-    result = {name: {"items_per_s": len(texts) / statistics.median(times), "seconds": times,
-                     "new_tokens": [len(ids) for ids in made[name]]} for name, times in seconds.items()}
-    same = sum(a == b for a, b in zip(*made.values()))
-    print(f"gsm8k    ours {result['ours']['items_per_s']:.3f} items/s, {sum(result['ours']['new_tokens'])} new tokens   peer "
-          f"{result['peer']['items_per_s']:.3f} items/s, {sum(result['peer']['new_tokens'])} new tokens   {same} of {len(texts)} "
-          f"answers equal   {result['ours']['items_per_s'] / result['peer']['items_per_s']:.2f}x", flush=True)
+def answer_prompts(side, llama, prompts, new_tokens, stop, at_once):
+    """New ids of each prompt; the peer's may go on after the stop."""
+    if side == "ours":
+        answers = llama.generate(prompts, new_tokens, stop=stop, batch_size=at_once)
+        return [ids for [ids] in answers]
+
+    # the loop that lm-eval runs around transformers' generate
+    answers = []
+    for start in range(0, len(prompts), at_once):
+        ids, mask = left_padded(prompts[start:start + at_once], llama.device)
+        width = ids.shape[1]
+
+        # a batch ends when all of its rows have
+        def ended(ids, scores, **_):
+            rows = [stop(row) for row in ids[:, width:].tolist()]
+            return torch.tensor(rows, device=ids.device)
+
+        made = llama.generate(ids, attention_mask=mask, max_new_tokens=new_tokens,
+                              do_sample=False, pad_token_id=0, stopping_criteria=[ended])
+        answers += made[:, width:].tolist()
+    return answers
+
+
+def cut_after_stop(ids, stop):
+    """The ids up to the first stop."""
+    for length in range(1, len(ids)):
+        if stop(ids[:length]):
+            return ids[:length]
+    return ids
+
+
+def bench_gsm8k(model, gsm8k_test, gsm8k_train, items, at_once, repeats, dtype, device):
+    """Answer GSM8K's first items by both sides in turn; print and return items a second of both.
+
+    at_once: {side: rows at once}."""
+    tokenizer = load_tokenizer(model)
+    prompts = gsm8k_prompts(tokenizer, gsm8k_test, gsm8k_train, items)
+    stop = text_stopper(tokenizer, STOPS, {tokenizer.eos_id})
+    models = {"ours": Llama.from_pretrained(model, dtype, device).eval(),
+              "peer": load_peer(model, dtype, device).eval()}
+
+    # a short round to warm up
+    short = [prompts[-1][:64]] * 2
+    for side in SIDES:
+        answer_prompts(side, models[side], short, 3, stop, at_once[side])
+
+    # all prompts, in turn
+    seconds = defaultdict(list)
+    answers = {}
+    for side in in_turn(SIDES, repeats):
+        started = clock(device)
+        answers[side] = answer_prompts(side, models[side], prompts, NEW_TOKENS, stop, at_once[side])
+        seconds[side].append(clock(device) - started)
+    answers["peer"] = [cut_after_stop(ids, stop) for ids in answers["peer"]]
+
+    # items a second, and how many answers are the same
+    result = {}
+    words = []
+    for side in SIDES:
+        lengths = [len(ids) for ids in answers[side]]
+        speed = len(prompts) / statistics.median(seconds[side])
+        result[side] = {"items_per_s": speed, "seconds": seconds[side], "new_tokens": lengths}
+        words.append(f"{side} {speed:.3f} items/s, {sum(lengths)} new tokens")
+    same = sum(ours == peer for ours, peer in zip(answers["ours"], answers["peer"]))
+    ratio = result["ours"]["items_per_s"] / result["peer"]["items_per_s"]
+    print(f"gsm8k    {'   '.join(words)}   {same} of {len(prompts)} answers equal   {ratio:.2f}x",
+          flush=True)
     return result
 
 
-def starts():
-    """Run HumanEval's solutions in the sandbox and Python bare, in turn; prints and returns the seconds of each."""
-    solutions = read_items(humaneval, (*FIELDS, "canonical_solution"), "humaneval")
-    some = list(itertools.islice(itertools.cycle(solutions), programs))
-    with Sandbox() as box:
-        def sandboxed():
-            failed = [p["task_id"] for p in some if not run_program(p, "\n" + p["canonical_solution"], box=box)["passed"]]
-            if failed:
-                raise RuntimeError(f"{len(failed)} solutions did not pass: {failed[:5]}")
+# ----------------------------------------------------------------------------- starts
+def run_sandboxed(solutions, box):
+    """Run HumanEval's solutions in the sandbox; raises RuntimeError where one does not pass."""
+    failed = []
+    for problem in solutions:
+        program = "\n" + problem["canonical_solution"]
+        if not run_program(problem, program, box=box)["passed"]:
+            failed.append(problem["task_id"])
+    if failed:
+        raise RuntimeError(f"{len(failed)} solutions did not pass: {failed[:5]}")
 
-        bare = lambda: [subprocess.run([sys.executable, "-I", "-B", "-c", "pass"], check=True) for _ in some]
-        seconds = alternate({"sandboxed": sandboxed, "bare": bare}, repeats, device)
-    median = {name: statistics.median(times) for name, times in seconds.items()}
-    print(f"starts   {programs} programs: sandboxed {median['sandboxed']:.1f} s, bare {median['bare']:.1f} s   "
-          f"{median['sandboxed'] / median['bare']:.2f} times as long", flush=True)
+
+def run_bare(count):
+    """Start Python `count` times."""
+    for _ in range(count):
+        subprocess.run([sys.executable, "-I", "-B", "-c", "pass"], check=True)
+
+
+def bench_starts(humaneval, programs, repeats, device):
+    """Run solutions sandboxed and Python bare, in turn; print and return the seconds of each."""
+    # as many as asked for, from the first again when they run out
+    problems = read_items(humaneval, (*FIELDS, "canonical_solution"), "humaneval")
+    solutions = list(itertools.islice(itertools.cycle(problems), programs))
+    seconds = defaultdict(list)
+    with Sandbox() as box:
+        for name in in_turn(("sandboxed", "bare"), repeats):
+            started = clock(device)
+            if name == "sandboxed":
+                run_sandboxed(solutions, box)
+            else:
+                run_bare(programs)
+            seconds[name].append(clock(device) - started)
+    sandboxed = statistics.median(seconds["sandboxed"])
+    bare = statistics.median(seconds["bare"])
+    print(f"starts   {programs} programs: sandboxed {sandboxed:.1f} s, bare {bare:.1f} s   "
+          f"{sandboxed / bare:.2f} times as long", flush=True)
     return seconds
 
 
@@ -103,11 +176,18 @@ if __name__ == "__main__":
         config = configure(globals())
         print(knob_table(globals()))
         if "gsm8k" in parts and not model:
-            raise ValueError("model: expected a model folder for parts=gsm8k; --parts=starts needs none")
-        device, results = pick_device(device), {}
+            raise ValueError("model: expected a model folder for parts=gsm8k; "
+                             "--parts=starts needs none")
+        device = pick_device(device)
         print(f"{device_name(device)}, {versions()}")
-        for kind in parts:
-            results[kind] = {"gsm8k": gsm8k, "starts": starts}[kind]()
-            if out:
-                write_whole(out, json.dumps({"config": {**config, "device": str(device)}, "device": device_name(device),
-                                             "versions": versions(), "results": results}, indent=1))
+
+        # one part after the other, written as they come
+        results = {}
+        for part in parts:
+            if part == "gsm8k":
+                at_once = {"ours": items_at_once, "peer": peer_at_once}
+                results[part] = bench_gsm8k(model, gsm8k_test, gsm8k_train, items, at_once,
+                                            repeats, getattr(torch, dtype), device)
+            else:
+                results[part] = bench_starts(humaneval, programs, repeats, device)
+            write_results(out, config, device, results)

@@ -11,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import spectrum
+from analysis.chance import (random_edge, random_lora_singular_values, random_singular_values,
+                             rounding_share)
+from analysis.directions import compare_directions, leading_vectors, overlap
+from analysis.folders import module_path, open_model
+from analysis.singular import gram, lora_singular_values, singular_values
 from lora import apply_lora, load_adapter, save_adapter
 from model import PROJECTIONS, Llama, LlamaConfig
-from spectrum import (analyse, compare_directions, describe, effective_rank, gram, leading_vectors, lora_singular_values,
-                      noise_experiment, open_model, overlap, random_edge, random_lora_singular_values,
-                      random_singular_values, rounding_share, singular_values)
+from paper.noise import noise_experiment
+from spectrum import analyse, describe, effective_rank
 
 MATRICES = ("spectrum_W0", "spectrum_W1", "spectrum_delta")
 
@@ -249,7 +252,11 @@ def test_new_and_old_directions():
 
 
 def test_overlap_of_random_spaces_is_chance():
-    found = [overlap(*(torch.linalg.qr(gaussian(50, 10, seed=s + i)).Q for i in (0, 100)), (10,))["10"] for s in range(30)]
+    found = []
+    for seed in range(30):
+        before = torch.linalg.qr(gaussian(50, 10, seed=seed)).Q
+        after = torch.linalg.qr(gaussian(50, 10, seed=seed + 100)).Q
+        found.append(overlap((before.T @ after).square(), 10))
     assert abs(np.mean(found) - 10 / 50) < 0.03
 
 
@@ -261,7 +268,7 @@ def test_script_writes_what_dense_svd_gives(folders):
     base, full = (load_file(folders / name / "model.safetensors") for name in ("base", "full"))
     adapter = load_file(folders / "lora" / "adapter_model.safetensors")
     for record in written["matrices"]:
-        path = spectrum.path_of(record["layer"], record["module"])
+        path = module_path(record["layer"], record["module"])
         W0, W = (weights[f"{path}.weight"].double() for weights in (base, full))
         if record["checkpoint"] == 1:
             A, B = (adapter[f"base_model.model.{path}.lora_{x}.weight"].double() for x in "AB")
@@ -351,23 +358,28 @@ def test_two_shards_and_a_tied_head_are_read(folders):
 
 # ----------------------------------------------------------------------------- experiments
 def test_weak_noise_has_full_rank_and_moves_the_spectrum_in_proportion(tmp_path):
-    found = noise_experiment(100, 0, (0.9,))
+    found = noise_experiment(100, 0, (0.9,), torch.device("cpu"))
     ranks = [spectrum_["effective_rank"]["0.9"] for spectrum_ in found["spectra"].values()]
     assert all(abs(rank - 51) <= 2 for rank in ranks)
     moved = {d["log10_c"]: d["mean_difference"] for d in found["differences"]}
     assert len(moved) == 13 and moved[-6] < 1e-5 and 0.2 < moved[0] and 30 < moved[-3] / moved[-5] < 300
-    process = run_here("spectrum.py", "--noise=20", f"--out={tmp_path}/sub/n.json")
-    assert process.returncode == 0 and json.loads((tmp_path / "sub" / "n.json").read_text())["kind"] == "noise"
+    process = run_here("paper/noise.py", "--size=20", f"--out={tmp_path}/sub/n.json")
+    assert process.returncode == 0, process.stderr
+    written = json.loads((tmp_path / "sub" / "n.json").read_text())
+    assert written["kind"] == "noise" and set(written["spectra"]) == {"A", "0.1 B", "A + 0.1 B"}
+    assert "out is not set" in run_here("paper/noise.py").stderr
 
 
 def test_routes_are_timed():
-    process = run_here("spectrum.py", "--time_routes=64")
-    assert process.returncode == 0 and "svdvals, fp64" in process.stdout and "7B" in process.stdout
+    process = run_here("bench/spectrum.py", "--size=64")
+    assert process.returncode == 0, process.stderr
+    assert "svdvals, fp64" in process.stdout and "7B" in process.stdout
 
 
 def test_a_record_of_every_matrix_kind(folders):
     before = open_model(folders / "base", LlamaConfig.from_json(folders / "base"))
     after = open_model(folders / "full", LlamaConfig.from_json(folders / "full"))
-    records = analyse(before, [after, after], 0, "k_proj", (1, 1000), "cpu", fractions=(0.9,), method="auto", tolerance=1e-6)
+    records = analyse(before, [after, after], 0, "k_proj", "cpu", fractions=(0.9,), subspaces=(1, 1000),
+                      method="auto", tolerance=1e-6)
     assert [(r["matrix"], r["checkpoint"]) for r in records] == [("W0", None), ("W", 0), ("D", 0), ("W", 1), ("D", 1)]
     assert list(records[1]["overlap_in"]) == ["1"]  # more directions than the matrix has are left out

@@ -1,0 +1,164 @@
+"""Model and adapter folders whose tensors are read one at a time; the checkpoints of a run.
+
+    out/gsm8k-full/step_100/model.safetensors
+        PATH.weight [out, in]                      PATH = model.layers.0.self_attn.q_proj
+    out/gsm8k-r16/step_100/adapter_model.safetensors
+        base_model.model.PATH.lora_A.weight [rank, in]
+        base_model.model.PATH.lora_B.weight [out, rank]
+"""
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lora import fingerprint_of, is_adapter, open_adapter_weights, read_adapter_config
+from model import PROJECTIONS, compare_names, open_weights
+from training.checkpoint import checkpoints, read_state
+
+
+class Checkpoint(NamedTuple):
+    """An opened model or adapter folder."""
+    folder: Path
+    files: dict          # tensor name -> open file that holds it
+    identity: str        # tells its weights from others
+    rank: int = None     # of an adapter; None for a model
+    scale: float = 1.0   # of an adapter: alpha / rank
+
+    def has(self, layer, module):
+        """Whether the folder holds this projection, or an adapter for it."""
+        path = module_path(layer, module)
+        return f"{path}.weight" in self.files or adapter_name(path, "A") in self.files
+
+    def read(self, name, device):
+        """A tensor; raises ValueError where it holds NaN or infinity."""
+        tensor = self.files[name].get_tensor(name).to(device)
+        if not tensor.isfinite().all():
+            raise ValueError(f"{self.folder}: {name} holds NaN or infinity")
+        return tensor
+
+    def read_weight(self, layer, module, device):
+        """A projection of a model, [out, in], in the dtype of the file."""
+        return self.read(f"{module_path(layer, module)}.weight", device)
+
+    def read_adapter(self, layer, module, device):
+        """A [rank, in] and B [out, rank] of an adapter, fp64."""
+        path = module_path(layer, module)
+        A = self.read(adapter_name(path, "A"), device).double()
+        B = self.read(adapter_name(path, "B"), device).double()
+        return A, B
+
+
+def module_path(layer, module):
+    """Published name of a projection, such as model.layers.0.self_attn.q_proj."""
+    part = "self_attn" if module in PROJECTIONS[:4] else "mlp"
+    return f"model.layers.{layer}.{part}.{module}"
+
+
+def adapter_name(path, letter):
+    """PEFT's tensor name of lora_A or lora_B."""
+    return f"base_model.model.{path}.lora_{letter}.weight"
+
+
+# ----------------------------------------------------------------------------- opening
+def open_checkpoint(folder, config, base_identity):
+    """A Checkpoint of a model or adapter folder, checked against the base's config."""
+    if is_adapter(folder):
+        return open_adapter(folder, config, base_identity)
+    return open_model(folder, config)
+
+
+def open_model(folder, config):
+    """A Checkpoint of a model folder; raises ValueError for projections that do not fit."""
+    shapes, files = open_weights(folder)
+    # all projections must be there, in the shapes of the base; other tensors are not read
+    expected = {}
+    for layer in range(config.num_hidden_layers):
+        for module, shape in config.projection_shapes.items():
+            expected[f"{module_path(layer, module)}.weight"] = shape
+    # what the folder holds of them
+    found = {}
+    for name, shape in shapes.items():
+        if name.split(".")[-2] in PROJECTIONS:
+            found[name] = shape
+    problems = compare_names(expected, found)
+    if problems:
+        raise ValueError(f"{folder}: its projections do not fit the base's config.json: "
+                         f"{problems}")
+    return Checkpoint(Path(folder), files, model_identity(files))
+
+
+def model_identity(files):
+    """The fingerprint that lora.py stores in adapters, from an opened model folder."""
+    # the embedding is tied and under the head's name in some folders
+    norm = files["model.norm.weight"].get_tensor("model.norm.weight")
+    embedding = "model.embed_tokens.weight"
+    if embedding not in files:
+        embedding = "lm_head.weight"
+
+    # q, k and v of the first block, as our model stores them together
+    parts = []
+    for module in PROJECTIONS[:3]:
+        name = f"{module_path(0, module)}.weight"
+        parts.append(files[name].get_tensor(name))
+    return fingerprint_of(norm, files[embedding].get_slice(embedding), torch.cat(parts))
+
+
+def open_adapter(folder, config, base_identity):
+    """A Checkpoint of a PEFT folder.
+
+    Raises as read_adapter_config, or ValueError for an adapter that does not fit the base."""
+    rank, alpha, _, rslora, chosen = read_adapter_config(folder)
+    # the tensors that its settings ask for
+    expected = {}
+    for layer in range(config.num_hidden_layers):
+        for module, (rows, columns) in config.projection_shapes.items():
+            if chosen(layer, module):
+                path = module_path(layer, module)
+                expected[adapter_name(path, "A")] = (rank, columns)
+                expected[adapter_name(path, "B")] = (rows, rank)
+    files = open_adapter_weights(folder, expected, lambda: base_identity)
+
+    # what it multiplies B A with, and what tells it from other adapters
+    scale = alpha / (rank ** 0.5 if rslora else rank)
+    weights = (Path(folder) / "adapter_model.safetensors").read_bytes()
+    digest = hashlib.sha256(weights).hexdigest()
+    return Checkpoint(Path(folder), files, digest, rank, scale)
+
+
+# ----------------------------------------------------------------------------- finding
+def find_checkpoints(folders):
+    """The checkpoints among `folders`, a run folder replaced by all of its complete ones, by steps.
+
+    Raises ValueError for none, FileNotFoundError for a folder that is not there."""
+    found = []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"tuned: {folder}: no such folder")
+        # a folder without steps is a checkpoint itself
+        of_run = [path for _, path in checkpoints(folder)]
+        found += of_run or [folder]
+    if not found:
+        raise ValueError("tuned is not set; see --help")
+    for path in found:
+        if found.count(path) > 1:
+            raise ValueError(f"tuned: {path} is named twice")
+    return found
+
+
+def base_named_by(folders):
+    """The base folder that all checkpoints name. Raises ValueError when there is no such folder."""
+    named = set()
+    for folder in folders:
+        if is_adapter(folder):
+            settings = json.loads((folder / "adapter_config.json").read_text())
+            named.add(settings.get("base_model_name_or_path") or "")
+        else:
+            named.add(read_state(folder).get("config", {}).get("base", ""))
+    # exactly one, and here
+    name = named.pop()
+    if named or not name or not Path(name).is_dir():
+        raise ValueError("base is not set, and the checkpoints do not all name the same folder; "
+                         "see --help")
+    return name

@@ -1,0 +1,124 @@
+"""The two sides of a comparison: ours, and the peer (transformers, with peft for LoRA).
+
+    time      round 1: ours, peer    round 2: ours, peer    round 3: ours, peer    -> the medians
+    memory    ours alone, in a process of its own; then the peer alone, likewise
+
+Both take turns in one process, so that a slow moment of the machine hits both. Same weights, data,
+dtype and threads. The peer gets its fastest settings known to us: weights in the dtype of the
+computation (no autocast), SDPA attention, fused AdamW.
+"""
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from dataclasses import dataclass
+
+import torch
+
+from model import Llama, LlamaConfig
+from runtime import device_name, versions, write_whole
+
+SIDES = ("ours", "peer")
+# the shape of HuggingFaceTB/SmolLM2-135M
+SMOLLM2_135M = LlamaConfig(
+    vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+    num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
+    rope_theta=100000.0, tie_word_embeddings=True)
+
+
+@dataclass
+class Settings:
+    """How both sides compute, in every script that trains."""
+    device: torch.device
+    dtype: torch.dtype
+    repeats: int                # rounds, of which the median counts
+    compile: bool               # torch.compile of ours
+    lora_dropout: float
+    compile_peer: bool = False
+    lora_kernel: str = "auto"   # of ours
+
+
+# ----------------------------------------------------------------------------- models
+def write_random_model():
+    """A temporary model folder of SmolLM2-135M's shape, which goes when the object goes."""
+    folder = tempfile.TemporaryDirectory()
+    Llama(SMOLLM2_135M).init_weights().save_pretrained(folder.name)
+    return folder
+
+
+def load_peer(folder, dtype, device):
+    """transformers' model of a folder."""
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
+    return model.to(device)
+
+
+def left_padded(prompts, device):
+    """input_ids and attention_mask [prompts, longest], as transformers wants them."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = []
+    mask = []
+    for prompt in prompts:
+        padding = [0] * (width - len(prompt))
+        ids.append(padding + prompt)
+        mask.append(padding + [1] * len(prompt))
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+# ----------------------------------------------------------------------------- time
+def in_turn(names, repeats):
+    """Yield the names one after the other, `repeats` times."""
+    for _ in range(repeats):
+        yield from names
+
+
+def clock(device):
+    """Seconds, read when the device has finished what it was given to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# ----------------------------------------------------------------------------- memory
+def peak_alone(script, side, part, folder, knobs):
+    """Peak memory in GB of one side of `script`, in a process of its own that takes one round."""
+    argv = [sys.executable, "-m", script, f"--model={folder}", f"--parts={part}",
+            f"--side={side}", "--repeats=1"]
+    # all other knobs as they are here
+    for name, value in knobs.items():
+        if name not in ("model", "parts", "side", "repeats", "out"):
+            argv.append(f"--{name}={value}")
+    done = subprocess.run(argv, check=True, text=True, capture_output=True)
+    # the script ends with a line {"peak_gb": ...} when it runs one side
+    return json.loads(done.stdout.splitlines()[-1])["peak_gb"]
+
+
+# ----------------------------------------------------------------------------- results
+def compare_sides(script, part, seconds, tokens, folder, knobs):
+    """{side: {"tok_per_s", "seconds", "peak_gb"}} from the seconds of rounds of `tokens` tokens.
+
+    With both sides their memory is measured, and a line printed."""
+    found = {}
+    for side, times in seconds.items():
+        found[side] = {"tok_per_s": tokens / statistics.median(times), "seconds": times}
+    if len(found) == 1:
+        return found
+    words = []
+    for side, figures in found.items():
+        figures["peak_gb"] = peak_alone(script, side, part, folder, knobs)
+        words.append(f"{side} {figures['tok_per_s']:8.1f} tok/s {figures['peak_gb']:5.2f} GB")
+    ratio = found["ours"]["tok_per_s"] / found["peer"]["tok_per_s"]
+    print(f"{part:8} {'   '.join(words)}   {ratio:.2f}x", flush=True)
+    return found
+
+
+def write_results(out, knobs, device, results):
+    """Write the results to the JSON file `out`, with knobs and machine; nothing when out is ''."""
+    if not out:
+        return
+    content = {"config": {**knobs, "device": str(device)}, "device": device_name(device),
+               "versions": versions(), "results": results}
+    write_whole(out, json.dumps(content, indent=1))
