@@ -4,7 +4,7 @@ Stage 1: text, prompt/response records or conversations -> token files that trai
     python prepare_data.py --source=notes.txt --tokenizer=models/llama2 --out_dir=data/notes
     python prepare_data.py --kind=ift --source=gsm8k/train.jsonl --tokenizer=models/llama2 --out_dir=data/gsm8k \
         --template='Question: {question}\nAnswer:' --response_field=answer
-    python prepare_data.py --preset=magicoder --tokenizer=models/llama2 --out_dir=data/magicoder   # fetched from the hub
+    python prepare_data.py config/data/magicoder.py --tokenizer=models/llama2 --out_dir=data/magicoder   # fetched from the hub
     python prepare_data.py --inspect=data/magicoder                  # what is in it, with its checksums verified
 
 out_dir then holds, for SPLIT in train and val (raw little-endian arrays without a header):
@@ -51,7 +51,6 @@ from text.tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------
 # what goes in
-preset = ''                  # a dataset of the paper by name, see PRESETS below; knobs given beside it win over its own
 source = ()                  # files (.parquet .jsonl .json .txt, the last three also .gz), globs, folders of source files,
                              # hf://datasets/OWNER/NAME@REVISION/GLOB
 val_fraction = 0.05          # held out for val, by a hash of the text (ift: of the prompt), in whatever order; 0 = no val
@@ -96,34 +95,6 @@ _choices = {'kind': ('cpt', 'ift'), 'on_bad_record': ('error', 'skip'), 'packing
             'train_on_turns': ('last', 'all')}
 # knobs that change no byte of the output
 _free = {'workers', 'block_mb', 'inspect'}
-
-# Datasets of the paper, each with its licence, size as published, tokens as in the paper, and time: an estimate from 3 bytes
-# a token and 5 MB/s a core, which is what a core of a server does; a run prints its own. Revisions are pinned.
-PRESETS = {
-    # code cpt: gated (terms of The Stack, each file under its own licence), 12,866,649 files of 60.5 GB, of which the paper
-    # takes 20B tokens (were there fewer, all); 40 GB, and as much again in out_dir.work while it runs; 3.5 hours of one core
-    "starcoder_python": dict(
-        source=("hf://datasets/bigcode/starcoderdata@9fc30b578cedaec69e47302df72cf00feed7c8c4/python/*.parquet",),
-        text_field="content", kind="cpt", seq_len=4096, max_tokens=20_000_000_000, val_fraction=0.0005),
-    # math cpt: ODC-By 1.0, 6,315,233 documents in 27 GB of parquet; 14.7B tokens, which training repeats to 20B
-    # (max_tokens=20e9 in train.py); 2.5 hours of one core
-    "openwebmath": dict(
-        source=("hf://datasets/open-web-math/open-web-math@fde8ef8de2300f5e778f56261843dab89f230815/data/*.parquet",),
-        text_field="text", kind="cpt", seq_len=4096, val_fraction=0.0005),
-    # code ift: Apache-2.0, 111,183 records; 72.97M tokens and 193 steps an epoch in the paper; a minute. As there:
-    # --packing=paper --paper_epochs=8
-    "magicoder": dict(
-        source=("hf://datasets/ise-uiuc/Magicoder-Evol-Instruct-110K@b0079beaa0361d82412520b873715bee59cc7dd4/*.jsonl",),
-        prompt_field="instruction", response_field="response", kind="ift", seq_len=4096, val_fraction=0.0),
-    # math ift: MIT, 395,000 records; about 103M tokens an epoch in the paper, 24 rows a GPU; a minute
-    "metamathqa": dict(
-        source=("hf://datasets/meta-math/MetaMathQA@aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18/MetaMathQA-395K.json",),
-        prompt_field="query", response_field="response", kind="ift", seq_len=1024, paper_batch=24, val_fraction=0.0),
-    # chat ift: ODC-By 1.0 and the licences of its parts, some not for commerce; 326,154 conversations, 1.2 GB of text, so
-    # about 400M tokens (the paper does not say); 5 minutes
-    "tulu_v2": dict(
-        source=("hf://datasets/allenai/tulu-v2-sft-mixture@6248b175d2ccb5ec7c4aeb22e6d8ee3b21b2c752/data/*.parquet",),
-        template="tulu", kind="ift", seq_len=4096, val_fraction=0.0)}
 
 # -----------------------------------------------------------------------------
 # Tokens
@@ -543,7 +514,6 @@ def written_whole(out, plan):
 # -----------------------------------------------------------------------------
 if __name__ == "__main__":
     with one_line_errors():
-        globals().update(PRESETS.get(configure({**globals()})["preset"], {}))
         config = configure(globals())
         if inspect:
             inspect_folder(inspect)
@@ -553,8 +523,7 @@ if __name__ == "__main__":
                             "paper_batch": 1, "paper_epochs": 1, "train_on_prompt_from": 0}.items():
             if config[knob] < least:
                 raise ValueError(f"{knob}: expected {least} or more, found {config[knob]}")
-        for knob, fine, expected in [("preset", preset in ("", *PRESETS), f"one of {', '.join(PRESETS)}"),
-                                     ("source", source, "at least one file"), ("out_dir", out_dir, "a folder's name"),
+        for knob, fine, expected in [("source", source, "at least one file"), ("out_dir", out_dir, "a folder's name"),
                                      ("tokenizer", tokenizer, "a tokenizer file or its folder"),
                                      ("block_mb", block_mb > 0, "more than 0"), ("suffixes", suffixes, "such as .py"),
                                      ("packing_ratio", packing_ratio == 0 or packing_ratio >= 1, "0 or from 1 up"),
@@ -591,7 +560,7 @@ if __name__ == "__main__":
         evals = expand(decontaminate, suffixes, "decontaminate")
         job.eval_ngrams, eval_counts = eval_ngrams(evals)
         versions = {"python": platform.python_version(),
-                    **{name: version(name) for name in ("numpy", "sentencepiece", "tiktoken")}}
+                    **{name: version(name) for name in ("numpy", "sentencepiece", "tiktoken", "tokenizers")}}
         settings = {name: value for name, value in config.items() if name not in _free}
         plan = {"settings": {**settings, "on_bad_record": "", "block_mb": block_mb}, "source": entries, "versions": versions,
                 "tokenizer": tok.sha256, "evals": [found.sha256(int) for found in evals],

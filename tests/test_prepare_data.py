@@ -41,11 +41,11 @@ def prepare(tokenizer_file, tmp_path, monkeypatch):
     the data of the run before); returns (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
-    def run(anew=False, **knobs):
+    def run(*config_files, anew=False, **knobs):
         if anew:
             shutil.rmtree("data", ignore_errors=True)
         knobs = {"tokenizer": tokenizer_file, "out_dir": "data", "seq_len": 32, "val_fraction": 0, **knobs}
-        done = run_here("prepare_data.py", *(f"--{name}={value}" for name, value in knobs.items()))
+        done = run_here("prepare_data.py", *config_files, *(f"--{name}={value}" for name, value in knobs.items()))
         return done.returncode, done.stdout, done.stderr
     return run
 
@@ -257,7 +257,7 @@ def test_meta(prepare, tokenizer_file, tmp_path):
     assert (meta["format"], meta["kind"], meta["dtype"], meta["seq_len"]) == (1, "cpt", "uint16", 32)
     assert (meta["vocab_size"], meta["bos_id"], meta["eos_id"]) == (400, tok.bos_id, tok.eos_id)
     assert meta["tokenizer_sha256"] == hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
-    assert set(meta["versions"]) == {"python", "numpy", "sentencepiece", "tiktoken"}
+    assert set(meta["versions"]) == {"python", "numpy", "sentencepiece", "tiktoken", "tokenizers"}
     first = np.fromfile(tmp_path / "data/train.bin", "<u2").tolist()
     assert first[:50] == tok.encode("Story:\n" + "word " * 50, eos=True)[:50]
 
