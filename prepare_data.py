@@ -44,8 +44,8 @@ from tqdm import tqdm
 
 from configurator import configure, knob_table
 from text.packing import pack_best_fit, pack_no_wrap, pack_paper
-from text.records import (CHATS, eval_ngrams, expand, ngrams, parse, read_records, read_template, text_of, turns_of,
-                     unescape)
+from text.records import eval_ngrams, expand, ngrams, parse, read_records, text_of, unescape
+from text.templates import CHATS, read_template, turns_of
 from runtime import ROOT, fsync_folder, one_line_errors
 from text.tokenizer import load_tokenizer
 
@@ -555,7 +555,7 @@ if __name__ == "__main__":
         sources = expand(source, suffixes)
         size = sum(found.size() for found in sources)
         with tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=None, desc="checksums") as bar:
-            entries = [{"path": found.name, "sha256": found.sha256(bar.update), "bytes": found.size(),
+            entries = [{"path": found.name, "sha256": found.sha256(bar), "bytes": found.size(),
                         **({"revision": found.revision} if found.revision else {})} for found in sources]
         evals = expand(decontaminate, suffixes, "decontaminate")
         job.eval_ngrams, eval_counts = eval_ngrams(evals)
@@ -563,7 +563,7 @@ if __name__ == "__main__":
                     **{name: version(name) for name in ("numpy", "sentencepiece", "tiktoken", "tokenizers")}}
         settings = {name: value for name, value in config.items() if name not in _free}
         plan = {"settings": {**settings, "on_bad_record": "", "block_mb": block_mb}, "source": entries, "versions": versions,
-                "tokenizer": tok.sha256, "evals": [found.sha256(int) for found in evals],
+                "tokenizer": tok.sha256, "evals": [found.sha256() for found in evals],
                 "code": [file_sha256(ROOT / f"{name}.py")
                          for name in ("prepare_data", "text/records", "text/tokenizer")]}
 

@@ -19,7 +19,8 @@ from conftest import ROOT, golden, need, run_here, run_stage
 from text.packing import pack_best_fit
 from prepare_data import DOCUMENT, encode_turns, make_encoder, write_split
 from quickstart import toy_math
-from text.records import CHATS, read_template, unescape
+from text.records import unescape
+from text.templates import CHATS, read_template
 from text.tokenizer import load_tokenizer
 
 
@@ -553,8 +554,15 @@ def test_a_killed_run_heals(prepare, tmp_path):
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["meta.json", "train.bin", "train.docs.bin"]
 
 
+def test_backslash_escapes():
+    """Four of them, and all else stays: what a shell cannot type easily, and LaTeX in a template."""
+    assert unescape(r"a\nb\tc\rd\\e") == "a\nb\tc\rd\\e"
+    assert unescape(r"\\n \\\n") == "\\n \\\n"  # from left to right, each backslash once
+    assert unescape("\\sqrt{2} \\x41 \\") == "\\sqrt{2} \\x41 \\"
+    assert unescape("a\nb") == "a\nb" and unescape("") == ""
+
+
 def test_templates():
-    assert unescape(r"a\nb\tc\\nd") == "a\nb\tc\\nd" and unescape("a\nb") == "a\nb"
     assert read_template(r"Q: {q}\n{{x}} {a}", "p") == ("Q: {q}\n{{x}} {a}", {"q": "q", "a": "a"})
     assert read_template("none", "p") == ("{prompt}", {"prompt": "p"})
     for wrong in ("no field", "", "{}", "{0}", "{q.x}", "{q[0]}", "{q", "{q:d}", "alpacca"):

@@ -18,7 +18,8 @@ from test_prepare_data import documents_of, prepare, tokenizer_file, write_jsonl
 import prepare_data
 from configurator import configure
 from text.packing import auto_ratio, pack_first_fit, pack_no_wrap, pack_paper, packed_share
-from text.records import array_items, expand, parse, read_records, split_text, tulu_turns
+from text.records import array_items, expand, parse, read_records, split_text
+from text.templates import tulu_turns
 from text.tokenizer import load_tokenizer
 
 DATASETS = ROOT / "config/data"
