@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 
 import prepare_data
 from conftest import ROOT, golden, need, run_here, run_stage
+from text.encode import make_encoder
 from text.packing import pack_best_fit
-from prepare_data import DOCUMENT, encode_turns, make_encoder, write_split
+from prepare_data import encode_turns, write_split
 from quickstart import toy_math
 from text.records import unescape
+from text.shards import DOCUMENT
 from text.templates import CHATS, read_template
 from text.tokenizer import load_tokenizer
 
@@ -373,7 +375,7 @@ def test_rows_masks_and_starts_agree(tmp_path_factory, data):
     assert counts["targets"] == sum(sum(mask) for _, mask in examples) and counts["documents"] == len(examples)
     assert counts["truncated"] == sum(n > seq_len for n, _ in shapes)
     assert counts["lost"] == sum(max(0, n - seq_len) for n, _ in shapes)
-    assert not list(folder.glob("*stream*"))
+    assert {path.name.split(".", 1)[1] for path in folder.iterdir()} == {"npz", "bin", "docs.bin", "mask.bin", "json"}
 
 
 def test_ift_run_decodes_to_its_records(prepare, tokenizer_file, tmp_path):

@@ -20,6 +20,8 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 FORMATS = r"\.(parquet|(txt|json|jsonl)(\.gz)?)$"
 CHUNK = 1 << 20  # bytes read at once
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -40,7 +42,7 @@ class Source:
         return sum(Path(self.path, name).stat().st_size for name in self.files)
 
     def sha256(self, bar=None):
-        """Of the bytes; of a folder, of its files' names and bytes. A tqdm bar is moved by bytes."""
+        """Of the bytes; of a folder, of its files' names and bytes. bar: a tqdm of bytes."""
         digest = hashlib.sha256()
         for name in self.files:
             digest.update(name.encode())
@@ -158,6 +160,20 @@ def why_not_fetched(error, errors, repo):
     if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
         return f"no such dataset or revision, or a private one without HF_TOKEN ({kind})"
     return f"cannot be fetched from the hub ({kind}: {' '.join(str(error).split())[:200]})"
+
+
+def describe(sources):
+    """What meta.json says of each source: where it lies, its checksum and size."""
+    entries = []
+    size = sum(found.size() for found in sources)
+    with tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=None,
+              desc="checksums") as bar:
+        for found in sources:
+            entry = {"path": found.name, "sha256": found.sha256(bar), "bytes": found.size()}
+            if found.revision:
+                entry["revision"] = found.revision
+            entries.append(entry)
+    return entries
 
 # -----------------------------------------------------------------------------
 # records

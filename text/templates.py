@@ -6,14 +6,14 @@ Templates: the texts of a record, in order, as what is only read and what is lea
 
     template='tulu'
     {"messages": [user Hi, assistant Hello, user Bye, assistant See you]}
-        ->  [("<|user|>\nHi\n<|assistant|>\n", "Hello"), ("\n<|user|>\nBye\n<|assistant|>\n", "See you")]
+        ->  [("<|user|>\nHi\n<|assistant|>\n", "Hello"),
+             ("\n<|user|>\nBye\n<|assistant|>\n", "See you")]
 
 To add one, put a text around {prompt} into TEMPLATES, or a function of messages into CHATS.
 """
 import string
 
 from text.records import text_of, unescape
-
 
 # What the authors of these datasets put around {prompt}; which one the paper trained with is not
 # known, its evals have none.

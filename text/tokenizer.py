@@ -95,8 +95,8 @@ class Tokenizer:
         """
         ids = [int(i) for i in ids]
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ValueError(f"token ids from {min(ids)} to {max(ids)} reach outside the vocabulary "
-                             f"({self.name})")
+            raise ValueError(f"token ids from {min(ids)} to {max(ids)} reach outside the "
+                             f"vocabulary ({self.name})")
         return self.tool.decode(ids)
 
     def __reduce__(self):
@@ -224,7 +224,8 @@ class HuggingFaceFile:
         self.silent = set()
         # for decoding bytes; only where the file has all of them
         self.byte_of_id = {}
-        if "ByteFallback" in json.dumps(spec.get("decoder")) and BYTE_TOKENS.keys() <= self.vocab.keys():
+        falls_back = "ByteFallback" in json.dumps(spec.get("decoder"))
+        if falls_back and BYTE_TOKENS.keys() <= self.vocab.keys():
             self.byte_of_id = {self.vocab[name]: b for name, b in BYTE_TOKENS.items()}
 
     def encode(self, text):
@@ -238,7 +239,7 @@ class HuggingFaceFile:
 
     def mend_bytes(self, ids):
         """
-        Ids in which each stray byte, one that is no part of a character, is U+FFFD, spelled in bytes.
+        Ids in which each stray byte (no part of a character) is U+FFFD, spelled in bytes.
 
         The package makes every byte of a run U+FFFD if one of them is stray. Here the characters
         around it stay, as with sentencepiece: what was already generated never changes.
@@ -271,8 +272,8 @@ def read_huggingface(path, data):
     try:
         tool = HuggingFaceFile(spec)
     except Exception as error:  # the package raises no narrower class
-        raise ValueError(f"{path}: not readable by the tokenizers package {tokenizers.__version__}: "
-                         f"{error}") from None
+        raise ValueError(f"{path}: not readable by the tokenizers package "
+                         f"{tokenizers.__version__}: {error}") from None
 
     # the ids: those that no token has are silent as well
     ids = {name.removeprefix(HIDDEN): i for name, i in tool.vocab.items()}

@@ -8,7 +8,8 @@ Licence: Apache-2.0.
 Size: 111,183 records; 72.97M tokens and 193 steps an epoch in the paper, which packs as above.
 Time: a minute.
 """
-source = ('hf://datasets/ise-uiuc/Magicoder-Evol-Instruct-110K@b0079beaa0361d82412520b873715bee59cc7dd4/*.jsonl',)
+source = ('hf://datasets/ise-uiuc/Magicoder-Evol-Instruct-110K@b0079beaa0361d82412520b873715bee59cc7dd4'
+          '/*.jsonl',)
 kind = 'ift'
 prompt_field = 'instruction'
 response_field = 'response'

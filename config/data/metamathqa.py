@@ -8,7 +8,8 @@ Licence: MIT.
 Size: 395,000 records; about 103M tokens an epoch in the paper, 24 rows a GPU.
 Time: a minute.
 """
-source = ('hf://datasets/meta-math/MetaMathQA@aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18/MetaMathQA-395K.json',)
+source = ('hf://datasets/meta-math/MetaMathQA@aa4f34d3d2d3231299b5b03d9b3e5a20da45aa18'
+          '/MetaMathQA-395K.json',)
 kind = 'ift'
 prompt_field = 'query'
 response_field = 'response'
