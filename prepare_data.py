@@ -38,6 +38,7 @@ import os
 import platform
 import struct
 import time
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,10 +49,12 @@ from configurator import configure, knob_table
 from runtime import ROOT, one_line_errors
 from text.encode import make_encoder
 from text.packing import pack_best_fit, pack_no_wrap, pack_paper, write_rows
-from text.records import describe, eval_ngrams, expand, ngrams, parse, text_of, unescape
+from text.records import (describe, eval_ngrams, expand, is_contaminated, parse, text_of,
+                          unescape)
 from text.report import examples_of, inspect_folder, print_report
-from text.shards import (DOCUMENT, WHY, encode_blocks, file_sha256, leave_out_repeated,
-                         leave_out_unsampled, place_of, read_tables, write_stream, written_whole)
+from text.shards import (DOCUMENT, WHY, checksums, encode_blocks, file_sha256, leave_out_repeated,
+                         leave_out_unsampled, place_of, processes_for, read_tables, write_stream,
+                         written_whole)
 from text.templates import CHATS, read_template, turns_of
 from text.tokenizer import load_tokenizer
 
@@ -100,19 +103,26 @@ block_mb = 8.0               # text a block; workers hold about two each
 _choices = {'kind': ('cpt', 'ift'), 'on_bad_record': ('error', 'skip'),
             'packing': ('best_fit', 'paper', 'none'), 'train_on_turns': ('last', 'all')}
 _free = {'workers', 'block_mb', 'inspect'}  # knobs that change no byte of the output
-_least = {'seq_len': 2, 'workers': 0, 'max_records': 0, 'max_tokens': 0, 'packing_seed': 0,
-          'paper_ranks': 1, 'paper_batch': 1, 'paper_epochs': 1, 'train_on_prompt_from': 0}
+
+# -----------------------------------------------------------------------------
+# The knobs, checked, and what follows from them
+
+LEAST = {
+    "seq_len": 2,
+    "paper_ranks": 1, "paper_batch": 1, "paper_epochs": 1, "packing_seed": 0,
+    "train_on_prompt_from": 0, "max_records": 0, "max_tokens": 0, "workers": 0}
 
 
-def check_knobs(config, least):
+def check_knobs(config):
     """ValueError for a knob whose value cannot be, by itself or beside the others."""
     def refuse(knob, expected):
         raise ValueError(f"{knob}: expected {expected}, found {config[knob]!r}")
 
     k = SimpleNamespace(**config)
-    for knob, lowest in least.items():
-        if config[knob] < lowest:
-            refuse(knob, f"{lowest} or more")
+    # by itself
+    for knob, least in LEAST.items():
+        if config[knob] < least:
+            refuse(knob, f"{least} or more")
     if not k.source:
         refuse("source", "at least one file")
     if not k.out_dir:
@@ -125,34 +135,41 @@ def check_knobs(config, least):
         refuse("suffixes", "such as .py")
     if k.packing_ratio != 0 and k.packing_ratio < 1:
         refuse("packing_ratio", "0 or from 1 up")
+    if not 0 <= k.val_fraction < 1:
+        refuse("val_fraction", "0 <= fraction < 1")
+    # beside the others
     if k.double_bos and not (k.kind == "cpt" and k.add_bos):
         refuse("double_bos", "kind=cpt with add_bos")
     if k.no_wrap and k.kind != "cpt":
         refuse("no_wrap", "kind=cpt")
     if k.template in CHATS and k.kind != "ift":
         refuse("template", "kind=ift with messages")
-    if not 0 <= k.val_fraction < 1:
-        refuse("val_fraction", "0 <= fraction < 1")
 
 
 def plan_job(config, tok):
-    """The knobs and what follows from them: what encode_block and write_split need."""
+    """The knobs and what follows from them: all that encode_block and write_split need."""
     job = SimpleNamespace(**config)
     job.response_prefix = unescape(job.response_prefix)
     job.txt_split = unescape(job.txt_split)
 
-    # special tokens, and ids as bytes
+    # ids, which are bytes until the rows are written
     if job.add_bos and tok.bos_id is None:
         raise ValueError(f"add_bos: {job.tokenizer} has no such token; say --add_bos=False")
     if job.add_eos and tok.eos_id is None:
         raise ValueError(f"add_eos: {job.tokenizer} has no such token; say --add_eos=False")
     job.dtype = np.dtype("<u2" if tok.vocab_size <= 65536 else "<u4")
-    job.bos = np.array([tok.bos_id] * (job.add_bos + job.double_bos), job.dtype).tobytes()
-    job.eos = np.array([tok.eos_id] * job.add_eos, job.dtype).tobytes()
-    job.pad = tok.eos_id or 0
     job.encode = make_encoder(tok, job.dtype)
+    job.bos = b""
+    job.eos = b""
+    if job.add_bos:
+        job.bos = np.array(tok.bos_id, job.dtype).tobytes()
+    if job.double_bos:
+        job.bos = job.bos + job.bos
+    if job.add_eos:
+        job.eos = np.array(tok.eos_id, job.dtype).tobytes()
+    job.pad = tok.eos_id or 0
 
-    # the fields of a record that are read
+    # the fields of a record that are read: those of the template, and more
     if job.template in CHATS:
         job.fields = [job.messages_field]
     else:
@@ -177,10 +194,12 @@ def encode_block(job, name, items):
     text_bytes = 0
     for number, raw in items:
         # the record, its texts and its id
+        identity = ""
         try:
             record = parse(raw)
             turns = turns_of(record, job)
-            identity = text_of(record, job.id_field, (str, int)) if job.id_field else ""
+            if job.id_field:
+                identity = text_of(record, job.id_field, (str, int))
         except ValueError as error:
             separator = "/" if isinstance(number, str) else ":"  # a folder's file, or a record
             message = f"{name}{separator}{number}: {error}"
@@ -188,18 +207,21 @@ def encode_block(job, name, items):
                 raise ValueError(message) from None
             bad.append(message)
             continue
+        # its tokens
         document_ids, mask, lost, why = encode_document(job, turns)
         ids.append(document_ids)
         masks.append(mask)
+        length = len(document_ids) // job.dtype.itemsize
+        for read, learned in turns:
+            text_bytes += len(read.encode()) + len(learned.encode())
 
-        # val or train: a hash of the prompt, or of the document, so that order plays no part
-        first_text = turns[0][0] or turns[0][1]
-        side, key = hashes(first_text)[:2]
+        # train or val: by a hash of the prompt, or of the document, so that order plays no part
+        prompt, response = turns[0]
+        side, key = hashes(prompt or response)[:2]
         val = side < job.val_fraction * 2**64
+        id_hash = hashes(identity)[0]
         record_number = number if isinstance(number, int) else 0
-        documents.append((len(document_ids) // job.dtype.itemsize, lost, record_number, key,
-                          hashes(identity)[0], val, WHY.index(why)))
-        text_bytes += sum(len(text.encode()) for turn in turns for text in turn)
+        documents.append((length, lost, record_number, key, id_hash, val, WHY.index(why)))
     info = {"name": name, "records": len(items), "bad": len(bad), "bad_first": bad[:5],
             "text_mb": text_bytes / 1e6}
     return {"documents": np.array(documents, DOCUMENT), "info": json.dumps(info),
@@ -214,17 +236,20 @@ def encode_document(job, turns):
     This is where an example that is too long is cut to seq_len; a cpt document never is.
     """
     itemsize = job.dtype.itemsize
-    ids, mask, why = encode_turns(
-        job.encode, turns, job.seq_len, job.bos, job.eos, itemsize,
-        bos_each=job.template == "llama2", learn_all=job.train_on_turns == "all",
-        prompt_from=job.train_on_prompt_from if job.train_on_prompt else None)
+    bos_each = job.template == "llama2"
+    learn_all = job.train_on_turns == "all"
+    prompt_from = job.train_on_prompt_from if job.train_on_prompt else None
+    ids, mask, why = encode_turns(job.encode, turns, job.seq_len, job.bos, job.eos, itemsize,
+                                  bos_each, learn_all, prompt_from)
     length = len(ids) // itemsize
-    kept = min(length, job.seq_len)
-    if job.kind == "cpt":
-        [(_, text)] = turns
+    if job.kind == "ift":
+        kept = min(length, job.seq_len)
+    else:
+        # all of a document is learned, which needs no mask
         kept = length
         mask = b""
-        why = "" if length and text.strip() else "empty"
+        document = turns[0][1]
+        why = "" if length and document.strip() else "empty"
     if not why and is_contaminated(turns, job.eval_ngrams):
         why = "contaminated"
     if why:
@@ -267,14 +292,6 @@ def encode_turns(encode, turns, seq_len, bos=b"", eos=b"", itemsize=2, bos_each=
     return ids, b"\0" + mask[1:], why
 
 
-def is_contaminated(turns, found_in_evals):
-    """Whether a text shares 13 words in a row with an eval set."""
-    if not found_in_evals:
-        return False
-    texts = [text for turn in turns for text in turn]
-    return any(gram in found_in_evals for text in texts for gram in ngrams(text))
-
-
 def hashes(text):
     """Four numbers below 2^64 that are a text's sha256."""
     return struct.unpack(">4Q", hashlib.sha256(text.encode()).digest())
@@ -285,48 +302,51 @@ def hashes(text):
 def write_split(name, documents, work, count, folder, job):
     """Write the files of train or val; returns counts for meta.json. ValueError: it has no row."""
     path = f"{folder}/{name}"
-    # the documents of this split
+    # the documents of this split, those that are left out, and what is kept of them
     mine = documents["val"] == (name == "val")
     kept = mine & (documents["why"] == 0)
-    lengths = documents["length"][kept].astype(np.int64)
-    lost = documents["lost"][kept]
-    total = int(lengths.sum())
     left_out = np.bincount(documents["why"][mine & ~kept], minlength=len(WHY))
+    lengths = documents["length"][kept].astype(np.int64)
+    starts = np.cumsum(lengths) - lengths  # in the stream of all that are kept
+    total = int(lengths.sum())
     if total == 0 or (job.kind == "cpt" and total < job.seq_len):
         remedy = "see source and the fields"
         if name == "val":
             remedy = "documents are held out whole: give txt_split or --val_fraction=0"
         raise ValueError(f"{name}: {len(lengths)} documents, {total} tokens make no row of "
                          f"{job.seq_len} ({left_out.sum()} dropped); {remedy}")
-    counts = {"truncated": int((lost > 0).sum()), "lost": int(lost.sum()),
-              "dropped": int(left_out.sum()),
-              "dropped_why": {why: int(n) for why, n in zip(WHY, left_out) if n},
-              # how many documents have 2^k to 2^(k+1) - 1 tokens
-              "lengths": np.bincount(np.frexp(lengths)[1] - 1).tolist()}
 
-    starts = np.cumsum(lengths) - lengths
+    lost = documents["lost"][kept]
+    powers = np.frexp(lengths)[1] - 1  # k of the documents of 2^k to 2^(k+1) - 1 tokens
+    counts = {
+        "truncated": int((lost > 0).sum()),
+        "lost": int(lost.sum()),
+        "dropped": int(left_out.sum()),
+        "dropped_why": {why: int(n) for why, n in zip(WHY, left_out) if n},
+        "lengths": np.bincount(powers).tolist()}
     if job.kind == "cpt" and not job.no_wrap:
-        # the stream itself, cut to whole rows
-        write_stream(f"{path}.bin", "ids", kept, work, count)
+        # the rows are the stream itself, cut to whole rows
         n_rows = total // job.seq_len
         tokens = n_rows * job.seq_len
+        write_stream(f"{path}.bin", "ids", kept, work, count)
         os.truncate(f"{path}.bin", tokens * job.dtype.itemsize)
         starts = starts[starts < tokens]
         starts.astype("<u8").tofile(f"{path}.docs.bin")
-        counts |= {"rows": n_rows, "documents": len(starts), "targets": tokens, "padding": 0,
-                   "lost": total - tokens}
+        counts |= {"rows": n_rows, "documents": len(starts), "targets": tokens, "padding": 0}
+        counts["lost"] = total - tokens
     else:
-        # rows of documents, each of which is looked up in the stream
+        # the rows are lists of documents, whose tokens are looked up in the stream
         rows, packed = pack(name, lengths.tolist(), job)
+        tokens = len(rows) * job.seq_len
         masked = job.kind == "ift"
         write_stream(f"{path}.ids", "ids", kept, work, count)
         if masked:
             write_stream(f"{path}.mask", "mask", kept, work, count)
         borders = [*starts.tolist(), total]
-        counts |= write_rows(path, rows, borders, job.seq_len, job.dtype, job.pad, masked) | packed
-        tokens = len(rows) * job.seq_len
-        if job.kind == "cpt":
-            counts["lost"] += total - tokens
+        counts |= write_rows(path, rows, borders, job.seq_len, job.dtype, job.pad, masked)
+        counts |= packed
+        if job.no_wrap:
+            counts["lost"] = total - tokens
     return {"tokens": tokens, **counts, "sha256": file_sha256(f"{path}.bin")}
 
 
@@ -336,22 +356,27 @@ def pack(name, lengths, job):
 
     ValueError if paper_ranks is too high.
     """
-    if job.kind == "cpt":
+    if job.no_wrap:
         return pack_no_wrap(lengths, job.seq_len), {}
     if job.packing == "none":
         return [[example] for example in range(len(lengths))], {}
-    if job.packing == "best_fit" or name == "val":  # no steps are made of val
+    # val is no part of any step, so packing='paper' does not apply to it
+    if job.packing == "best_fit" or name == "val":
         return pack_best_fit(lengths, job.seq_len), {}
     rows, ratio = pack_paper(lengths, job.seq_len, job.paper_ranks, job.paper_batch,
                              job.packing_ratio, job.packing_seed, job.paper_epochs)
+    rows_a_step = job.paper_ranks * job.paper_batch
     if not rows:
         raise ValueError(f"packing: {len(lengths)} examples make no step of {job.paper_ranks} GPUs "
                          f"with {int(ratio * job.paper_batch)} each; lower --paper_ranks")
     used = sum(len(row) for row in rows)
-    rows_an_epoch = len(rows) // job.paper_epochs
-    return rows, {"packing_ratio": ratio, "epochs": job.paper_epochs,
-                  "steps": rows_an_epoch // (job.paper_ranks * job.paper_batch),
-                  "unpacked": len(lengths) * job.paper_epochs - used}
+    packed = {
+        "packing_ratio": ratio,
+        "epochs": job.paper_epochs,
+        "steps": len(rows) // (rows_a_step * job.paper_epochs),
+        "unpacked": len(lengths) * job.paper_epochs - used}
+    return rows, packed
+
 
 # -----------------------------------------------------------------------------
 # The run
@@ -363,38 +388,35 @@ if __name__ == "__main__":
             inspect_folder(inspect)
             raise SystemExit(0)
         print(knob_table(globals()))
-        check_knobs(config, _least)
+        check_knobs(config)
         tok = load_tokenizer(tokenizer)
         job = plan_job(config, tok)
         out = os.path.normpath(out_dir)
         if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
             raise FileExistsError(f"out_dir: {out} is there already; delete it or name another")
 
-        # ---- 1: what goes in
+        # ---- 1: what goes in, and by which code
         sources = expand(source, suffixes)
         entries = describe(sources)
         evals = expand(decontaminate, suffixes, "decontaminate")
-        job.eval_ngrams, eval_counts = eval_ngrams(evals)
+        job.eval_ngrams, decontaminated = eval_ngrams(evals)
+        settings = {knob: value for knob, value in config.items() if knob not in _free}
         versions = {"python": platform.python_version()}
         for package in ("numpy", "sentencepiece", "tiktoken", "tokenizers"):
             versions[package] = version(package)
-        settings = {knob: value for knob, value in config.items() if knob not in _free}
-        # shards of another plan are not used; skipping bad records does not change the good ones
-        plan = {"settings": {**settings, "on_bad_record": "", "block_mb": block_mb},
-                "source": entries, "versions": versions, "tokenizer": tok.sha256,
-                "evals": [found.sha256() for found in evals],
-                "code": [file_sha256(path) for path in (ROOT / "prepare_data.py",
-                                                        *sorted((ROOT / "text").glob("*.py")))]}
+        code = [ROOT / "prepare_data.py", *sorted((ROOT / "text").glob("*.py"))]
+        # shards of another plan are not used; on_bad_record does not change the good records
+        plan = {
+            "settings": {**settings, "on_bad_record": "", "block_mb": block_mb},
+            "source": entries,
+            "evals": [found.sha256() for found in evals],
+            "tokenizer": tok.sha256,
+            "versions": versions,
+            "code": [file_sha256(path) for path in code]}
 
         with written_whole(out, plan) as (folder, work):
             # ---- 2: records to shards, by worker processes
-            processes = workers
-            if not processes:
-                cores = os.cpu_count()
-                if hasattr(os, "sched_getaffinity"):
-                    cores = len(os.sched_getaffinity(0))
-                size = sum(found.size() for found in sources)
-                processes = max(1, min(cores, int(size / (block_mb * 1e6))))
+            processes = workers or processes_for(sources, block_mb)
             started = time.perf_counter()
             count, text_mb = encode_blocks(sources, encode_block, job, work, processes)
             seconds = time.perf_counter() - started
@@ -415,26 +437,22 @@ if __name__ == "__main__":
                 splits["val"] = write_split("val", documents, work, count, folder, job)
 
             # ---- 5: meta.json
+            records = Counter()
+            bad = []
+            for info in infos:
+                records[info["name"]] += info["records"]
+                bad += info["bad_first"]
             for entry in entries:
-                of_entry = [info for info in infos if info["name"] == entry["path"]]
-                entry["records"] = sum(info["records"] for info in of_entry)
-            decontaminated = [{"path": path, "records": records, "short": short}
-                              for path, records, short in eval_counts]
-            bad_first = [line for info in infos for line in info["bad_first"]]
-            meta = {"format": 1, "kind": kind, "dtype": job.dtype.name, "seq_len": seq_len,
-                    "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
-                    "tokenizer_sha256": tok.sha256, "tokenizer_name": tok.name,
-                    "source": entries,
-                    "skipped": sum(info["bad"] for info in infos), "skipped_first": bad_first[:5],
-                    "decontaminated": decontaminated,
-                    "settings": settings, "versions": versions, "splits": splits}
-            meta["files"] = {}
-            for name in sorted(os.listdir(folder)):
-                split = name.removesuffix(".bin")
-                if split in splits:  # the tokens: hashed already
-                    meta["files"][name] = splits[split]["sha256"]
-                else:
-                    meta["files"][name] = file_sha256(f"{folder}/{name}")
+                entry["records"] = records[entry["path"]]
+            meta = {
+                "format": 1, "kind": kind, "dtype": job.dtype.name, "seq_len": seq_len,
+                "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
+                "tokenizer_sha256": tok.sha256, "tokenizer_name": tok.name,
+                "source": entries,
+                "skipped": sum(info["bad"] for info in infos), "skipped_first": bad[:5],
+                "decontaminated": decontaminated,
+                "settings": settings, "versions": versions,
+                "splits": splits, "files": checksums(folder, splits)}
             meta["examples"] = examples_of(folder, "train", meta, tok)
             Path(folder, "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 

@@ -20,6 +20,7 @@ def make_encoder(tokenizer, dtype):
         cache = WordCache(tokenizer, dtype)
 
     def encode(text):
+        # sentencepiece reads its own blank in a text as a blank
         if cache is None or SENTENCEPIECE_BLANK in text:
             return np.array(tokenizer.encode(text), dtype).tobytes()
         return cache.encode(text)
@@ -48,7 +49,8 @@ class WordCache:
             return b""
         if self.chars > self.most:
             self.forget()
-        words = self.words.findall(" " + text)  # sentencepiece puts a blank first
+        # sentencepiece puts a blank before a text
+        words = self.words.findall(" " + text)
         new = list(set(words).difference(self.known))
         if new:
             self.learn(new)

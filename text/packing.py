@@ -42,6 +42,7 @@ def pack_best_fit(lengths, seq_len):
             space = seq_len
             row = []
             rows.append(row)
+        # file the row under its new space
         row.append(example)
         by_space[space - length].append(row)
         exist |= 1 << (space - length)
@@ -79,7 +80,9 @@ def pack_first_fit(examples, lengths, seq_len, batch, leftover=()):
     for number, example in enumerate(examples):
         length = lengths[example]
         may_join = len(examples) - number > batch - len(rows)
-        at = first_with_room(rows, seq_len - length) if may_join else None
+        at = None
+        if may_join:
+            at = first_with_room(rows, seq_len - length)
         if at is None:
             rows.append((length, [example]))
         else:

@@ -66,6 +66,7 @@ def expand(patterns, suffixes, knob="source"):
     """
     found = []
     for pattern in patterns:
+        # the name tells what it is
         if pattern.startswith("hf://"):
             found += from_hub(pattern, knob)
         elif os.path.isdir(pattern):
@@ -92,6 +93,7 @@ def from_folder(folder, suffixes, knob):
 
 def from_glob(pattern, knob):
     """The Sources of a file's name or a glob."""
+    # a file may have a name that reads like a glob
     paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     if not paths:
         raise ValueError(f"{knob}: expected a file, a folder, a glob or "
@@ -122,7 +124,8 @@ def from_hub(url, knob):
     if not match:
         raise ValueError(f"{knob}: expected hf://datasets/OWNER/NAME, then @REVISION and /FILES "
                          f"or not; found {url}")
-    from huggingface_hub import HfApi, errors, hf_hub_download  # half a second, for the hub alone
+    # half a second, for the hub alone
+    from huggingface_hub import HfApi, errors, hf_hub_download
     repo, revision, pattern = match.groups()
     pattern = pattern or "*"
     try:
@@ -145,6 +148,7 @@ def from_hub(url, knob):
                          f"{', '.join(held[:8]) or 'nothing'}")
     for name in names:
         check_format(name, knob)
+    # named by the commit, so that meta.json says exactly what went in
     sources = []
     for name, path in zip(names, paths):
         sources.append(Source(f"hf://datasets/{repo}@{info.sha}/{name}", path, revision=info.sha))
@@ -195,6 +199,7 @@ def read_records(source, text_field="text", txt_split="", fields=None):
     try:
         with open(source.path, "rb") as file:
             if source.name.endswith(".parquet"):
+                # its bytes are not read in order: the share of rows stands for them
                 for number, (record, share) in enumerate(parquet_rows(file, fields), 1):
                     yield number, record, int(size * share)
             elif size:
@@ -202,7 +207,9 @@ def read_records(source, text_field="text", txt_split="", fields=None):
                     yield number, raw, file.tell()
         if number == 0:
             yield 1, ValueError("the file holds no records"), size
-    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:  # pyarrow: ValueErrors
+    # damaged: a cut gzip file, bytes that are no UTF-8, an array that ends early; pyarrow's
+    # errors are ValueErrors
+    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         message = " ".join(str(error).split())
         yield number + 1, ValueError(f"cannot be read from here on: {message}"), size
 
@@ -217,7 +224,8 @@ def folder_records(source, text_field):
 
 
 def numbered_raws(file, name, text_field, txt_split):
-    """Yield (number, raw) of an open .txt, .json or .jsonl, gzipped or not; blank lines count."""
+    """Yield (number, raw) of an open .txt, .json or .jsonl, gzipped or not."""
+    # number is of the line or record, also where blank lines are skipped
     stream = file
     if name.endswith(".gz"):
         stream = io.BufferedReader(gzip.GzipFile(fileobj=file))
@@ -241,15 +249,19 @@ def starts_with_bracket(stream):
 
 def parse(raw):
     """What read_records yields -> the record, any JSON value; ValueError says why there is none."""
+    # could not be read
     if isinstance(raw, ValueError):
         raise raw
+    # an item of a .json array, parsed already
     if isinstance(raw, list):
         return raw[0]
+    # a document or a row of a parquet file, its texts perhaps still bytes
     if isinstance(raw, dict):
         record = {}
         for key, value in raw.items():
             record[key] = value.decode() if isinstance(value, bytes) else value
         return record
+    # a line of a .jsonl
     try:
         return json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -258,7 +270,8 @@ def parse(raw):
 
 def parquet_rows(file, fields):
     """Yield (record, share of the file that is read), row group by row group."""
-    import pyarrow.parquet  # a fifth of a second, for these files alone
+    # a fifth of a second, for these files alone
+    import pyarrow.parquet
     try:
         table = pyarrow.parquet.ParquetFile(file)
         # where a field is missing all are read, so that the message can say what there is
@@ -272,9 +285,10 @@ def parquet_rows(file, fields):
                 done += len(batch)
                 for record in batch.to_pylist():
                     yield record, done / table.metadata.num_rows
-    except OSError as error:  # pyarrow's own, without errno: a page that is damaged or missing
+    except OSError as error:
         if error.errno:
             raise
+        # pyarrow's own, without errno: a page that is damaged or missing
         raise ValueError(error) from None
 
 
@@ -288,6 +302,7 @@ def split_text(stream, separator):
         chunk = stream.read(CHUNK)
         if not chunk:
             break
+        # the last piece may continue in the next chunk
         *documents, rest = (rest + chunk).split(separator)
         yield from documents
     yield from rest.split(separator)
@@ -331,6 +346,7 @@ def array_items(stream):
             at = stop
             size = CHUNK
             wrong = "more after the array's end"
+    # nothing is left to read
     if not END_OF_ARRAY.fullmatch(text, at):
         raise ValueError(f"not JSON: {wrong}")
 
@@ -347,7 +363,8 @@ def text_of(record, name, kinds=(str,)):
     if not isinstance(record[name], kinds):
         raise ValueError(f"expected text in field {name!r}, found {type(record[name]).__name__}")
     text = str(record[name])
-    text.encode()  # JSON can spell half a surrogate pair: UnicodeEncodeError is a ValueError
+    # JSON can spell half a surrogate pair, which is no text: UnicodeEncodeError is a ValueError
+    text.encode()
     return text
 
 
@@ -370,8 +387,8 @@ def ngrams(text, n=13):
 
 def eval_ngrams(sources):
     """
-    Every 13 words in a row of eval sets, a set; and [(name of a source, records, short)], where
-    short counts the records that have no text of 13 words and so cannot be found.
+    Every 13 words in a row of eval sets, a set; and what meta.json says of each of them: short
+    counts the records that have no text of 13 words and so cannot be found.
     """
     found = set()
     counts = []
@@ -390,8 +407,20 @@ def eval_ngrams(sources):
             records += 1
             if not grams:
                 short += 1
-        counts.append((source.name, records, short))
+        counts.append({"path": source.name, "records": records, "short": short})
     return found, counts
+
+
+def is_contaminated(turns, found_in_evals):
+    """Whether a text of turns [(read, learned)] shares 13 words in a row with an eval set."""
+    if not found_in_evals:
+        return False
+    for read, learned in turns:
+        if not found_in_evals.isdisjoint(ngrams(read)):
+            return True
+        if not found_in_evals.isdisjoint(ngrams(learned)):
+            return True
+    return False
 
 
 def texts_in(record):

@@ -48,6 +48,7 @@ def show_document(folder, name, meta, tok, which, most=400):
 def examples_of(folder, name, meta, tok):
     """The first document of a split, one from the middle and the last one, as shown text."""
     starts = np.memmap(f"{folder}/{name}.docs.bin", "<u8", "r")
+    # a set: a split may have fewer than three documents
     places = {0, len(starts) // 2, len(starts) - 1}
     if meta["kind"] == "ift":
         # padding is a document without a target: show what stands before it
@@ -65,6 +66,7 @@ def examples_of(folder, name, meta, tok):
 
 def print_report(meta):
     """All that meta.json says about its data, for reading."""
+    # what went in
     for entry in meta["source"]:
         print(f"{entry['path']}: {entry['records']:,} records, {entry['bytes']:,} bytes, "
               f"sha256 {entry['sha256'][:12]}")
@@ -72,6 +74,7 @@ def print_report(meta):
     for entry in meta["decontaminated"]:
         print(f"decontamination: {entry['path']}: {entry['records']:,} records, "
               f"{entry['short']:,} of them too short to be found by 13 words")
+    # what came out
     for name, counts in meta["splits"].items():
         print_split(name, counts, meta["seq_len"])
     print("documents of train, [read only] and «learned»:", *meta["examples"], sep="\n")
@@ -86,7 +89,8 @@ def print_split(name, counts, seq_len):
           f"{filled:.2%} filled; "
           f"{counts['dropped']:,} documents dropped ({', '.join(reasons) or 'none'}), "
           f"{counts['truncated']:,} truncated, {counts['lost']:,} tokens cut off")
-    if "steps" in counts:  # packing='paper'
+    # packing='paper'
+    if "steps" in counts:
         rows_a_step = counts["rows"] // counts["steps"] // counts["epochs"]
         print(f"{name}: packing_ratio {counts['packing_ratio']}: {counts['epochs']:,} epochs of "
               f"{counts['steps']:,} steps of {rows_a_step} rows; "
@@ -108,6 +112,7 @@ def inspect_folder(folder):
     except (KeyError, ValueError) as error:
         raise ValueError(f"{folder}/meta.json: not a whole meta.json of this script "
                          f"({error!r})") from None
+    # the files
     for name, digest in files.items():
         path = f"{folder}/{name}"
         if not os.path.isfile(path):

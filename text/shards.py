@@ -78,7 +78,8 @@ def encode_blocks(sources, encode_block, job, work, workers):
     text in the new ones). Blocks are read here and encoded by the workers, of which each has at
     most two waiting.
     """
-    global _encode_block, _job  # the worker processes inherit them
+    # the worker processes inherit these, since they are forks; job is not pickled for each block
+    global _encode_block, _job
     _encode_block = encode_block
     _job = job
     pool = None
@@ -91,11 +92,13 @@ def encode_blocks(sources, encode_block, job, work, workers):
     try:
         for count, (name, items) in enumerate(blocks(sources, job), 1):
             path = f"{work}/{count:06d}.npz"
+            # made by the run that was killed
             if os.path.exists(path):
                 continue
             if pool is None:
                 text_mb += write_shard(path, name, items)
                 continue
+            # a queue without a limit would hold the whole input in memory
             waiting.append(pool.submit(write_shard, path, name, items))
             if len(waiting) > 2 * workers:
                 text_mb += waiting.popleft().result()
@@ -108,6 +111,15 @@ def encode_blocks(sources, encode_block, job, work, workers):
         if pool is not None:
             pool.shutdown(cancel_futures=True)
     return count, text_mb
+
+
+def processes_for(sources, block_mb):
+    """How many worker processes: one a core, but no more than there are blocks."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    size = sum(source.size() for source in sources)
+    return max(1, min(cores, int(size / (block_mb * 1e6))))
 
 
 def start_worker():
@@ -158,6 +170,7 @@ def read_tables(work, count):
 
 def leave_out_repeated(documents):
     """Mark the documents whose id was seen before; returns the first and its double, or None."""
+    # of each document that is still in: the first one with the same id
     kept = np.flatnonzero(documents["why"] == 0)
     _, first, inverse = np.unique(documents["id"][kept], return_index=True, return_inverse=True)
     first_of_each = first[inverse]
@@ -182,10 +195,12 @@ def leave_out_unsampled(documents, most):
     Keys are hashes: what is left is a random sample, whatever the order of files and records.
     """
     train = np.flatnonzero((documents["why"] == 0) & ~documents["val"])
+    # in the order of keys: where the sum of tokens reaches `most`
     keys = documents["key"][train]
     order = np.argsort(keys)
     tokens = np.cumsum(documents["length"][train][order], dtype=np.int64)
     last = np.searchsorted(tokens, most)
+    # documents of the same key stay together
     if last < len(train):
         highest = keys[order[last]]
         documents["why"][train[keys > highest]] = WHY.index("not sampled")
@@ -196,6 +211,7 @@ def write_stream(path, name, kept, work, count):
     at = 0  # the number of the shard's first document
     with open(path, "wb") as file:
         for shard in shards(work, count, f"write {name}"):
+            # which of the shard's tokens: a truth value for each document, repeated for each token
             lengths = shard["documents"]["length"]
             chosen = np.repeat(kept[at:at + len(lengths)], lengths)
             at += len(lengths)
@@ -206,6 +222,19 @@ def write_stream(path, name, kept, work, count):
 def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checksums(folder, splits):
+    """{file: sha256} of what was written; the tokens, which may be many GB, were read already."""
+    found = {}
+    for name in sorted(os.listdir(folder)):
+        split = name.removesuffix(".bin")
+        if split in splits:
+            found[name] = splits[split]["sha256"]
+        else:
+            found[name] = file_sha256(f"{folder}/{name}")
+    return found
+
 
 # -----------------------------------------------------------------------------
 # the folder
@@ -224,6 +253,7 @@ def written_whole(out, plan):
     if os.path.exists(work) and os.listdir(work) and not os.path.exists(f"{work}/plan.json"):
         raise FileExistsError(f"out_dir: {work} is not of this script, which needs that name")
     os.makedirs(work, exist_ok=True)
+    # one run at a time, and only shards of the same plan
     with open(f"{work}/plan.json", "a+") as plan_file:
         try:
             # the lock ends with this process; its workers do not inherit it
@@ -232,9 +262,10 @@ def written_whole(out, plan):
             raise FileExistsError(f"out_dir: another run is at work in {work}") from None
         keep_shards_of_plan(work, plan_file, json.dumps(plan, indent=1))
         try:
-            shutil.rmtree(new, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)  # what a kill left half done
             os.makedirs(new)
             yield new, work
+            # all is written: give it its name
             fsync_folder(new)
             os.rename(new, out)  # in place of an empty folder, if there is one
             shutil.rmtree(work)
@@ -258,6 +289,7 @@ def keep_shards_of_plan(work, plan_file, plan):
         if done:
             print(f"resuming with {len(done)} finished blocks of {work}")
         return
+    # of another plan
     for path in Path(work).glob("*.npz*"):
         path.unlink()
     plan_file.truncate(0)

@@ -29,6 +29,7 @@ TEMPLATES = {
 
 def tulu_turns(messages):
     """Messages [(role, content)] -> [(what is read, response)] in Tulu's form."""
+    # read gathers all messages before a response
     turns = []
     read = ""
     for role, content in messages:
@@ -57,6 +58,7 @@ def llama2_turns(messages):
     return turns
 
 
+# by the name that --template gives
 CHATS = {"tulu": tulu_turns, "llama2": llama2_turns}
 
 def read_template(template, prompt_field):
@@ -67,6 +69,7 @@ def read_template(template, prompt_field):
     """
     if template in TEMPLATES:
         return TEMPLATES[template], {"prompt": prompt_field}
+    # a text of the user's: fields is empty where it has none, or cannot be filled in
     text = unescape(template)
     try:
         parts = string.Formatter().parse(text)
@@ -88,12 +91,14 @@ def turns_of(record, job):
     """
     if job.template in CHATS:
         return CHATS[job.template](messages_of(record, job.messages_field))
+    # the prompt or document, as the template has it
     values = {}
     for name, field in job.template_fields.items():
         values[name] = text_of(record, field)
     text = job.template_text.format_map(values)
     if job.kind == "cpt":
         return [("", text)]
+    # an empty response stays empty, so that it is dropped
     response = text_of(record, job.response_field)
     if response:
         response = job.response_prefix + response
