@@ -11,16 +11,18 @@ kind='cpt': documents end to end; a row is a window of seq_len tokens of that st
 
     {"text": "One."} {"text": "Two."}     BOS One . EOS BOS Two | . EOS BOS ...
 
-    A document too long for one row runs on into the next; the last row, if not full, is left out.
+    A document too long for a row runs on into the next; a last row that is not full is left out.
 
 kind='ift': whole examples, then padding; only the response is learned (mask 1).
 
     {"prompt": "2+2?", "response": "4"}   BOS 2 + 2 ? 4 EOS       ids
                                            0  0 0 0 0 1  1        mask
 
-    An example longer than seq_len is cut there, and dropped if that leaves it no target
-    (encode_document). BOS and EOS are put by encode_turns, templates stand in text/templates.py,
-    pack chooses the packing.
+    An example longer than seq_len is cut there, and dropped if that leaves it no target.
+
+Where to look: for an example that is too long in encode_document; for BOS, EOS and masks in
+encode_turns; for the choice of packing in pack; to add a template in text/templates.py, a dataset
+in config/data/; for how a run that was killed resumes in text/shards.py.
 
 out_dir then holds, for SPLIT in train and val (raw little-endian arrays without a header):
     SPLIT.bin        token ids [rows * seq_len]: uint16, or uint32 for a vocabulary above 65,536
@@ -30,7 +32,7 @@ out_dir then holds, for SPLIT in train and val (raw little-endian arrays without
     meta.json        kind, dtype, seq_len, special ids, counts, every knob, and the sha256 of all
                      that went in and out
 With packing='paper' the rows of train are paper_epochs epochs, one after the other, in the order
-in which they are to be read. A run that was killed resumes (text/shards.py).
+in which they are to be read.
 """
 import hashlib
 import json

@@ -76,6 +76,7 @@ def pack_first_fit(examples, lengths, seq_len, batch, leftover=()):
     rows would be missing otherwise.
     """
     rows = [(size, list(row)) for size, row in leftover]
+    # longest first, ties in order
     examples = sorted(examples, key=lambda i: -lengths[i])
     for number, example in enumerate(examples):
         length = lengths[example]

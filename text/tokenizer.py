@@ -155,6 +155,7 @@ def read_sentencepiece(path, data):
         raise ValueError(f"{path}: neither a sentencepiece model nor tiktoken ranks nor a "
                          f"tokenizer.json (cut short?): {len(data):,} bytes that begin with "
                          f"{data[:16]!r}")
+    # unknown is no special token: it stands for text
     size = model.vocab_size()
     special_ids = {model.id_to_piece(i): i for i in range(size) if model.is_control(i)}
     # -1 stands for an id that the model does not have
@@ -216,7 +217,7 @@ class HuggingFaceFile:
     """A tokenizer.json, read by Hugging Face's tokenizers package."""
 
     def __init__(self, spec):
-        # one text at a time uses no threads; this also keeps the package silent after a fork
+        # no threads: worker processes share the work, and threads do not survive a fork
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.tool = tokenizers.Tokenizer.from_str(json.dumps(spec))
         self.tool.encode_special_tokens = True  # special tokens inside a text are text
@@ -229,7 +230,9 @@ class HuggingFaceFile:
             self.byte_of_id = {self.vocab[name]: b for name, b in BYTE_TOKENS.items()}
 
     def encode(self, text):
-        return self.tool.encode(text, add_special_tokens=False).ids
+        # the fast one does not compute where in the text each token stands
+        [encoding] = self.tool.encode_batch_fast([text], add_special_tokens=False)
+        return encoding.ids
 
     def decode(self, ids):
         ids = [i for i in ids if i not in self.silent]
@@ -282,6 +285,7 @@ def read_huggingface(path, data):
     bos_id = id_from_configs(path.parent, "bos", ids)
     eos_id = id_from_configs(path.parent, "eos", ids)
 
+    # for printing, and for meta.json
     kind = model.get("type") or "BPE"
     if "ByteLevel" in json.dumps(spec.get("pre_tokenizer")):
         kind = f"byte-level {kind}"
@@ -306,6 +310,7 @@ def hide_special_tokens(spec):
     def hidden(name):
         return HIDDEN + name if name in special_ids else name
 
+    # wherever the model names one
     model = spec.get("model") or {}
     vocab = model.get("vocab")
     if isinstance(vocab, dict):
