@@ -45,29 +45,27 @@ FEW = 16  # so few finished shards are not worth keeping after an error
 # -----------------------------------------------------------------------------
 # records to shards
 
-def blocks(sources, job):
+def blocks(sources, job, bar):
     """Yield (name of the source, [(number, raw)]), each about job.block_mb of text."""
-    size = sum(source.size() for source in sources)
-    with tqdm(total=size, unit="B", unit_scale=True, leave=False, disable=None,
-              desc="tokenize") as bar:
-        for source in sources:
-            items = []
-            weight = 0
-            before = 0
-            records = read_records(source, job.text_field, job.txt_split, job.fields)
-            for number, raw, used in itertools.islice(records, job.max_records or None):
-                items.append((number, raw))
-                # a line weighs its bytes, other records what was read of the file for them
-                weight += len(raw) if isinstance(raw, bytes) else used - before
-                bar.update(used - before)
-                before = used
-                if weight >= job.block_mb * 1e6:
-                    yield source.name, items
-                    items = []
-                    weight = 0
-            if items:
+    for source in sources:
+        items = []
+        weight = 0
+        before = 0  # bytes of the source that were read
+        records = read_records(source, job.text_field, job.txt_split, job.fields)
+        for number, raw, used in itertools.islice(records, job.max_records or None):
+            items.append((number, raw))
+            # a line weighs its bytes, other records what was read of the file for them
+            weight += len(raw) if isinstance(raw, bytes) else used - before
+            bar.update(used - before)
+            before = used
+            if weight >= job.block_mb * 1e6:
                 yield source.name, items
-            bar.update(source.size() - before)
+                items = []
+                weight = 0
+        # a block never reaches into the next source
+        if items:
+            yield source.name, items
+        bar.update(source.size() - before)
 
 
 def encode_blocks(sources, encode_block, job, work, workers):
@@ -75,8 +73,8 @@ def encode_blocks(sources, encode_block, job, work, workers):
     Write the shards that are missing in the folder `work`.
 
     encode_block(job, name, items) -> the arrays of a shard. Returns (number of all shards, MB of
-    text in the new ones). Blocks are read here and encoded by the workers, of which each has at
-    most two waiting.
+    text in the new ones). Blocks are read here and encoded by the workers; at most two a worker
+    are held in memory.
     """
     # the worker processes inherit these, since they are forks; job is not pickled for each block
     global _encode_block, _job
@@ -86,11 +84,13 @@ def encode_blocks(sources, encode_block, job, work, workers):
     if workers > 1:
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_worker)
         pool.submit(int).result()  # all processes start now, before anything else runs here
+    bar = tqdm(total=sum(source.size() for source in sources), desc="tokenize",
+               unit="B", unit_scale=True, leave=False, disable=None)
     waiting = deque()
     count = 0
     text_mb = 0.0
     try:
-        for count, (name, items) in enumerate(blocks(sources, job), 1):
+        for count, (name, items) in enumerate(blocks(sources, job, bar), 1):
             path = f"{work}/{count:06d}.npz"
             # made by the run that was killed
             if os.path.exists(path):
@@ -98,7 +98,7 @@ def encode_blocks(sources, encode_block, job, work, workers):
             if pool is None:
                 text_mb += write_shard(path, name, items)
                 continue
-            # a queue without a limit would hold the whole input in memory
+            # without a limit the queue would hold the whole input
             waiting.append(pool.submit(write_shard, path, name, items))
             if len(waiting) > 2 * workers:
                 text_mb += waiting.popleft().result()
@@ -108,6 +108,7 @@ def encode_blocks(sources, encode_block, job, work, workers):
         raise OSError("a worker process died (was it killed for want of memory?); the same "
                       "command resumes") from None
     finally:
+        bar.close()
         if pool is not None:
             pool.shutdown(cancel_futures=True)
     return count, text_mb
