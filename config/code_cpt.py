@@ -1,7 +1,7 @@
 """
 Code CPT: continued pretraining on 20B tokens of StarCoder Python. Learned: HumanEval. LoRA with --lora_rank=256.
 
-    python prepare_data.py --preset=starcoder_python --tokenizer=models/Llama-2-7b-hf --out_dir=data/starcoder_python
+    python prepare_data.py config/data/starcoder_python.py --tokenizer=models/Llama-2-7b-hf --out_dir=data/starcoder_python
      1 GPU   python train.py config/code_cpt.py --lora_rank=256
      8 GPUs  torchrun --nproc_per_node=8 train.py config/code_cpt.py
     32 GPUs  torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=NODE0:29500 train.py config/code_cpt.py

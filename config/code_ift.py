@@ -1,7 +1,7 @@
 r"""
 Code IFT: Magicoder-Evol-Instruct-110K, 72.97M tokens an epoch. Learned: HumanEval. LoRA with --lora_rank=256.
 
-    python prepare_data.py --preset=magicoder --packing=paper --paper_epochs=16 \
+    python prepare_data.py config/data/magicoder.py --packing=paper --paper_epochs=16 \
         --tokenizer=models/Llama-2-7b-hf --out_dir=data/magicoder
      1 GPU   python train.py config/code_ift.py --lora_rank=256
      8 GPUs  torchrun --nproc_per_node=8 train.py config/code_ift.py --max_epochs=8

@@ -1,7 +1,7 @@
 """
 Math CPT: continued pretraining on OpenWebMath, 14.7B tokens repeated to 20B. Learned: GSM8K. LoRA with --lora_rank=256.
 
-    python prepare_data.py --preset=openwebmath --tokenizer=models/Llama-2-7b-hf --out_dir=data/openwebmath
+    python prepare_data.py config/data/openwebmath.py --tokenizer=models/Llama-2-7b-hf --out_dir=data/openwebmath
      1 GPU   python train.py config/math_cpt.py --lora_rank=256
      8 GPUs  torchrun --nproc_per_node=8 train.py config/math_cpt.py
     32 GPUs  torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=NODE0:29500 train.py config/math_cpt.py

@@ -1,7 +1,7 @@
 r"""
 Math IFT: MetaMathQA, 395,000 pairs, about 103M tokens an epoch. Learned: GSM8K. LoRA with --lora_rank=256.
 
-    python prepare_data.py --preset=metamathqa --packing=paper --paper_epochs=16 \
+    python prepare_data.py config/data/metamathqa.py --packing=paper --paper_epochs=16 \
         --tokenizer=models/Llama-2-7b-hf --out_dir=data/metamathqa
      1 GPU   python train.py config/math_ift.py --lora_rank=256
      8 GPUs  torchrun --nproc_per_node=8 train.py config/math_ift.py --max_epochs=8

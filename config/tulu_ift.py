@@ -1,7 +1,7 @@
 r"""
 Chat IFT: the Tulu-v2 mixture, about 326,000 conversations. Learned: MT-bench, GSM8K, MMLU. LoRA with --lora_rank=256.
 
-    python prepare_data.py --preset=tulu_v2 --packing=paper --paper_epochs=6 \
+    python prepare_data.py config/data/tulu_v2.py --packing=paper --paper_epochs=6 \
         --tokenizer=models/Llama-2-7b-hf --out_dir=data/tulu_v2
      1 GPU   python train.py config/tulu_ift.py --lora_rank=256
      8 GPUs  torchrun --nproc_per_node=8 train.py config/tulu_ift.py

@@ -16,10 +16,13 @@ from hypothesis import strategies as st
 
 import prepare_data
 from conftest import ROOT, golden, need, run_here, run_stage
+from text.encode import make_encoder
 from text.packing import pack_best_fit
-from prepare_data import DOCUMENT, encode_turns, make_encoder, write_split
+from prepare_data import encode_turns, write_split
 from quickstart import toy_math
-from text.records import CHATS, read_template, unescape
+from text.records import unescape
+from text.shards import DOCUMENT
+from text.templates import CHATS, read_template
 from text.tokenizer import load_tokenizer
 
 
@@ -41,11 +44,11 @@ def prepare(tokenizer_file, tmp_path, monkeypatch):
     the data of the run before); returns (exit status, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
-    def run(anew=False, **knobs):
+    def run(*config_files, anew=False, **knobs):
         if anew:
             shutil.rmtree("data", ignore_errors=True)
         knobs = {"tokenizer": tokenizer_file, "out_dir": "data", "seq_len": 32, "val_fraction": 0, **knobs}
-        done = run_here("prepare_data.py", *(f"--{name}={value}" for name, value in knobs.items()))
+        done = run_here("prepare_data.py", *config_files, *(f"--{name}={value}" for name, value in knobs.items()))
         return done.returncode, done.stdout, done.stderr
     return run
 
@@ -257,7 +260,7 @@ def test_meta(prepare, tokenizer_file, tmp_path):
     assert (meta["format"], meta["kind"], meta["dtype"], meta["seq_len"]) == (1, "cpt", "uint16", 32)
     assert (meta["vocab_size"], meta["bos_id"], meta["eos_id"]) == (400, tok.bos_id, tok.eos_id)
     assert meta["tokenizer_sha256"] == hashlib.sha256(tokenizer_file.read_bytes()).hexdigest()
-    assert set(meta["versions"]) == {"python", "numpy", "sentencepiece", "tiktoken"}
+    assert set(meta["versions"]) == {"python", "numpy", "sentencepiece", "tiktoken", "tokenizers"}
     first = np.fromfile(tmp_path / "data/train.bin", "<u2").tolist()
     assert first[:50] == tok.encode("Story:\n" + "word " * 50, eos=True)[:50]
 
@@ -372,7 +375,7 @@ def test_rows_masks_and_starts_agree(tmp_path_factory, data):
     assert counts["targets"] == sum(sum(mask) for _, mask in examples) and counts["documents"] == len(examples)
     assert counts["truncated"] == sum(n > seq_len for n, _ in shapes)
     assert counts["lost"] == sum(max(0, n - seq_len) for n, _ in shapes)
-    assert not list(folder.glob("*stream*"))
+    assert {path.name.split(".", 1)[1] for path in folder.iterdir()} == {"npz", "bin", "docs.bin", "mask.bin", "json"}
 
 
 def test_ift_run_decodes_to_its_records(prepare, tokenizer_file, tmp_path):
@@ -553,8 +556,15 @@ def test_a_killed_run_heals(prepare, tmp_path):
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == ["meta.json", "train.bin", "train.docs.bin"]
 
 
+def test_backslash_escapes():
+    """Four of them, and all else stays: what a shell cannot type easily, and LaTeX in a template."""
+    assert unescape(r"a\nb\tc\rd\\e") == "a\nb\tc\rd\\e"
+    assert unescape(r"\\n \\\n") == "\\n \\\n"  # from left to right, each backslash once
+    assert unescape("\\sqrt{2} \\x41 \\") == "\\sqrt{2} \\x41 \\"
+    assert unescape("a\nb") == "a\nb" and unescape("") == ""
+
+
 def test_templates():
-    assert unescape(r"a\nb\tc\\nd") == "a\nb\tc\\nd" and unescape("a\nb") == "a\nb"
     assert read_template(r"Q: {q}\n{{x}} {a}", "p") == ("Q: {q}\n{{x}} {a}", {"q": "q", "a": "a"})
     assert read_template("none", "p") == ("{prompt}", {"prompt": "p"})
     for wrong in ("no field", "", "{}", "{0}", "{q.x}", "{q[0]}", "{q", "{q:d}", "alpacca"):

@@ -1,4 +1,4 @@
-"""prepare_data.py, the paper's side: llm-foundry's packing, presets, the hub, and the sources of its datasets."""
+"""prepare_data.py, the paper's side: llm-foundry's packing, its datasets, the hub, and the sources of its datasets."""
 import gzip
 import hashlib
 import http.server
@@ -16,9 +16,13 @@ from hypothesis import strategies as st
 from test_prepare_data import documents_of, prepare, tokenizer_file, write_jsonl  # noqa: F401 (fixtures)
 
 import prepare_data
+from configurator import configure
 from text.packing import auto_ratio, pack_first_fit, pack_no_wrap, pack_paper, packed_share
-from text.records import array_items, expand, parse, read_records, split_text, tulu_turns
+from text.records import array_items, expand, parse, read_records, split_text
+from text.templates import tulu_turns
 from text.tokenizer import load_tokenizer
+
+DATASETS = ROOT / "config/data"
 
 # ---- packing as llm-foundry
 
@@ -152,37 +156,37 @@ def test_train_reads_the_papers_epochs_in_their_order(prepare, tmp_path):
         rows_of_step(31, 6, len(rows), 1337, True, rows.packed)
 
 
-# ---- presets and templates
+# ---- datasets of the paper, and templates
 
-SAMPLES = {  # preset: (sample of its records, what stands in the example that is shown)
+SAMPLES = {  # config file: (sample of its records, what stands in the example that is shown)
     "magicoder": ("magicoder_evol_instruct", "[<BOS>Please amend the subsequent"),
     "metamathqa": ("metamathqa", "#### 1200\nThe answer is: 1200<EOS>»"),
     "tulu_v2": ("tulu_v2", "<|assistant|>\n]« You're welcome! If you have any further questions, feel free to ask.<EOS>»")}
 
 
-@pytest.mark.parametrize("preset", SAMPLES)
-def test_preset_on_real_records(prepare, tmp_path, preset):
-    name, shown = SAMPLES[preset]
+@pytest.mark.parametrize("dataset", SAMPLES)
+def test_real_records_of_the_papers_datasets(prepare, tmp_path, dataset):
+    name, shown = SAMPLES[dataset]
     records = [json.loads(line) for line in need(f"data/schema-samples/{name}.jsonl").read_text().splitlines()]
-    if preset == "metamathqa":  # published as one array
+    if dataset == "metamathqa":  # published as one array
         (tmp_path / "in.json").write_text(json.dumps(records, indent=2))
-    elif preset == "tulu_v2":
+    elif dataset == "tulu_v2":
         write_parquet(tmp_path / "in.parquet", records)
     else:
         write_jsonl(tmp_path / "in.jsonl", records)
     [file] = tmp_path.glob("in.*")
-    status, out, err = prepare(preset=preset, source=file.name, tokenizer=need("data/llama2-tokenizer"), seq_len=2048)
+    status, out, err = prepare(DATASETS / f"{dataset}.py", source=file.name, tokenizer=need("data/llama2-tokenizer"), seq_len=2048)
     assert status == 0, err
     meta = json.loads((tmp_path / "data/meta.json").read_text())
     assert shown in "\n".join(meta["examples"]) and meta["source"][0]["records"] == len(records)
     assert (meta["kind"], meta["seq_len"], meta["settings"]["val_fraction"]) == ("ift", 2048, 0.0)
-    assert meta["settings"]["paper_batch"] == (24 if preset == "metamathqa" else 6)
+    assert meta["settings"]["paper_batch"] == (24 if dataset == "metamathqa" else 6)
 
 
-def test_cpt_preset_reads_its_field(prepare, tmp_path):
+def test_a_cpt_dataset_reads_its_field(prepare, tmp_path):
     records = [{"content": f"def f{i}():\n    return {i}\n" * 40, "id": str(i)} for i in range(60)]
     write_parquet(tmp_path / "train-0.parquet", records)
-    status, out, err = prepare(preset="starcoder_python", source="train-*.parquet", seq_len=64, max_tokens=3000)
+    status, out, err = prepare(DATASETS / "starcoder_python.py", source="train-*.parquet", seq_len=64, max_tokens=3000)
     meta = json.loads((tmp_path / "data/meta.json").read_text())
     assert status == 0 and meta["settings"]["text_field"] == "content", err
     stats = meta["splits"]["train"]
@@ -190,18 +194,20 @@ def test_cpt_preset_reads_its_field(prepare, tmp_path):
     assert 3000 - 64 < stats["tokens"] < 3000 + longest and stats["dropped_why"]["not sampled"] > 5
 
 
-def test_every_preset_is_pinned_and_whole():
-    assert set(prepare_data.PRESETS) == {"starcoder_python", "openwebmath", "magicoder", "metamathqa", "tulu_v2"}
-    for preset in prepare_data.PRESETS.values():
-        assert re.fullmatch(r"hf://datasets/[^@]+@[0-9a-f]{40}/.*(\.parquet|\.jsonl|\.json)", preset["source"][0])
-        assert set(preset) <= set(vars(prepare_data))
-    assert prepare_data.PRESETS["metamathqa"]["seq_len"] == 1024
+def test_every_dataset_is_pinned_and_whole(capsys):
+    files = sorted(DATASETS.glob("*.py"))
+    assert [file.stem for file in files] == ["magicoder", "metamathqa", "openwebmath", "starcoder_python", "tulu_v2"]
+    for file in files:
+        knobs = configure({**vars(prepare_data)}, [str(file)])  # every name in it is a knob
+        assert re.fullmatch(r"hf://datasets/[^@]+@[0-9a-f]{40}/.*(\.parquet|\.jsonl|\.json)", knobs["source"][0])
+        assert knobs["seq_len"] == (1024 if file.stem == "metamathqa" else 4096)
+        assert f"prepare_data.py config/data/{file.name} " in file.read_text()
 
 
-def test_the_command_line_wins_over_a_preset(prepare, tmp_path):
-    status, out, err = prepare(preset="magicoder", source="nowhere.jsonl", seq_len=99)
+def test_the_command_line_wins_over_a_config_file(prepare, tmp_path):
+    status, out, err = prepare(DATASETS / "magicoder.py", source="nowhere.jsonl", seq_len=99)
     assert status == 2 and "nowhere.jsonl" in err and "seq_len = 99" in out
-    assert "one of starcoder_python" in prepare(preset="magicode")[2]
+    assert "nearest is" in prepare(DATASETS / "magicode.py")[2]
     assert "expected hf://datasets/OWNER/NAME" in prepare(source="hf://datasets/me")[2]
 
 

@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prepare_data import documents_of, prepare, tokenizer_file, write_jsonl  # noqa: F401 (fixtures)
 
-from prepare_data import DOCUMENT, WHY, WordCache, leave_out_unsampled, make_encoder, word_by_word
 from quickstart import pystdlib, toy_math
+from text.encode import WordCache, make_encoder, word_by_word
 from text.records import ngrams
+from text.shards import DOCUMENT, WHY, leave_out_unsampled
 from text.tokenizer import load_tokenizer
 
 WORDS = "the a cat sat on mat def return x = 1 2024 é 😀 naïve </s> ▁ \t \n  \r\n".split(" ")
@@ -89,7 +90,7 @@ def test_kill_and_go_on(corpus, tmp_path):
         done_blocks.append(len(list(tmp_path.glob("data.work/*.npz"))) if not (tmp_path / "data").exists() else "all")
         if not (tmp_path / "data").exists():
             again = run_here("prepare_data.py", *knobs)
-            taken = re.search(r"going on with (\d+) finished", again.stdout)  # a worker may have finished one more
+            taken = re.search(r"resuming with (\d+) finished", again.stdout)  # a worker may have finished one more
             assert again.returncode == 0 and int(taken[1] if taken else 0) >= done_blocks[-1]
         assert contents(tmp_path / "data") == wanted and not (tmp_path / "data.work/new").exists()
         shutil.rmtree(tmp_path / "data.work", ignore_errors=True)  # of a kill between the last rename and its removal
@@ -106,7 +107,7 @@ def test_a_finished_block_is_not_done_again(corpus, tmp_path):
     blocks = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "data.work").glob("*.npz")}
     assert len(blocks) > 16
     done = run_here("prepare_data.py", *flags(**{**corpus, "block_mb": 0.004, "on_bad_record": "skip", "workers": 2}))
-    assert done.returncode == 0 and f"going on with {len(blocks)} finished blocks" in done.stdout, done.stderr
+    assert done.returncode == 0 and f"resuming with {len(blocks)} finished blocks" in done.stdout, done.stderr
     resumed = contents(tmp_path / "data")
     run_anew(**{**corpus, "block_mb": 100, "on_bad_record": "skip"})
     assert contents(tmp_path / "data") == resumed
@@ -120,7 +121,7 @@ def test_other_input_is_not_mixed_in(corpus, tmp_path):
     assert run_here("prepare_data.py", *flags(**bad)).returncode == 2 and (tmp_path / "data.work").exists()
     write_corpus(tmp_path, seed=1)
     done = run_here("prepare_data.py", *flags(**bad))
-    assert done.returncode == 0 and "going on" not in done.stdout
+    assert done.returncode == 0 and "resuming" not in done.stdout
     first = contents(tmp_path / "data")
     assert run_anew(**bad).returncode == 0
     assert contents(tmp_path / "data") == first
@@ -135,7 +136,7 @@ def test_a_dead_worker_is_an_error(corpus, tmp_path, monkeypatch):
                      *flags(**{**corpus, "workers": 2, "block_mb": 0.004}), cwd=tmp_path)
     assert done.returncode == 2 and "a worker process died" in done.stderr, done.stderr
     done = run_here("prepare_data.py", *flags(**{**corpus, "block_mb": 0.004}))
-    assert done.returncode == 0 and "going on with" in done.stdout
+    assert done.returncode == 0 and "resuming with" in done.stdout
 
 
 SLOW = ("import sys, runpy, time; from text import records; parse = records.parse\n"
@@ -179,7 +180,7 @@ def test_ctrl_c(corpus, tmp_path):
     for pid in (run.pid, *map(int, children)):  # a terminal tells all of them
         os.kill(pid, signal.SIGINT)
     out, err = run.communicate(timeout=60)
-    assert run.returncode == 130 and out.endswith("stopped; the same command goes on\n") and "Traceback" not in err, err
+    assert run.returncode == 130 and out.endswith("stopped; the same command resumes\n") and "Traceback" not in err, err
     assert gone(children) and not (tmp_path / "data").exists()
 
 

@@ -1,0 +1,124 @@
+"""
+What is in a data folder: documents as text, counts, and whether its files are as they were written.
+
+    [<BOS>Question: 2+2?\\nAnswer:]« 4<EOS>»      [only read] «learned»
+           16 to        31 tokens         12  ####
+"""
+import itertools
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from text.shards import file_sha256
+
+
+def show_document(folder, name, meta, tok, which, most=400):
+    """Document `which` of a split: only read text in [brackets], learned text in «angles»."""
+    # its place in the split, and its first ids
+    all_ids = np.memmap(f"{folder}/{name}.bin", meta["dtype"], "r")
+    starts = np.memmap(f"{folder}/{name}.docs.bin", "<u8", "r")
+    start = int(starts[which])
+    end = int(starts[which + 1]) if which + 1 < len(starts) else len(all_ids)
+    ids = all_ids[start:min(end, start + most)].tolist()
+    mask_path = Path(folder, f"{name}.mask.bin")
+    mask = np.ones(len(ids), np.int8)  # cpt: all is learned
+    if mask_path.exists():
+        mask = np.fromfile(mask_path, np.int8, len(ids), offset=start)
+
+    # the text of each run of equal mask: what the ids up to its end add to the text before
+    borders = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
+    shown = ""
+    text_before = ""
+    for first, end_of_run in itertools.pairwise(borders):
+        text = tok.decode([i for i in ids[:end_of_run] if i not in (tok.bos_id, tok.eos_id)])
+        piece = text[len(text_before):]
+        text_before = text
+        if ids[first] == tok.bos_id:
+            piece = "<BOS>" + piece
+        if ids[end_of_run - 1] == tok.eos_id:
+            piece = piece + "<EOS>"
+        shown += f"«{piece}»" if mask[first] else f"[{piece}]"
+    if end > start + most:
+        shown += f" and {end - start - most} tokens more"
+    return shown
+
+
+def examples_of(folder, name, meta, tok):
+    """The first document of a split, one from the middle and the last one, as shown text."""
+    starts = np.memmap(f"{folder}/{name}.docs.bin", "<u8", "r")
+    # a set: a split may have fewer than three documents
+    places = {0, len(starts) // 2, len(starts) - 1}
+    if meta["kind"] == "ift":
+        # padding is a document without a target: show what stands before it
+        mask = np.memmap(f"{folder}/{name}.mask.bin", np.uint8, "r")
+        borders = [*starts.tolist(), len(mask)]
+        learned = set()
+        for place in places:
+            if mask[borders[place]:borders[place + 1]].any():
+                learned.add(place)
+            else:
+                learned.add(place - 1)
+        places = learned
+    return [show_document(folder, name, meta, tok, place) for place in sorted(places)]
+
+
+def print_report(meta):
+    """All that meta.json says about its data, for reading."""
+    # what went in
+    for entry in meta["source"]:
+        print(f"{entry['path']}: {entry['records']:,} records, {entry['bytes']:,} bytes, "
+              f"sha256 {entry['sha256'][:12]}")
+    print(f"{meta['skipped']:,} bad records skipped", *meta["skipped_first"], sep="\n  ")
+    for entry in meta["decontaminated"]:
+        print(f"decontamination: {entry['path']}: {entry['records']:,} records, "
+              f"{entry['short']:,} of them too short to be found by 13 words")
+    # what came out
+    for name, counts in meta["splits"].items():
+        print_split(name, counts, meta["seq_len"])
+    print("documents of train, [read only] and «learned»:", *meta["examples"], sep="\n")
+
+
+def print_split(name, counts, seq_len):
+    """The counts of train or val, and how long its documents are."""
+    reasons = [f"{count:,} {reason}" for reason, count in counts["dropped_why"].items()]
+    filled = 1 - counts["padding"] / counts["tokens"]
+    print(f"{name}: {counts['documents']:,} documents in {counts['rows']:,} rows of {seq_len}; "
+          f"{counts['tokens']:,} tokens, {counts['targets']:,} of them targets, "
+          f"{filled:.2%} filled; "
+          f"{counts['dropped']:,} documents dropped ({', '.join(reasons) or 'none'}), "
+          f"{counts['truncated']:,} truncated, {counts['lost']:,} tokens cut off")
+    # packing='paper'
+    if "steps" in counts:
+        rows_a_step = counts["rows"] // counts["steps"] // counts["epochs"]
+        print(f"{name}: packing_ratio {counts['packing_ratio']}: {counts['epochs']:,} epochs of "
+              f"{counts['steps']:,} steps of {rows_a_step} rows; "
+              f"{counts['unpacked']:,} documents left over")
+    # documents of 2^k to 2^(k+1) - 1 tokens; the longest bar has 40 marks, the shortest 1
+    most = max(counts["lengths"])
+    for power, count in enumerate(counts["lengths"]):
+        if count:
+            bar = "#" * -(-40 * count // most)
+            print(f"  {2 ** power:9,} to {2 ** (power + 1) - 1:9,} tokens {count:10,}  {bar}")
+
+
+def inspect_folder(folder):
+    """Print the report of a data folder and verify its files. Raises OSError or ValueError."""
+    try:
+        meta = json.loads(Path(folder, "meta.json").read_text())
+        print_report(meta)
+        files = meta["files"]
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{folder}/meta.json: not a whole meta.json of this script "
+                         f"({error!r})") from None
+    # the files
+    for name, digest in files.items():
+        path = f"{folder}/{name}"
+        if not os.path.isfile(path):
+            raise ValueError(f"{path}: missing")
+        found = file_sha256(path)
+        if found != digest:
+            raise ValueError(f"{path}: sha256 is {found[:12]}, meta.json says {digest[:12]}; "
+                             "damaged or cut short")
+    print(f"{len(files)} files as meta.json has them")

@@ -1,0 +1,119 @@
+r"""
+Templates: the texts of a record, in order, as what is only read and what is learned.
+
+    template='Question: {question}\nAnswer:', response_field='answer'
+    {"question": "2+2?", "answer": "4"}     ->  [("Question: 2+2?\nAnswer:", "4")]
+
+    template='tulu'
+    {"messages": [user Hi, assistant Hello, user Bye, assistant See you]}
+        ->  [("<|user|>\nHi\n<|assistant|>\n", "Hello"),
+             ("\n<|user|>\nBye\n<|assistant|>\n", "See you")]
+
+To add one, put a text around {prompt} into TEMPLATES, or a function of messages into CHATS.
+"""
+import string
+
+from text.records import text_of, unescape
+
+# What the authors of these datasets put around {prompt}; which one the paper trained with is not
+# known, its evals have none.
+TEMPLATES = {
+    "none": "{prompt}",
+    "alpaca": "Below is an instruction that describes a task. "
+              "Write a response that appropriately completes the request."
+              "\n\n### Instruction:\n{prompt}\n\n### Response:",
+    "magicoder": "You are an exceptionally intelligent coding assistant that consistently delivers "
+                 "accurate and reliable responses to user instructions."
+                 "\n\n@@ Instruction\n{prompt}\n\n@@ Response\n"}
+
+
+def tulu_turns(messages):
+    """Messages [(role, content)] -> [(what is read, response)] in Tulu's form."""
+    # read gathers all messages before a response
+    turns = []
+    read = ""
+    for role, content in messages:
+        if role == "assistant":
+            turns.append((read + "<|assistant|>\n", content.strip()))
+            read = "\n"  # after the EOS of the response
+        else:
+            read += f"<|{role}|>\n{content.strip()}\n"
+    return turns
+
+
+def llama2_turns(messages):
+    """The same in the form of Llama-2-chat: blanks around a response, BOS before each turn."""
+    turns = []
+    read = ""
+    system = ""
+    for role, content in messages:
+        if role == "system":
+            system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
+        elif role == "user":
+            read += f"[INST] {(system + content).strip()} [/INST]"
+            system = ""
+        else:
+            turns.append((read, f" {content.strip()} "))
+            read = ""
+    return turns
+
+
+# by the name that --template gives
+CHATS = {"tulu": tulu_turns, "llama2": llama2_turns}
+
+def read_template(template, prompt_field):
+    """
+    A template's name, or a text of the user's -> (format string, {name in it: field of a record}).
+
+    ValueError if it is not one over named fields.
+    """
+    if template in TEMPLATES:
+        return TEMPLATES[template], {"prompt": prompt_field}
+    # a text of the user's: fields is empty where it has none, or cannot be filled in
+    text = unescape(template)
+    try:
+        parts = string.Formatter().parse(text)
+        fields = [name for _, name, _, _ in parts if name is not None]
+        text.format_map(dict.fromkeys(fields, ""))
+    except (ValueError, LookupError, AttributeError, TypeError):
+        fields = []
+    if not fields or "" in fields:
+        known = ", ".join([*TEMPLATES, *CHATS])
+        raise ValueError(f"template: expected {known}, or a text with fields such as {{question}} "
+                         f"and other braces doubled; found {template!r}")
+    return text, dict(zip(fields, fields))
+
+
+def turns_of(record, job):
+    """
+    A record -> [(what is only read, what is learned)]: one pair, of a chat one a response, of cpt
+    [("", document)]. ValueError says which field is missing or wrong.
+    """
+    if job.template in CHATS:
+        return CHATS[job.template](messages_of(record, job.messages_field))
+    # the prompt or document, as the template has it
+    values = {}
+    for name, field in job.template_fields.items():
+        values[name] = text_of(record, field)
+    text = job.template_text.format_map(values)
+    if job.kind == "cpt":
+        return [("", text)]
+    # an empty response stays empty, so that it is dropped
+    response = text_of(record, job.response_field)
+    if response:
+        response = job.response_prefix + response
+    return [(text, response)]
+
+
+def messages_of(record, name):
+    """The conversation in one field of a record, [(role, content)]; it ends with a response."""
+    if not (isinstance(record, dict) and isinstance(record.get(name), list)):
+        text_of(record, name)  # says what is wrong
+        raise ValueError(f"expected a list of messages in field {name!r}, found text")
+    messages = [(text_of(message, "role"), text_of(message, "content"))
+                for message in record[name]]
+    roles = [role for role, _ in messages]
+    if set(roles) - {"system", "user", "assistant"} or roles[-1:] != ["assistant"]:
+        raise ValueError("expected roles system, user and assistant, the last one assistant; "
+                         f"found {roles[-8:]}")
+    return messages
