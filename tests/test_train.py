@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import lion
 import train
 from training.checkpoint import checkpoints
 from lora import apply_lora
@@ -273,6 +274,59 @@ def test_sigterm_saves_and_exits_0_and_resume_goes_on(setting):
     again = start(setting, "out", f"--max_steps={step + 2}", "--lora_rank=2", "--resume=True")
     assert again.wait(timeout=60) == 0
     assert [s for s, _ in checkpoints(folder / "out")] == [step, step + 2]
+
+
+def test_knob_that_an_older_checkpoint_does_not_know_counts_as_its_default(setting):
+    folder, knobs = setting
+    out = [f"--out_dir={folder / 'run'}", "--schedule=constant"]
+    assert run_here("train.py", *knobs, *out, "--max_steps=1").returncode == 0
+    path = folder / "run/step_1/state/state.json"
+    state = json.loads(path.read_text())
+    for knob in ("attention_dropout", "rslora", "lora_alpha"):
+        del state["config"][knob]
+    path.write_text(json.dumps(state))
+    result = run_here("train.py", *knobs, *out, "--max_steps=2", "--resume=True", "--attention_dropout=0.1")
+    assert result.returncode == 2 and "was trained with attention_dropout=0.0, not 0.1" in result.stderr
+    result = run_here("train.py", *knobs, *out, "--max_steps=2", "--resume=True")
+    assert result.returncode == 0, result.stderr
+
+
+def test_schedule_reaches_every_parameter_group(setting, monkeypatch):
+    """Each group keeps its ratio to the first one's learning rate; the log has the first one's."""
+    folder, knobs = setting
+    rates = []
+
+    class TwoGroups(lion.DecoupledLionW):
+        def __init__(self, params, lr, *more):
+            params = list(params)
+            super().__init__([{"params": params[:3]}, {"params": params[3:], "lr": 16 * lr}], lr, *more)
+
+        def step(self, closure=None):
+            rates.append([group["lr"] for group in self.param_groups])
+            return super().step(closure)
+
+    monkeypatch.setitem(lion.OPTIMIZERS, "lionw", TwoGroups)
+    result = run_here("train.py", *knobs, "--max_steps=6", "--lora_rank=2", f"--out_dir={folder / 'run'}")
+    assert result.returncode == 0, result.stderr
+    assert all(second == pytest.approx(16 * first) for first, second in rates)
+    assert len({first for first, _ in rates}) > 3
+    log = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in log if "lr" in line] == [first for first, _ in rates]
+
+
+def test_new_optimizer_trains(setting, monkeypatch):
+    folder, knobs = setting
+
+    class Sign(lion.Decoupled):
+        def update(self, params, decay, group):
+            for p in params:
+                p -= group["lr"] * p.grad.sign()
+
+    monkeypatch.setitem(lion.OPTIMIZERS, "sign", Sign)
+    result = run_here("train.py", *knobs, "--max_steps=2", "--optimizer=sign", f"--out_dir={folder / 'run'}")
+    assert result.returncode == 0, result.stderr
+    result = run_here("train.py", *knobs, "--max_steps=4", "--optimizer=sign", f"--out_dir={folder / 'run'}", "--resume=True")
+    assert result.returncode == 0, result.stderr
 
 
 @contextlib.contextmanager
