@@ -128,5 +128,5 @@ def test_folder_with_a_config_goes_before_the_table(tmp_path):
 
 @pytest.mark.slow
 def test_peak_memory_of_sharded_ranks_is_the_predicted(tmp_path):
-    result = run_stage("tests/rank_memory.py", f"--out_dir={tmp_path}", "--ranks=2", "--shards=full", "--more=--seq_len=128")
+    result = run_stage("tests/campaigns/rank_memory.py", f"--out_dir={tmp_path}", "--ranks=2", "--shards=full", "--more=--seq_len=128")
     assert result.returncode == 0 and "2 ranks, full: predicted" in result.stdout, result.stdout + result.stderr

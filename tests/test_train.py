@@ -301,8 +301,8 @@ def test_schedule_reaches_every_parameter_group(setting, monkeypatch):
     rates = []
 
     class TwoGroups(lion.DecoupledLionW):
-        def __init__(self, params, lr, *more):
-            params = list(params)
+        def __init__(self, groups, lr, *more):
+            params = groups[0]["params"]
             super().__init__([{"params": params[:3]}, {"params": params[3:], "lr": 16 * lr}], lr, *more)
 
         def step(self, closure=None):
