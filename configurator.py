@@ -132,6 +132,7 @@ def find_knobs(namespace):
             continue
         element = element_of(value, types.get(name, str)) if kind is tuple else str
         knobs[name] = Knob(value, kind, element, choices.get(name, ()))
+    # a slip in the script itself
     for name in (*types, *choices):
         if name not in knobs:
             fail(f"_types or _choices: {name}: no such knob{nearest(name, knobs)}")
@@ -179,9 +180,10 @@ def read(text, knob):
     if text == "None" and knob.default is None:
         return None
     if knob.kind is tuple:
+        # items with commas; check() refuses an empty one, which is None here
         item = Knob((), knob.element, None, ())
         parts = [part.strip() for part in text.split(",")] if text else []
-        return tuple(read(part, item) if part else None for part in parts)  # check() refuses None
+        return tuple(read(part, item) if part else None for part in parts)
     if knob.kind is bool:
         return BOOLS.get(text, text)
     if knob.kind in (int, float):
@@ -216,8 +218,8 @@ class FileNames(UserDict):
 
     def include(self, name):
         """Run the file `name` here; it is beside the config file, or in a folder above it."""
-        folder = Path(self.files[0]).parent
-        for folder in (folder, *folder.absolute().parents):
+        beside = Path(self.files[0]).parent
+        for folder in (beside, *beside.absolute().parents):
             path = folder / name
             if path.is_file():
                 self.files.append(str(path))
@@ -243,6 +245,7 @@ def run_file(path, seen, knobs):
                 place = f"{frame.filename}:{frame.lineno}"
         fail(f"{place}: {type(error).__name__}: {error}")
 
+    # what it assigned must be knobs or helpers
     assigned = {}
     for name, value in names.data.items():
         places = names.places.get(name, [])  # globals()[name] = value leaves none
@@ -261,6 +264,7 @@ def run_file(path, seen, knobs):
 # ----------------------------------------------------------------------------- values
 def check(value, knob, place):
     """`value` in the knob's type; fails with a message that begins with `place` if it is not."""
+    # None is a value of knobs whose default it is
     if value is None and knob.default is None:
         return None
     try:
@@ -309,6 +313,7 @@ def help_text(namespace, knobs, config, provenance):
     for node in ast.parse(source).body:
         name = assigned_name(node)
         if name in knobs:
+            # headings, then the knob's own lines with a mark if it is changed
             rows += [f"  {line}".rstrip() for line in lines[end:node.lineno - 1]]
             mark = "* " if provenance[name] else "  "
             rows += [mark + line for line in lines[node.lineno - 1:node.end_lineno]]

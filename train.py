@@ -73,14 +73,14 @@ max_tokens = 0.0             # rounded to whole steps
 shuffle = True               # False: rows in file order, as those of packing='paper' always are
 seed = 1337                  # of row order, adapter init and dropout
 # optimizer
-optimizer = 'lionw'          # both decoupled: weight_decay is not multiplied by the learning rate
+optimizer = 'lionw'          # lionw | adamw: decoupled, weight_decay is not multiplied by the rate
 learning_rate = 1e-4
 beta1 = 0.9
 beta2 = 0.95
 weight_decay = 0.0
 attention_dropout = 0.0      # share of attention probabilities set to zero
 grad_clip = 1.0              # largest global L2 norm of the gradient; 0 = off
-loss_norm = 'token'          # all targets of a batch weigh the same | paper: mean of microbatches
+loss_norm = 'token'          # token: all targets weigh the same | paper: mean of microbatch means
 doc_mask = True              # documents in a row do not see each other; False = the paper's
 # schedule, in steps
 schedule = 'cosine'          # cosine | inv_sqrt | constant
@@ -202,9 +202,10 @@ def make_model(shape, compute_dtype, knobs, saved_adapter=""):
     return model
 
 
-def make_optimizer(trained, knobs):
+def make_optimizer(model, knobs):
     """The optimizer. To add one: its class and a line of OPTIMIZERS, both in lion.py."""
     # parameter groups: each may have its own "lr", and keeps its ratio to that of the first
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": trained}]
     betas = (knobs.beta1, knobs.beta2)
     optim = OPTIMIZERS[knobs.optimizer](groups, knobs.learning_rate, betas, knobs.weight_decay)
@@ -372,7 +373,7 @@ if __name__ == "__main__":
             init_adapters(model)
         model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
-        optim = make_optimizer(trained, knobs)
+        optim = make_optimizer(model, knobs)
         if started_from:
             load_optimizer(model, optim, started_from)
         if compile:

@@ -44,6 +44,7 @@ class TokenRows:
         if is_ift:
             self.mask = read_array(folder / f"{split}.mask.bin", "uint8", counts["tokens"])
 
+        # an incomplete row at the end is left out
         rows = len(self.tokens) // self.seq_len
         if not rows:
             raise ValueError(f"{folder}/{split}.bin: {len(self.tokens)} tokens make no row of "
@@ -126,6 +127,7 @@ def held_out(entries, seq_len=0, doc_mask=True):
             name = Path(folder).name
         if name in sets:
             raise ValueError(f"{', '.join(entries)}: two sets named {name}; write NAME=FOLDER")
+        # data without a val split is a set to watch as a whole
         split = "val" if (Path(folder) / "val.bin").exists() else "train"
         sets[name] = TokenRows(folder, split, seq_len, doc_mask)
     return sets
@@ -190,6 +192,7 @@ def rows_of_step(step, batch, n_rows, seed, shuffle=True, packed=None):
     Every row comes once an epoch; epochs are permutations of their own and follow each other
     without a gap. Data `packed` in an order of its own is read in that order; ValueError if it has
     other batches or not so many steps."""
+    # positions in the endless sequence of epochs
     positions = np.arange(step * batch, (step + 1) * batch)
     if packed:
         check_packed(step, batch, n_rows, *packed)
@@ -222,6 +225,7 @@ def stack(rows, device):
     The borders are positions in the flattened B * T; a row's border is one of a document, too."""
     tokens, targets, starts = zip(*rows)
     seq_len = len(tokens[0])
+    # the beginning of each row, the documents inside it, and at last the end
     borders = []
     for i, inside in enumerate(starts):
         borders += [i * seq_len, *(inside + i * seq_len)]
