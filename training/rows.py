@@ -119,14 +119,17 @@ def held_out(entries, seq_len=0, doc_mask=True):
     """{name: TokenRows} of NAME=FOLDER or FOLDER entries: their val split, else the train split.
 
     Raises as TokenRows does, and ValueError where two have one name."""
-    sets = {}
+    folders = {}
     for entry in entries:
         name, equals, folder = entry.partition("=")
         if not equals:
             folder = entry
             name = Path(folder).name
-        if name in sets:
-            raise ValueError(f"{', '.join(entries)}: two sets named {name}; write NAME=FOLDER")
+        if name in folders:
+            raise ValueError(f"{', '.join(entries)}: two of one name; say NAME=FOLDER")
+        folders[name] = folder
+    sets = {}
+    for name, folder in folders.items():
         # data without a val split is a set to watch as a whole
         split = "val" if (Path(folder) / "val.bin").exists() else "train"
         sets[name] = TokenRows(folder, split, seq_len, doc_mask)
