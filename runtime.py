@@ -119,8 +119,9 @@ def peak_flops(device):
 
 def matmul_flops(device, dtype, n=1024, seconds=0.1):
     """FLOP/s of a square matrix product here, measured for about `seconds`."""
+    # the first product warms up
     a = torch.ones(n, n, device=device, dtype=dtype)
-    (a @ a).sum().item()  # warm up
+    (a @ a).sum().item()
     start = time.perf_counter()
     count = 0
     while time.perf_counter() - start < seconds:
@@ -154,6 +155,7 @@ def peak_memory(device):
 
 def versions():
     """What a result depends on beside its knobs."""
+    # None where the code is no git checkout
     command = ["git", "describe", "--always", "--dirty"]
     described = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
     git = described.stdout.strip() or None

@@ -312,7 +312,7 @@ if __name__ == "__main__":
         knobs = SimpleNamespace(**config)
         print0(knob_table(globals()))
         check_knobs(knobs, gpus if dry_run else WORLD)
-        if dry_run:
+        if dry_run:  # the same as python -m training.plan
             planned_dtype = getattr(torch, "bfloat16" if dtype == "auto" else dtype)
             plan_run(make_model(shape_of(base), planned_dtype, knobs, adapter), knobs)
             raise SystemExit(0)

@@ -106,10 +106,11 @@ def read_array(path, dtype, count):
     """A file as a read-only array of `count` items (None: whatever it holds), mapped, not read."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing")
+    # an empty file cannot be mapped
     if path.stat().st_size:
         array = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
     else:
-        array = np.zeros(0, dtype)  # an empty file cannot be mapped
+        array = np.zeros(0, dtype)
     if count is not None and len(array) != count:
         raise ValueError(f"{path}: holds {len(array)} items, meta.json says {count}; truncated?")
     return array
@@ -204,6 +205,7 @@ def rows_of_step(step, batch, n_rows, seed, shuffle=True, packed=None):
     # a batch may hold the end of one epoch and the beginning of the next
     if shuffle:
         for epoch in np.unique(positions // n_rows):
+            # the epoch's permutation depends on nothing else, so any step can be read first
             in_epoch = positions // n_rows == epoch
             generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
             order = generator.permutation(n_rows)
