@@ -1,14 +1,23 @@
-"""Knobs: the plain assignments at a script's head, changed by config files and --knob=value, and checked.
+"""
+Knobs: the plain assignments at a script's head, changed by config files and --knob=value.
 
-    python train.py config/math_cpt.py --lora_rank=64 --seed 2     # files run in order; the command line wins
-    python train.py config/math_cpt.py --help                      # the knobs, and what this file changes
+    train.py               config/math_cpt.py                            command line     the run
+    lora_rank = 0                                                        --lora_rank=64   64
+    learning_rate = 1e-4   learning_rate = 4e-5 if lora_rank else 1e-5                    4e-5
 
-A script says `config = configure(globals())` below its head. Every name bound by then to an int, float, bool,
-str, tuple or None is a knob, unless it starts with `_` or is a CONSTANT in capitals. Two optional dicts in the head say more:
-    _types = {'resume': str}                         the type of a knob that is None, of the items of ()
-    _choices = {'dtype': ('float32', 'bfloat16')}    the only values of a knob (of each item, if it is a tuple)
-A config file is Python that sees the knobs, command line included, and assigns to them; its own helpers are
-modules, functions, classes and names that start with `_`. Every mistake is one line on stderr and exit status 2.
+    python train.py config/math_cpt.py --lora_rank=64    # files run in order; the command line wins
+    python train.py config/math_cpt.py --help            # the knobs, and what this file changes
+
+A script calls `config = configure(globals())` below its head. Every name bound by then to an int,
+float, bool, str, tuple or None is a knob, unless it starts with `_` or is a CONSTANT in capitals.
+Two optional dicts in the head say more:
+    _types = {'resume': str}                        type of a knob that is None, of the items of ()
+    _choices = {'dtype': ('float32', 'bfloat16')}   the only values of a knob, or of a tuple's items
+
+A config file is Python that sees the knobs, command line included, and assigns to them. Its own
+helpers are modules, functions, classes and names that start with `_`. include('shared.py') runs
+another file there first, as if its lines stood in this one; what is assigned later wins.
+Every mistake is one line on stderr and exit status 2.
 """
 import ast
 import difflib
@@ -22,9 +31,10 @@ from collections import UserDict
 from pathlib import Path
 from typing import NamedTuple
 
-WORDS = {bool: "True or False", int: "an int", float: "a finite float", str: "a str", tuple: "a tuple of "}
+WORDS = {bool: "True or False", int: "an int", float: "a finite float", str: "a str",
+         tuple: "a tuple of "}
 BOOLS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
-RANK0 = os.environ.get("RANK", "0") == "0"  # torchrun starts every rank with the same arguments; one speaks
+RANK0 = os.environ.get("RANK", "0") == "0"  # torchrun's; one rank prints, as all get the same
 
 
 class Knob(NamedTuple):
@@ -35,43 +45,60 @@ class Knob(NamedTuple):
 
 
 def configure(namespace, argv=None):
-    """Apply the config files and --knob=value of `argv` (default sys.argv[1:]) to the knobs of a script's globals.
+    """Apply the config files and --knob=value of argv (default sys.argv[1:]) to a script's globals.
 
-    Sets the knobs in `namespace`, and `_provenance` for knob_table; returns {knob: value} in the script's order.
-    Raises SystemExit(2) after one line on stderr if anything is wrong, SystemExit(0) after printing the help.
-    """
+    Sets the knobs in `namespace`, and `_provenance` for knob_table; returns {knob: value} in the
+    script's order. Raises SystemExit(2) after one line on stderr if anything is wrong,
+    SystemExit(0) after printing the help."""
     knobs = find_knobs(namespace)
     files, given, help_asked = split_argv(sys.argv[1:] if argv is None else argv, knobs)
     config = {name: knob.default for name, knob in knobs.items()}
-    steps = {name: [] for name in knobs}
+    origins = {name: [] for name in knobs}
+
+    # files in order, each of which sees the command line's values; then the command line wins
     for path in files:
-        for name, value in run_file(path, {**config, **given}, knobs).items():
+        for name, (value, places) in run_file(path, {**config, **given}, knobs).items():
             config[name] = value
-            steps[name].append(path)
+            origins[name] += places
     for name, value in given.items():
         config[name] = value
-        steps[name].append("command line")
-    origins = {name: " -> ".join(steps[name]) if config[name] != knobs[name].default else "" for name in knobs}
+        origins[name].append("command line")
+
+    # where each knob that differs from its default comes from: a.py -> b.py -> command line
+    provenance = {}
+    for name, knob in knobs.items():
+        is_changed = config[name] != knob.default
+        provenance[name] = " -> ".join(origins[name]) if is_changed else ""
     if help_asked:
         if RANK0:
-            print(help_text(namespace, knobs, config, origins))
+            print(help_text(namespace, knobs, config, provenance))
         raise SystemExit(0)
-    namespace.update(config, _provenance=origins)
+    namespace.update(config, _provenance=provenance)
     return config
 
 
-def knob_table(namespace):
-    """The knobs as text: changed ones first, one a line, with a `*` and their origin; the others as a paragraph.
+def default_values(namespace):
+    """{knob: value} of a script's globals, to be asked for before configure() changes them."""
+    return {name: knob.default for name, knob in find_knobs(namespace).items()}
 
-    Raises KeyError if configure() has not been called on `namespace`.
-    """
-    origins = namespace["_provenance"]
-    # no-break spaces keep `name = value` in one piece while wrapping; repr() leaves none in a value
-    pairs = {name: f"{name} = {namespace[name]!r}".replace(" ", "\xa0") for name in origins}
-    width = min(60, max((len(pairs[name]) for name in pairs if origins[name]), default=0))
-    lines = [f"* {pairs[name]:{width}}  {origins[name]}" for name in pairs if origins[name]]
-    lines += textwrap.wrap(", ".join(pairs[name] for name in pairs if not origins[name]), 110, initial_indent="  ",
-                           subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+def knob_table(namespace):
+    """The knobs as text: changed ones first, with `*` and origin; the others as a paragraph.
+
+    Raises KeyError if configure() has not been called on `namespace`."""
+    provenance = namespace["_provenance"]
+    changed, unchanged = {}, []
+    for name, origin in provenance.items():
+        # no-break spaces, which repr() leaves in no value, keep `name = value` in one piece
+        pair = f"{name} = {namespace[name]!r}".replace(" ", "\xa0")
+        if origin:
+            changed[name] = pair
+        else:
+            unchanged.append(pair)
+    width = min(60, max(map(len, changed.values()), default=0))
+    lines = [f"* {pair:{width}}  {provenance[name]}" for name, pair in changed.items()]
+    lines += textwrap.wrap(", ".join(unchanged), 110, initial_indent="  ", subsequent_indent="  ",
+                           break_long_words=False, break_on_hyphens=False)
     return "\n".join(lines).replace("\xa0", " ")
 
 
@@ -84,26 +111,45 @@ def fail(message):
 
 def nearest(name, names):
     """The end of a message about a name that is not among `names`."""
-    return "".join(f", nearest is {match}" for match in difflib.get_close_matches(name, names, n=1, cutoff=0))
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0)
+    return f", nearest is {matches[0]}" if matches else ""
 
 
+# ----------------------------------------------------------------------------- the script's head
 def find_knobs(namespace):
     """{name: Knob} of a script's globals."""
-    types, choices = namespace.get("_types", {}), namespace.get("_choices", {})
+    types = namespace.get("_types", {})
+    choices = namespace.get("_choices", {})
     knobs = {}
     for name, value in namespace.items():
-        if not name.startswith("_") and not name.isupper() and (value is None or type(value) in WORDS):
-            kind = types.get(name, str) if value is None else type(value)
-            items = {type(item) for item in value or ()} if kind is tuple else set()
-            element = (items.pop() if len(items) == 1 else float if items == {int, float} else
-                       types.get(name, str) if value == () else str)
-            knobs[name] = Knob(value, kind, element, choices.get(name, ()))
-    for name in {**types, **choices}:
+        if name.startswith("_") or name.isupper():
+            continue
+        if value is None:
+            kind = types.get(name, str)
+        elif type(value) in WORDS:
+            kind = type(value)
+        else:
+            continue
+        element = element_of(value, types.get(name, str)) if kind is tuple else str
+        knobs[name] = Knob(value, kind, element, choices.get(name, ()))
+    # a slip in the script itself
+    for name in (*types, *choices):
         if name not in knobs:
             fail(f"_types or _choices: {name}: no such knob{nearest(name, knobs)}")
     return knobs
 
 
+def element_of(items, type_if_empty):
+    """Type of the items of a tuple knob, by its default; str where they are mixed."""
+    if items == ():
+        return type_if_empty
+    kinds = {type(item) for item in items or ()}
+    if kinds == {int, float}:
+        return float
+    return kinds.pop() if len(kinds) == 1 else str
+
+
+# ----------------------------------------------------------------------------- the command line
 def split_argv(argv, knobs):
     """The config files, {knob: value} and whether help is asked for, from a command line."""
     files, given, help_asked = [], {}, False
@@ -111,83 +157,120 @@ def split_argv(argv, knobs):
     for arg in args:
         if arg in ("-h", "--help"):
             help_asked = True
-        elif not arg.startswith("--"):
+            continue
+        if not arg.startswith("--"):
             files.append(arg)
-        else:
-            name, equals, text = arg[2:].partition("=")
-            if name not in knobs:
-                fail(f"{arg}: no such knob{nearest(name, knobs)}")
-            if not equals and (text := next(args, "--")).startswith("--"):
+            continue
+        # --name=text or --name text
+        name, equals, text = arg[2:].partition("=")
+        if name not in knobs:
+            fail(f"{arg}: no such knob{nearest(name, knobs)}")
+        if not equals:
+            text = next(args, "--")
+            if text.startswith("--"):
                 fail(f"--{name}: found no value, expected {expected(knobs[name])}")
-            if name in given:
-                fail(f"--{name}={text}: found a second time, expected once")
-            given[name] = check(read(text, knobs[name]), knobs[name], f"--{name}={text}")
+        if name in given:
+            fail(f"--{name}={text}: found a second time, expected once")
+        given[name] = check(read(text, knobs[name]), knobs[name], f"--{name}={text}")
     return files, given, help_asked
 
 
+def read(text, knob):
+    """The value that `text` on the command line spells; other text stays, for check() to refuse."""
+    if text == "None" and knob.default is None:
+        return None
+    if knob.kind is tuple:
+        # items with commas; check() refuses an empty one, which is None here
+        item = Knob((), knob.element, None, ())
+        parts = [part.strip() for part in text.split(",")] if text else []
+        return tuple(read(part, item) if part else None for part in parts)
+    if knob.kind is bool:
+        return BOOLS.get(text, text)
+    if knob.kind in (int, float):
+        for number in (int, float):  # int first: it keeps every digit
+            try:
+                return number(text)
+            except ValueError:
+                pass
+    return text
+
+
+# ----------------------------------------------------------------------------- config files
 class FileNames(UserDict):
-    """The names of a running config file (`data`), and where each was last assigned (`places`)."""
+    """The names of a running config file (`data`), and where each was assigned (`places`)."""
 
     def __init__(self, path, seen):
-        self.path, self.places, self.data = path, {}, {**seen, "__file__": path}
+        self.files = [path]  # this one, and those that it includes
+        self.places = {}  # {name: [(file, line), ...]}
+        self.data = {**seen, "__file__": path, "include": self.include}
 
     def __setitem__(self, name, value):
+        # the assignment may stand in a function or an exec() that the file's line calls
         frame = sys._getframe(1)
-        while frame.f_code.co_filename != self.path:  # the file may exec() another
+        while frame.f_code.co_filename not in self.files:
             frame = frame.f_back
-        self.places[name] = f"{self.path}:{frame.f_lineno}"
+        place = (frame.f_code.co_filename, frame.f_lineno)
+        self.places.setdefault(name, []).append(place)
         self.data[name] = value
+
+    def run(self, path, source):
+        exec(compile(source, path, "exec"), self.data, self)
+
+    def include(self, name):
+        """Run the file `name` here; it is beside the config file, or in a folder above it."""
+        beside = Path(self.files[0]).parent
+        for folder in (beside, *beside.absolute().parents):
+            path = folder / name
+            if path.is_file():
+                self.files.append(str(path))
+                return self.run(str(path), path.read_bytes())
+        raise FileNotFoundError(f"include({name!r}): no such file beside this one or above it")
 
 
 def run_file(path, seen, knobs):
-    """Run a config file that sees the values `seen`; returns {knob: value} of what it assigned."""
-    names = FileNames(path, seen)
+    """Run a config file that sees the values `seen`; {knob: (value, files that assigned it)}."""
     try:
         source = Path(path).read_bytes()
     except OSError as error:
         likely = [*map(str, Path(path).parent.glob("*.py")), *(f"--{name}" for name in knobs)]
         fail(f"config file {path}: {error.strerror}{nearest(path, likely)}")
+    names = FileNames(path, seen)
     try:
-        exec(compile(source, path, "exec"), names.data, names)
+        names.run(path, source)
     except Exception as error:
-        inside = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = inside[-1] if inside else getattr(error, "lineno", None) or 1  # bad syntax leaves no frame
-        fail(f"{path}:{line}: {type(error).__name__}: {error}")
+        # the innermost line that stands in a config file; bad syntax leaves no frame
+        place = f"{path}:{getattr(error, 'lineno', None) or 1}"
+        for frame in traceback.extract_tb(error.__traceback__):
+            if frame.filename in names.files:
+                place = f"{frame.filename}:{frame.lineno}"
+        fail(f"{place}: {type(error).__name__}: {error}")
+
+    # what it assigned must be knobs or helpers
     assigned = {}
     for name, value in names.data.items():
-        place = f"{names.places.get(name, path)}: {name} = {value!r}"  # globals()[name] = value leaves no line
-        if name in knobs and (name in names.places or value is not seen[name]):
-            assigned[name] = check(value, knobs[name], place)
-        if name not in knobs and not (name.startswith("_") or inspect.ismodule(value) or callable(value)):
-            fail(f"{place}: no such knob{nearest(name, knobs)}; a helper would be _{name}")
+        places = names.places.get(name, [])  # globals()[name] = value leaves none
+        place = "{}:{}".format(*places[-1]) if places else path
+        if name in knobs:
+            if places or value is not seen[name]:
+                value = check(value, knobs[name], f"{place}: {name} = {value!r}")
+                files = dict.fromkeys(file for file, _ in places)
+                assigned[name] = (value, list(files) or [path])
+        elif not (name.startswith("_") or inspect.ismodule(value) or callable(value)):
+            hint = f"no such knob{nearest(name, knobs)}; a helper would be _{name}"
+            fail(f"{place}: {name} = {value!r}: {hint}")
     return assigned
 
 
-def read(text, knob):
-    """What `text` on the command line spells for a knob; text that spells nothing stays, for check() to refuse."""
-    if text == "None" and knob.default is None:
-        return None
-    if knob.kind is tuple:
-        item = knob._replace(default=(), kind=knob.element)
-        parts = [part.strip() for part in text.split(",")] if text else []
-        return tuple(read(part, item) if part else None for part in parts)  # an empty item is a slip
-    if knob.kind is bool:
-        return BOOLS.get(text, text)
-    for number in (int, float) if knob.kind in (int, float) else ():  # int first: it keeps every digit
-        try:
-            return number(text)
-        except ValueError:
-            pass
-    return text
-
-
+# ----------------------------------------------------------------------------- values
 def check(value, knob, place):
-    """`value` in the knob's type; a message that begins with `place` and exit status 2 where it does not fit."""
+    """`value` in the knob's type; fails with a message that begins with `place` if it is not."""
+    # None is a value of knobs whose default it is
     if value is None and knob.default is None:
         return None
     try:
         value = as_kind(value, knob.kind, knob.element)
-        if not knob.choices or all(item in knob.choices for item in (value if knob.kind is tuple else [value])):
+        items = value if knob.kind is tuple else (value,)
+        if not knob.choices or set(items) <= set(knob.choices):
             return value
     except (TypeError, OverflowError):
         pass
@@ -195,13 +278,13 @@ def check(value, knob, place):
 
 
 def as_kind(value, kind, element=None):
-    """`value` as `kind`: int becomes float, an integral float int, a list tuple; raises TypeError for all else."""
+    """`value` as `kind`: int becomes float, an integral float int, a list tuple; else TypeError."""
     if kind is tuple and isinstance(value, (list, tuple)):
         return tuple(as_kind(item, element) for item in value)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind is float and number and math.isfinite(value):  # OverflowError for an int beyond all floats
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is float and is_number and math.isfinite(value):  # OverflowError beyond all floats
         return float(value)
-    if kind is int and number and value % 1 == 0:
+    if kind is int and is_number and value % 1 == 0:
         return int(value)
     if kind in (bool, str) and type(value) is kind:
         return value
@@ -210,23 +293,40 @@ def as_kind(value, kind, element=None):
 
 def expected(knob):
     """What a knob takes, in words."""
-    words = WORDS[knob.kind] + (knob.element.__name__ if knob.kind is tuple else "")
-    words += f" out of {', '.join(map(repr, knob.choices))}" if knob.choices else ""
-    return words + (" or None" if knob.default is None else "")
+    words = WORDS[knob.kind]
+    if knob.kind is tuple:
+        words += knob.element.__name__
+    if knob.choices:
+        words += " out of " + ", ".join(map(repr, knob.choices))
+    if knob.default is None:
+        words += " or None"
+    return words
 
 
-def help_text(namespace, knobs, config, origins):
-    """The script's docstring and its knobs, remarks and headings as in its source, with choices and changes beside."""
+# ----------------------------------------------------------------------------- help
+def help_text(namespace, knobs, config, provenance):
+    """The script's docstring and knobs as in its source, with choices and changes beside them."""
     source = Path(namespace["__file__"]).read_text(encoding="utf-8")
-    lines, rows, end = source.split("\n"), [(namespace.get("__doc__") or "").strip(), ""], 0
+    lines = source.split("\n")
+    rows = [(namespace.get("__doc__") or "").strip(), ""]
+    end = 0  # of the last statement: remarks between it and a knob are headings
     for node in ast.parse(source).body:
-        name = getattr(getattr(node, "target", None) or getattr(node, "targets", [None])[0], "id", None)
+        name = assigned_name(node)
         if name in knobs:
-            rows += [("  " + line).rstrip() for line in lines[end:node.lineno - 1]]  # headings
-            rows += [("* " if origins[name] else "  ") + line for line in lines[node.lineno - 1:node.end_lineno]]
+            # headings, then the knob's own lines with a mark if it is changed
+            rows += [f"  {line}".rstrip() for line in lines[end:node.lineno - 1]]
+            mark = "* " if provenance[name] else "  "
+            rows += [mark + line for line in lines[node.lineno - 1:node.end_lineno]]
             if knobs[name].choices:
                 rows[-1] += f"  [{' | '.join(map(repr, knobs[name].choices))}]"
-            if origins[name]:
-                rows[-1] += f"  [{knobs[name].default!r} -> {config[name]!r}, {origins[name]}]"
+            if provenance[name]:
+                change = f"{knobs[name].default!r} -> {config[name]!r}"
+                rows[-1] += f"  [{change}, {provenance[name]}]"
         end = node.end_lineno
     return "\n".join(rows).lstrip("\n")
+
+
+def assigned_name(statement):
+    """`x` of the statements `x = 1` and `x: int = 1`; None for every other one."""
+    targets = getattr(statement, "targets", [getattr(statement, "target", None)])
+    return getattr(targets[0], "id", None)

@@ -68,6 +68,8 @@ class DecoupledLionW(Decoupled):
 
     sign(0) = 0: an entry whose gradient and momentum are zero does not move. One Triton kernel on a GPU."""
 
+    numbers_per_parameter = 1  # of its state, for training/plan.py's prediction of memory
+
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
         super().__init__(params, lr, betas, weight_decay)
 
@@ -93,6 +95,8 @@ class DecoupledLionW(Decoupled):
 
 class DecoupledAdamW(Decoupled):
     """AdamW (Loshchilov & Hutter 2019) with bias correction; for the comparison of the paper's figure S2."""
+
+    numbers_per_parameter = 2
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-5, eps=1e-8):
         super().__init__(params, lr, betas, weight_decay)
@@ -121,3 +125,7 @@ class DecoupledAdamW(Decoupled):
                 torch._foreach_div_(scale, math.sqrt(1 - betas[1] ** step))
                 torch._foreach_add_(scale, eps)
                 torch._foreach_addcdiv_(p, m, scale, value=-lr / (1 - betas[0] ** step))
+
+
+# train.py's knob `optimizer`: a new one needs its class and a line here
+OPTIMIZERS = {"lionw": DecoupledLionW, "adamw": DecoupledAdamW}

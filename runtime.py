@@ -1,8 +1,17 @@
-"""What every stage needs from the machine: device, printing on rank 0, errors in one line, safe files."""
+"""
+What every stage needs from the machine: device, ranks, printing, errors in one line, safe files.
+
+    $ python train.py --device=cuda:0
+    train.py: error: device=cuda:0: no GPU is visible to PyTorch 2.13.0; try --device=cpu
+    $ echo $?
+    2
+    write_whole("config.json", text)     config.json.tmp -> fsync -> config.json: whole or not there
+"""
 import contextlib
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
@@ -11,16 +20,22 @@ from pathlib import Path
 
 import torch
 
-# torchrun's; one rank without it
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK, LOCAL_WORLD = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+ROOT = Path(__file__).resolve().parent
+
+# set by torchrun; one rank without it
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 # Dense bf16 TFLOP/s of one GPU by a part of its name, first match counts (vendors' data sheets).
-PEAK_TFLOPS = (("GB200", 2500), ("B200", 2250), ("GH200", 989), ("H200", 989), ("H100 PCIe", 756), ("H100 NVL", 835),
-               ("H100", 989), ("H800", 989), ("A100", 312), ("A800", 312), ("L40S", 362), ("L4", 121), ("A10G", 70),
-               ("A6000", 155), ("RTX 4090", 165), ("RTX 3090", 71), ("V100", 125))
+PEAK_TFLOPS = (("GB200", 2500), ("B200", 2250), ("GH200", 989), ("H200", 989), ("H100 PCIe", 756),
+               ("H100 NVL", 835), ("H100", 989), ("H800", 989), ("A100", 312), ("A800", 312),
+               ("L40S", 362), ("L4", 121), ("A10G", 70), ("A6000", 155), ("RTX 4090", 165),
+               ("RTX 3090", 71), ("V100", 125))
 
 
+# ----------------------------------------------------------------------------- printing and ending
 def print0(*args, **kwargs):
     """print on rank 0 only."""
     if RANK == 0:
@@ -37,58 +52,96 @@ def one_line_errors():
     except (ValueError, OSError) as e:
         if os.environ.get("TRACEBACK"):
             traceback.print_exc()
+        # one line, whatever the message has
         message = " ".join(str(e).split())
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
+def catch_stop_signals():
+    """A list to which SIGTERM or Ctrl-C is added, so that a loop can end in order.
+
+    The second one kills."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, catch)
+    signal.signal(signal.SIGINT, catch)
+    return caught
+
+
+# ----------------------------------------------------------------------------- device
 def pick_device(device):
-    """'auto' -> the GPU if there is one, else the CPU; a GPU asked for that is not there is a ValueError."""
+    """'auto' -> the GPU if there is one, else the CPU; ValueError for a GPU that is not there."""
+    has_gpu = torch.cuda.is_available()
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device}: no GPU is visible to PyTorch {torch.__version__}; try --device=cpu")
+        return torch.device("cuda" if has_gpu else "cpu")
+    if device.startswith("cuda") and not has_gpu:
+        raise ValueError(f"device={device}: no GPU is visible to PyTorch {torch.__version__}; "
+                         "try --device=cpu")
     return torch.device(device)
 
 
 def join_ranks(device, backend="", **how):
-    """Join torchrun's process group, by default NCCL on GPUs and gloo on CPUs; returns the device of this rank."""
+    """Join torchrun's process group, by default NCCL on GPUs, gloo on CPUs; returns the device."""
+    # each rank of a node has a GPU of its own
     if device.type == "cuda":
-        device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
+        index = LOCAL_RANK if device.index is None else device.index
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if WORLD > 1:
-        torch.distributed.init_process_group(backend or ("nccl" if device.type == "cuda" else "gloo"), **how)
+        default = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend or default, **how)
     return device
 
 
 def pick_dtype(dtype, device):
-    """'auto' -> bf16 where the GPU has it, else fp32; any other name as it stands. Returns a torch.dtype."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return getattr(torch, dtype)
+    """torch.dtype of a name; 'auto' is bf16 where the GPU has it, else fp32."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def peak_flops(device):
-    """Dense bf16 FLOP/s of the device by data sheet; None when unknown, so that no MFU is made up."""
+    """Dense bf16 FLOP/s of the device by data sheet; None if unknown, so that no MFU is made up."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS if part in name), None)
+    for part, tflops in PEAK_TFLOPS:
+        if part in name:
+            return tflops * 1e12
+    return None
 
 
 def matmul_flops(device, dtype, n=1024, seconds=0.1):
     """FLOP/s of a square matrix product here, measured for about `seconds`."""
+    # the first product warms up
     a = torch.ones(n, n, device=device, dtype=dtype)
     (a @ a).sum().item()
-    start, count = time.perf_counter(), 0
+    start = time.perf_counter()
+    count = 0
     while time.perf_counter() - start < seconds:
-        (a @ a)[0, 0].item()
+        (a @ a)[0, 0].item()  # waits for the device
         count += 1
     return count * 2 * n ** 3 / (time.perf_counter() - start)
 
 
 def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    """What to call the device in a printed line."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
+def device_memory(device):
+    """Bytes that a rank may use: those of its GPU, or its share of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // LOCAL_WORLD
 
 
 def peak_memory(device):
@@ -102,11 +155,14 @@ def peak_memory(device):
 
 def versions():
     """What a result depends on beside its knobs."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, text=True,
-                         capture_output=True, check=False).stdout.strip()
-    return {"git": git or None, "python": platform.python_version(), "torch": torch.__version__}
+    # None where the code is no git checkout
+    command = ["git", "describe", "--always", "--dirty"]
+    described = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    git = described.stdout.strip() or None
+    return {"git": git, "python": platform.python_version(), "torch": torch.__version__}
 
 
+# ----------------------------------------------------------------------------- files
 def fsync_folder(folder):
     """Force every file of a folder, and the folder's own entries, to disk."""
     for path in [*Path(folder).rglob("*"), Path(folder)]:
@@ -119,6 +175,7 @@ def fsync_folder(folder):
 
 def write_whole(path, text):
     """A file that is there in full or not at all."""
+    # a rename is atomic, if the content is on disk before it
     partial = Path(f"{path}.tmp")
     with open(partial, "w") as file:
         file.write(text)
@@ -127,21 +184,11 @@ def write_whole(path, text):
     partial.rename(path)
 
 
-ROOT = Path(__file__).resolve().parent
-
-
-def script_words(script):
-    """How Python is told to run one of our scripts: a stage by its file, one in a drawer as a module (paper/plot.py ->
-    -m paper.plot, which finds the stages beside the drawer where PYTHONPATH holds ROOT)."""
-    if "/" not in script:
-        return [str(ROOT / script)]
-    return ["-m", script.removesuffix(".py").replace("/", ".")]
-
-
 def read_object(path, hint=""):
-    """The object in a .json file; raises FileNotFoundError, which the hint explains, or ValueError."""
+    """The object in a .json file; raises FileNotFoundError, with the `hint`, or ValueError."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found{hint and '; ' + hint}")
+        explained = f"; {hint}" if hint else ""
+        raise FileNotFoundError(f"{path}: not found{explained}")
     try:
         found = json.loads(path.read_text())
     except ValueError as e:
@@ -156,3 +203,14 @@ def append_jsonl(path, record):
     if RANK == 0:
         with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def script_words(script):
+    """How Python has to be called for one of our scripts.
+
+    A stage by its file, one in a drawer as a module: paper/plot.py -> -m paper.plot, which finds
+    the stages beside the drawer when PYTHONPATH holds ROOT."""
+    if "/" not in script:
+        return [str(ROOT / script)]
+    module = script.removesuffix(".py").replace("/", ".")
+    return ["-m", module]

@@ -22,9 +22,12 @@ The paper's values (its tables S1, S2; base HumanEval .138, forgetting .671):
            r=64       .646  .644  .646  .646  .639  .634  .626  .626
            r=16       .645  .642  .645  .642  .644  .640  .638  .635
 """
-from pathlib import Path
 
+include('cpt.py')            # what both continued pretrainings share; a line below it wins
 data = data or 'data/starcoder_python'
-learning_rate = 1e-5         # of full finetuning and of LoRA
 weight_decay = 1e-6
-exec((Path(__file__).parent / 'cpt.py').read_text())
+
+# what follows from other knobs: change those above this line
+learning_rate = 1e-5         # of full finetuning and of LoRA
+max_tokens = max_tokens or (0.0 if max_steps or max_epochs else 20e9)
+out_dir = out_dir or f'out/{_run_name()}'

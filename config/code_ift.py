@@ -30,13 +30,15 @@ The paper's values (its tables S5, S6; base HumanEval .138, forgetting .671):
            r=64       .652  .651  .632  .580  .510
            r=16       .653  .648  .652  .646  .609
 """
-from pathlib import Path
 
+include('ift.py')            # what the instruction finetunings share; a line below it wins
 data = data or 'data/magicoder'
 data_rows = data_rows or 193 * 192  # for --dry_run before the data are there
-max_epochs = max_epochs or (0.0 if max_steps or max_tokens else 4.0)
-learning_rate = 5e-5 if not lora_rank else 1e-4 if lora_rank >= 256 else 2e-4  # r=256 spikes at 2e-4
 seq_len = 4096
 global_batch = 192
 microbatch = 6
-exec((Path(__file__).parent / 'ift.py').read_text())
+
+# what follows from other knobs: change those above this line
+learning_rate = 5e-5 if not lora_rank else 1e-4 if lora_rank >= 256 else 2e-4  # r=256 spikes at 2e-4
+max_epochs = max_epochs or (0.0 if max_steps or max_tokens else 4.0)
+out_dir = out_dir or f'out/{_run_name()}'

@@ -22,9 +22,12 @@ The paper's values (its tables S3, S4; base GSM8K .145, forgetting .671):
            r=64       .640  .640  .638  .637  .643  .634  .634  .627
            r=16       .640  .641  .646  .641  .643  .641  .636  .637
 """
-from pathlib import Path
 
+include('cpt.py')            # what both continued pretrainings share; a line below it wins
 data = data or 'data/openwebmath'
-learning_rate = 4e-5 if lora_rank else 1e-5
 weight_decay = 0.0
-exec((Path(__file__).parent / 'cpt.py').read_text())
+
+# what follows from other knobs: change those above this line
+learning_rate = 4e-5 if lora_rank else 1e-5
+max_tokens = max_tokens or (0.0 if max_steps or max_epochs else 20e9)
+out_dir = out_dir or f'out/{_run_name()}'

@@ -27,13 +27,15 @@ The paper's values (its tables S7, S8; base GSM8K .145, forgetting .671):
            r=64       .617  .609  .608  .586  .568
            r=16       .628  .617  .616  .616  .596
 """
-from pathlib import Path
 
+include('ift.py')            # what the instruction finetunings share; a line below it wins
 data = data or 'data/metamathqa'
 data_rows = data_rows or 172_000    # for --dry_run before the data are there: an estimate, 2.3 examples a row
-max_epochs = max_epochs or (0.0 if max_steps or max_tokens else 4.0)
-learning_rate = 1e-5 if not lora_rank else 5e-5 if lora_rank >= 256 else 1e-4  # r=256 is unstable at 1e-4
 seq_len = 1024
 global_batch = 768
 microbatch = 24
-exec((Path(__file__).parent / 'ift.py').read_text())
+
+# what follows from other knobs: change those above this line
+learning_rate = 1e-5 if not lora_rank else 5e-5 if lora_rank >= 256 else 1e-4  # r=256 is unstable at 1e-4
+max_epochs = max_epochs or (0.0 if max_steps or max_tokens else 4.0)
+out_dir = out_dir or f'out/{_run_name()}'

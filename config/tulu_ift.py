@@ -22,14 +22,17 @@ The paper's values (its tables S10 to S13; base MT-bench 2.74, GSM8K .145, forge
 import json
 from pathlib import Path
 
+include('ift.py')            # what the instruction finetunings share; a line below it wins
 data = data or 'data/tulu_v2'
 data_rows = data_rows or 120_000    # for --dry_run before the data are there: a guess
-max_epochs = max_epochs or (0.0 if max_steps or max_tokens else 6.0)
-learning_rate = 1e-4 if lora_rank else 5e-6
 seq_len = 4096
 global_batch = 192
 microbatch = 6
+
+# what follows from other knobs: change those above this line
+learning_rate = 1e-4 if lora_rank else 5e-6
+max_epochs = max_epochs or (0.0 if max_steps or max_tokens else 6.0)
 if (Path(data) / 'meta.json').is_file():
     _rows = json.loads((Path(data) / 'meta.json').read_text())['splits']['train']['rows']
     checkpoint_at = checkpoint_at or tuple(_epochs * _rows // global_batch for _epochs in (2, 4))  # those two are kept
-exec((Path(__file__).parent / 'ift.py').read_text())
+out_dir = out_dir or f'out/{_run_name()}'

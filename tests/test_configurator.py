@@ -1,12 +1,14 @@
 """configurator.py: precedence, types, choices, every mistake as one line and status 2, help and table."""
 import re
+import shutil
 import sys
 
 import pytest
-from conftest import run_stage
+from conftest import ROOT, run_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train
 from configurator import configure, knob_table
 
 SCRIPT = '''"""Train a thing.
@@ -518,3 +520,66 @@ def test_help_of_statements_over_several_lines(here, capsys):
     assert stop.value.code == 0
     assert capsys.readouterr().out == ("* betas = (\n*     0.9,  # first\n*     0.99,\n"
                                        "* )  # momenta  [(0.9, 0.99) -> (1.0,), command line]\n")
+
+
+# ----------------------------------------------------------------------------- the runs of the paper in config/
+PAPER_RUNS = {"math_cpt": "cpt", "code_cpt": "cpt", "math_ift": "ift", "code_ift": "ift", "tulu_ift": "ift"}
+EDITS = {"global_batch": 96, "microbatch": 3, "seq_len": 2048, "schedule": "constant", "compile": False, "save_interval": 7,
+         "weight_decay": 0.5, "base": "models/mine", "doc_mask": True, "loss_norm": "token", "activation_checkpointing": "none"}
+
+
+def edited(tmp_path, name, lines, before):
+    """A copy of config/ in which `lines` stand in NAME.py before the line `before` (a text in it, or a number)."""
+    shutil.copytree(ROOT / "config", tmp_path / "config", dirs_exist_ok=True)
+    path = tmp_path / "config" / f"{name}.py"
+    text = path.read_text().splitlines()
+    if isinstance(before, str):
+        before, = (i for i, line in enumerate(text) if before in line)
+    text[before:before] = lines
+    path.write_text("\n".join(text) + "\n")
+    space = dict(vars(train))
+    return configure(space, [str(path)]), space["_provenance"]
+
+
+@pytest.mark.parametrize("where", ["above the last line", "at the end"])
+@pytest.mark.parametrize("name", PAPER_RUNS)
+def test_what_stands_in_the_file_that_a_user_edits_wins(tmp_path, name, where):
+    lines = [f"{knob} = {value!r}" for knob, value in EDITS.items()]
+    config, _ = edited(tmp_path, name, lines, -1 if where == "above the last line" else 10 ** 6)
+    assert {knob: config[knob] for knob in EDITS} == EDITS
+
+
+@pytest.mark.parametrize("name", PAPER_RUNS)
+def test_origin_of_a_knob_is_the_file_in_which_it_stands(tmp_path, name):
+    config, origins = edited(tmp_path, name, ["seq_len = 2048"], -1)
+    own, shared = str(tmp_path / f"config/{name}.py"), str(tmp_path / f"config/{PAPER_RUNS[name]}.py")
+    assert origins["doc_mask"] == shared and origins["data"] == own
+    assert origins["seq_len"].endswith(own)
+    assert origins["out_dir"] == own
+
+
+@pytest.mark.parametrize("name", PAPER_RUNS)
+def test_what_follows_from_other_knobs_is_right_after_an_edit(tmp_path, name):
+    before = "learning_rate ="
+    epochs = "_4ep" if name in ("math_ift", "code_ift") else "_6ep" if name == "tulu_ift" else ""
+    plain, _ = edited(tmp_path, name, [], before)
+    assert plain["out_dir"] == f"out/{name}_full{epochs}"
+    config, _ = edited(tmp_path, name, ["lora_rank = 64", "max_steps = 50"], before)
+    assert config["out_dir"] == f"out/{name}_r64" and config["max_steps"] == 50
+    assert config["max_tokens"] == config["max_epochs"] == 0
+    assert config["learning_rate"] >= plain["learning_rate"]
+    # a copy under a name of its own, in a folder below
+    (tmp_path / "config/mine").mkdir()
+    shutil.copy(ROOT / f"config/{name}.py", tmp_path / "config/mine/try_1.py")
+    copied = configure(dict(vars(train)), [str(tmp_path / "config/mine/try_1.py")])
+    assert copied == {**plain, "out_dir": f"out/try_1_full{epochs}"}
+
+
+def test_an_included_file_that_is_not_there_or_is_wrong(here, refused):
+    here("a.py", "\ninclude('gone.py')\n")
+    assert refused("a.py").startswith("a.py:2: FileNotFoundError: include('gone.py')")
+    here("b.py", "include('shared.py')\n")
+    here("shared.py", "\nlora_rnk = 3\n")
+    assert refused("b.py").startswith("shared.py:2: lora_rnk = 3: no such knob, nearest is lora_rank")
+    here("shared.py", "\n\nassert lora_rank == 3, 'rank'\n")
+    assert refused("b.py") == "shared.py:3: AssertionError: rank"

@@ -18,6 +18,7 @@ from test_train import limited_file_size, setting, tiny_model, wait_for_line  # 
 
 import train as stage
 from training.checkpoint import checkpoints, lock, save_checkpoint
+from training.plan import step_at
 from configurator import configure
 from lion import DecoupledAdamW
 
@@ -105,7 +106,7 @@ def test_steps_without_a_finite_loss_are_skipped_and_counted_and_end_the_run(set
 
 
 def test_trunk_branches_and_keeps_its_checkpoints(setting):
-    """The paper's schedule: a branch goes on from a trunk's step with another schedule, momenta and rows included."""
+    """The paper's schedule: a branch resumes a trunk's step with another schedule, momenta and rows included."""
     folder, _ = setting
     trunk = ["--schedule=inv_sqrt", "--cooldown_steps=0", "--keep_last=1", "--checkpoint_at=2,4", "--optimizer=adamw"]
     train_alone(setting, "trunk", *trunk, "--max_steps=8")
@@ -147,15 +148,15 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_with_the_nearest_that_do
 # ----------------------------------------------------------------------------- campaigns, a handful of each
 @pytest.mark.slow
 def test_kills_at_random_moments_lose_nothing(tmp_path):
-    result = run_stage("tests/kill_campaign.py", "--kills=6", f"--out_dir={tmp_path}", OMP_NUM_THREADS=1)
+    result = run_stage("tests/campaigns/kill_campaign.py", "--kills=6", f"--out_dir={tmp_path}", OMP_NUM_THREADS=1)
     said = result.stdout + result.stderr
     assert result.returncode == 0 and "6 kills" in said and " 0 faults" in said, said
 
 
 @pytest.mark.slow
 def test_sharded_and_replicated_ranks_are_the_run_of_one(tmp_path):
-    """And a run that is killed on 4 ranks goes on with 2, and with 1."""
-    result = run_stage("tests/rank_campaign.py", "--steps=7", "--runs=lora-2-none,full-4-hybrid,lora-2-full", f"--out_dir={tmp_path}",
+    """And a run that is killed on 4 ranks is resumed with 2, and with 1."""
+    result = run_stage("tests/campaigns/rank_campaign.py", "--steps=7", "--runs=lora-2-none,full-4-hybrid,lora-2-full", f"--out_dir={tmp_path}",
                        OMP_NUM_THREADS=1)
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 5, result.stdout + result.stderr
 
@@ -183,10 +184,13 @@ def test_saving_from_copies_writes_the_same_and_its_errors_surface(tmp_path):
 def test_a_checkpoint_loses_its_name_before_it_is_deleted(tmp_path, monkeypatch):
     """Killed while an old checkpoint is deleted: no half of it under its name, and the next run removes the rest."""
     model = tiny_model()
-    save = lambda step: save_checkpoint(model, DecoupledAdamW(model.parameters()), tmp_path, {"step": step}, "base", 1)
+
+    def save(step):
+        save_checkpoint(model, DecoupledAdamW(model.parameters()), tmp_path, {"step": step}, "base", 1)
+
     save(1)
     with monkeypatch.context() as patched:
-        patched.setattr("checkpoint.shutil.rmtree", lambda path, ignore_errors=False: ignore_errors or 1 / 0)
+        patched.setattr("training.checkpoint.shutil.rmtree", lambda path, ignore_errors=False: ignore_errors or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             save(2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_1.old.tmp", "step_2"]
@@ -270,8 +274,11 @@ def test_eight_durations_come_from_one_trunk(monkeypatch):
         argv = ["config/cpt_durations.py", "--global_batch=192", "--seq_len=4096", f"--max_tokens={tokens}",
                 f"--out_dir=out/math/{tokens}"]
         return configure(dict(vars(stage)), argv)
+
+    def at(tokens):
+        return step_at(tokens, 192 * 4096)
+
     monkeypatch.chdir(ROOT)
-    at = lambda tokens: stage.step_at(tokens, 192 * 4096)
     trunk = knobs("20e9")
     keep = [at(n) if n >= 1e6 else int(n) for n in trunk["checkpoint_at"]]
     assert keep == [318, 636, 1018, 2034, 4069, 8138, 16276] and trunk["cooldown_steps"] == 5086 and not trunk["resume_from"]

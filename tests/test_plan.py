@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import ROOT, run_here, run_stage
 
+import lion
 from lora import apply_lora
 from model import Llama
 from training.plan import PUBLISHED, compare_with_paper, predict_memory, shape_of
@@ -86,6 +87,22 @@ def test_memory_falls_with_shards_and_checkpointing():
     assert need(shards=8, ranks=8) < selective < plain
 
 
+def test_the_predictor_asks_an_optimizer_for_the_numbers_that_it_keeps(monkeypatch):
+    class Keeper(lion.DecoupledLionW):
+        numbers_per_parameter = 3
+
+    model = meta("Llama-2-7b-hf")
+    trained = sum(p.nbytes for p in model.parameters())
+    monkeypatch.setitem(lion.OPTIMIZERS, "keeper", Keeper)
+    kept = [predict_memory(model, name, 1, 64)["optimizer"] / trained for name in ("lionw", "adamw", "keeper", "unknown")]
+    assert kept == [1, 2, 3, 2]  # of an unknown one as much as Adam's
+
+
+def test_the_planner_is_a_program_of_its_own():
+    planned = run_stage("-m", "training.plan", *PAPER[:-1], "--max_steps=10")
+    assert planned.returncode == 0 and planned.stdout == plan("--max_steps=10"), planned.stderr
+
+
 @pytest.mark.parametrize("more, wanted", [
     (["--max_epochs=1"], "say data_rows"), (["--seq_len=0", "--max_steps=1"], "seq_len is not set"),
     (["--gpu=H1000", "--max_steps=1"], "gpu=H1000: not one of"), (["--base=Llama-2-8b", "--max_steps=1"], "Llama-2-7b-hf"),
@@ -111,5 +128,5 @@ def test_folder_with_a_config_goes_before_the_table(tmp_path):
 
 @pytest.mark.slow
 def test_peak_memory_of_sharded_ranks_is_the_predicted(tmp_path):
-    result = run_stage("tests/rank_memory.py", f"--out_dir={tmp_path}", "--ranks=2", "--shards=full", "--more=--seq_len=128")
+    result = run_stage("tests/campaigns/rank_memory.py", f"--out_dir={tmp_path}", "--ranks=2", "--shards=full", "--more=--seq_len=128")
     assert result.returncode == 0 and "2 ranks, full: predicted" in result.stdout, result.stdout + result.stderr

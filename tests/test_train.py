@@ -1,11 +1,13 @@
 """train.py: schedules and whole runs against the original Trainer, exact resume, loss weighting, bad input."""
 import contextlib
+import gc
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+import lion
 import train
-from training.checkpoint import checkpoints
+from configurator import default_values
+from training.checkpoint import checkpoints, save_checkpoint
+from training.rows import TokenRows
 from lora import apply_lora
 from model import IGNORE, Llama, LlamaConfig
 
@@ -86,7 +91,7 @@ def test_schedules_equal_the_original_at_every_recorded_time():
     assert points > 1900
 
 
-def test_learning_rate_of_every_step_equals_the_original_trainer(monkeypatch):
+def test_learning_rate_of_every_step_equals_the_original_trainer():
     for run in golden("schedules")["trainer_lr"]:
         steps = int(batches("1dur", run["batches_per_epoch"], run["max_duration"]))
         count = lambda key: round(batches(run["args"][key], run["batches_per_epoch"], run["max_duration"]))
@@ -96,10 +101,9 @@ def test_learning_rate_of_every_step_equals_the_original_trainer(monkeypatch):
         else:
             knobs.update(schedule="inv_sqrt", t_scale=count("t_scale"), cooldown_steps=count("t_cooldown"),
                          alpha_f_decay=run["args"]["alpha_f_decay"], alpha_f_cooldown=run["args"]["alpha_f_cooldown"])
-        for name, value in knobs.items():
-            monkeypatch.setattr(train, name, value)
+        knobs = SimpleNamespace(**{**default_values(vars(train)), **knobs})
         for step, want in enumerate(run["lr_used_by_step"]):
-            assert train.learning_rate_at(step, steps) == pytest.approx(want, rel=1e-9, abs=1e-18), (run["name"], step)
+            assert train.learning_rate_at(step, steps, knobs) == pytest.approx(want, rel=1e-9, abs=1e-18), (run["name"], step)
 
 
 @pytest.mark.parametrize("name", ["full-invsqrt", "full-one-microbatch", "lora-cosine"])
@@ -152,16 +156,16 @@ def test_epochs_and_seeds_have_orders_of_their_own():
 def test_rows_targets_and_documents(tmp_path):
     tokens = np.arange(12).reshape(2, 6)
     folder = write_tokens(tmp_path, tokens, starts=[0, 4, 9])
-    rows = train.TokenRows(folder)
+    rows = TokenRows(folder)
     t, y, starts = rows[0]
     assert t.tolist() == [0, 1, 2, 3, 4, 5] and starts.tolist() == [4]
     assert y.tolist() == [1, 2, 3, IGNORE, 5, IGNORE]  # 4 opens another document, 6 another row
     assert rows[1][1].tolist() == [7, 8, IGNORE, 10, 11, IGNORE]
-    assert train.TokenRows(folder, doc_mask=False)[0][1].tolist() == [1, 2, 3, 4, 5, IGNORE]
+    assert TokenRows(folder, doc_mask=False)[0][1].tolist() == [1, 2, 3, 4, 5, IGNORE]
     assert train.stack([rows[0], rows[1]], "cpu")[2].tolist() == [0, 4, 6, 9, 12]
-    assert [train.TokenRows(folder, seq_len=4)[i][0].tolist() for i in range(3)] == tokens.reshape(3, 4).tolist()
+    assert [TokenRows(folder, seq_len=4)[i][0].tolist() for i in range(3)] == tokens.reshape(3, 4).tolist()
     masked = write_tokens(tmp_path / "m", tokens, [[IGNORE, IGNORE, 2, 3, IGNORE, 5], [IGNORE] * 6], starts=[0, 4])
-    assert train.TokenRows(masked)[0][1].tolist() == [IGNORE, 2, 3, IGNORE, 5, IGNORE]
+    assert TokenRows(masked)[0][1].tolist() == [IGNORE, 2, 3, IGNORE, 5, IGNORE]
 
 
 def some_rows(n=8, T=16, seed=0):
@@ -275,6 +279,61 @@ def test_sigterm_saves_and_exits_0_and_resume_goes_on(setting):
     assert [s for s, _ in checkpoints(folder / "out")] == [step, step + 2]
 
 
+def test_knob_that_an_older_checkpoint_does_not_know_counts_as_its_default(setting):
+    folder, knobs = setting
+    out = [f"--out_dir={folder / 'run'}", "--schedule=constant"]
+    assert run_here("train.py", *knobs, *out, "--max_steps=1").returncode == 0
+    path = folder / "run/step_1/state/state.json"
+    state = json.loads(path.read_text())
+    for knob in ("attention_dropout", "rslora", "lora_alpha"):
+        del state["config"][knob]
+    path.write_text(json.dumps(state))
+    gc.collect()  # lets go of the first run's lock
+    result = run_here("train.py", *knobs, *out, "--max_steps=2", "--resume=True", "--attention_dropout=0.1")
+    assert result.returncode == 2 and "was trained with attention_dropout=0.0, not 0.1" in result.stderr
+    result = run_here("train.py", *knobs, *out, "--max_steps=2", "--resume=True")
+    assert result.returncode == 0, result.stderr
+
+
+def test_schedule_reaches_every_parameter_group(setting, monkeypatch):
+    """Each group keeps its ratio to the first one's learning rate; the log has the first one's."""
+    folder, knobs = setting
+    rates = []
+
+    class TwoGroups(lion.DecoupledLionW):
+        def __init__(self, groups, lr, *more):
+            params = groups[0]["params"]
+            super().__init__([{"params": params[:3]}, {"params": params[3:], "lr": 16 * lr}], lr, *more)
+
+        def step(self, closure=None):
+            rates.append([group["lr"] for group in self.param_groups])
+            return super().step(closure)
+
+    monkeypatch.setitem(lion.OPTIMIZERS, "lionw", TwoGroups)
+    result = run_here("train.py", *knobs, "--max_steps=6", "--lora_rank=2", f"--out_dir={folder / 'run'}")
+    assert result.returncode == 0, result.stderr
+    assert all(second == pytest.approx(16 * first) for first, second in rates)
+    assert len({first for first, _ in rates}) > 3
+    log = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in log if "lr" in line] == [first for first, _ in rates]
+
+
+def test_new_optimizer_trains(setting, monkeypatch):
+    folder, knobs = setting
+
+    class Sign(lion.Decoupled):
+        def update(self, params, decay, group):
+            for p in params:
+                p -= group["lr"] * p.grad.sign()
+
+    monkeypatch.setitem(lion.OPTIMIZERS, "sign", Sign)
+    result = run_here("train.py", *knobs, "--max_steps=2", "--optimizer=sign", f"--out_dir={folder / 'run'}")
+    assert result.returncode == 0, result.stderr
+    gc.collect()  # lets go of the first run's lock
+    result = run_here("train.py", *knobs, "--max_steps=4", "--optimizer=sign", f"--out_dir={folder / 'run'}", "--resume=True")
+    assert result.returncode == 0, result.stderr
+
+
 @contextlib.contextmanager
 def limited_file_size(limit):
     """What a full disk does to a program, for files beyond `limit` bytes."""
@@ -288,8 +347,8 @@ def limited_file_size(limit):
 
 def test_half_written_checkpoint_is_ignored_and_full_disk_keeps_the_last(tmp_path):
     model = apply_lora(tiny_model(), 2, 4)
-    optim = train.DecoupledLionW([p for p in model.parameters() if p.requires_grad])
-    save = lambda step: train.save_checkpoint(model, optim, tmp_path, {"step": step}, "base", 2)
+    optim = lion.DecoupledLionW([p for p in model.parameters() if p.requires_grad])
+    save = lambda step: save_checkpoint(model, optim, tmp_path, {"step": step}, "base", 2)
     save(1)
     (tmp_path / "step_7.tmp").mkdir()
     (tmp_path / "step_8").mkdir()  # complete by name only

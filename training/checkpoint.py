@@ -1,7 +1,13 @@
-"""Checkpoints of train.py: written whole or not at all, found again, and read for any number of ranks.
+"""
+Checkpoints of train.py: written whole or not at all, found again, and read by any number of ranks.
 
-step_N/ holds the weights (a model folder, or a PEFT adapter folder for LoRA) and state/: state.json, and the momenta,
-in optimizer.safetensors or, when FSDP had sharded them, as torch.distributed.checkpoint's files.
+    out/RUN/step_500/                     the weights: a model folder, or a PEFT adapter folder
+        adapter_model.safetensors ...
+        state/state.json                  step, tokens, resolved knobs, fingerprint of the data
+        state/optimizer.safetensors       the optimizer's state, "NAME:exp_avg" and the like; or,
+        state/.metadata, *.distcp         when FSDP had sharded it, torch.distributed.checkpoint's
+
+A checkpoint is written as step_500.tmp, forced to disk and then renamed: every step_N is whole.
 """
 import contextlib
 import fcntl
@@ -18,88 +24,143 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lora import known_by, save_adapter
 from model import fill, full_tensor
-from training.parallel import barrier, is_sharded, own_group
+from training.parallel import barrier, gloo_group, is_sharded
 from runtime import RANK, fsync_folder, print0, read_object, write_whole
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 
+# ----------------------------------------------------------------------------- the run's folder
 def checkpoints(folder):
-    """Complete checkpoints of a run, [(step, path)], oldest first; step_N.tmp is one that was never finished."""
-    found = [(int(p.name[5:]), p) for p in Path(folder).glob("step_*") if p.name[5:].isdigit()]
-    return sorted((step, p) for step, p in found if (p / "state" / "state.json").is_file())
+    """Complete checkpoints of a run, [(step, path)], oldest first; a step_N.tmp is none."""
+    found = []
+    for path in Path(folder).glob("step_*"):
+        step = path.name.removeprefix("step_")
+        if step.isdigit() and (path / "state" / "state.json").is_file():
+            found.append((int(step), path))
+    return sorted(found)
+
+
+def newest_checkpoint(out_dir):
+    """Folder of the newest complete checkpoint; raises ValueError when there is none."""
+    found = checkpoints(out_dir)
+    if not found:
+        raise ValueError(f"resume: {out_dir} holds no complete checkpoint "
+                         "(step_N/state/state.json)")
+    _, path = found[-1]
+    return path
 
 
 def lock(out_dir):
-    """Hold out_dir for this run until the process ends, and delete what a killed one left half done or half deleted.
+    """Hold out_dir for this run until the process ends; delete what a killed one left unfinished.
 
-    Raises ValueError when another process holds it."""
+    Returns the file, which must stay open. Raises ValueError when another process holds it."""
+    # the kernel lets go of the lock when the process ends, however it ends
     file = open(Path(out_dir) / "lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"out_dir: another process is training in {out_dir}") from None
-    for left in Path(out_dir).glob("step_*.tmp"):
-        shutil.rmtree(left)
-    return file  # closing it would let go
+    for unfinished in Path(out_dir).glob("step_*.tmp"):
+        shutil.rmtree(unfinished)
+    return file
 
 
+def start_log(path, last_step):
+    """Keep the lines of log.jsonl up to last_step: the steps after it will be done again."""
+    kept = []
+    if path.exists():
+        for line in path.read_text().splitlines(True):
+            # a line that was cut short has no end
+            if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+                kept.append(line)
+    write_whole(path, "".join(kept))
+
+
+# ----------------------------------------------------------------------------- save
 def save_checkpoint(model, optim, out_dir, state, base, keep_last, keep=(), pool=None):
-    """Write out_dir/step_N whole or not at all, then drop the oldest beyond keep_last, but no step of `keep`.
+    """Write out_dir/step_N whole or not at all, then delete the oldest beyond keep_last.
 
-    All ranks must call it. With `pool`, a thread, only copies in the CPU's memory are made here and the rest is done
-    there: returns a Future, to be waited for before the next call. Raises OSError (the Future too) when it could not be
-    written; earlier checkpoints are then untouched."""
+    state: what state.json shall hold, "step" included. keep: steps never to delete. All ranks must
+    call it. With `pool`, a thread, only copies in the CPU's memory are made here and the thread
+    writes them: returns a Future, to be waited for before the next call. Raises OSError (the Future
+    too) when it could not be written; earlier checkpoints are then untouched."""
     final = Path(out_dir) / f"step_{state['step']}"
-    partial, text = final.with_suffix(".tmp"), json.dumps(state, indent=1)
-    names = {p: name for name, p in model.named_parameters()}
-    momenta = {f"{names[p]}:{key}": value for p, values in optim.state.items() for key, value in values.items()}
-    with whole_or_not(partial):
+    partial = final.with_suffix(".tmp")
+    text = json.dumps(state, indent=1)  # now: training changes `state` while the thread writes
+    momenta = named_state(model, optim)
+
+    # an empty folder
+    with all_or_nothing(partial):
         if RANK == 0:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / "state").mkdir(parents=True)
         barrier()
-        get = full_tensor
-        if pool:
-            copies = copies_of(model)
-            get = lambda p: copies[p] if p in copies else p
-            if is_sharded(model):
-                written = dcp.async_save(momenta, checkpoint_id=partial / "state", process_group=own_group())
-            else:
-                momenta = {name: value.to("cpu", copy=True) for name, value in momenta.items() if RANK == 0}
 
-    def write():
-        with whole_or_not(partial):
-            if RANK == 0 or not pool:  # all ranks gather, or rank 0 has copies
-                save_weights(model, partial, base, get)
-            if is_sharded(model):  # every rank writes its part
-                written.result() if pool else dcp.save(momenta, checkpoint_id=partial / "state")
+    # write at once: all ranks gather weights and write their part of the momenta
+    if pool is None:
+        with all_or_nothing(partial):
+            save_weights(model, partial, base)
+            if is_sharded(model):
+                dcp.save(momenta, checkpoint_id=partial / "state")
             elif RANK == 0:
                 save_file(momenta, partial / "state" / "optimizer.safetensors")
+            publish(partial, final, text, base)
+        delete_oldest(out_dir, keep_last, keep)
+        barrier()
+        return None
+
+    # or copy, and let the thread write
+    with all_or_nothing(partial):
+        copies = copies_of(model)
+        saving = None
+        if is_sharded(model):
+            saving = dcp.async_save(momenta, checkpoint_id=partial / "state",
+                                    process_group=gloo_group())
+        elif RANK == 0:
+            momenta = {key: tensor.to("cpu", copy=True) for key, tensor in momenta.items()}
+
+    def write_copies():
+        with all_or_nothing(partial):
             if RANK == 0:
-                publish(partial, final, text, base)
-        for step, old in checkpoints(out_dir)[:-keep_last] if keep_last and RANK == 0 else ():
-            if step not in keep:
-                drop(old)
-        if not pool:
-            barrier()
-    return pool.submit(write) if pool else write()
+                save_weights(model, partial, base, lambda p: copies.get(p, p))
+            if saving:
+                saving.result()
+            elif RANK == 0:
+                save_file(momenta, partial / "state" / "optimizer.safetensors")
+            publish(partial, final, text, base)
+        delete_oldest(out_dir, keep_last, keep)
+
+    return pool.submit(write_copies)
+
+
+def named_state(model, optim):
+    """{"NAME:exp_avg": tensor} of all that the optimizer keeps."""
+    names = {p: name for name, p in model.named_parameters()}
+    momenta = {}
+    for p, tensors in optim.state.items():
+        for kind, tensor in tensors.items():
+            momenta[f"{names[p]}:{kind}"] = tensor
+    return momenta
 
 
 @contextlib.contextmanager
-def whole_or_not(partial):
-    """Turn what goes wrong while `partial` is written into an OSError that says what is left, and remove it."""
+def all_or_nothing(partial):
+    """Remove `partial` if it cannot be written, and raise an OSError that says what is left."""
     try:
         yield
     except (OSError, SafetensorError, CheckpointException) as e:
         if RANK == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        kept = [p.name for _, p in checkpoints(partial.parent)]
-        raise OSError(f"{partial.with_suffix('')} could not be saved ({e}); " +
-                      (f"the newest complete checkpoint is {kept[-1]}" if kept else "there is no checkpoint")) from None
+        found = checkpoints(partial.parent)
+        left = "there is no checkpoint"
+        if found:
+            left = f"the newest complete checkpoint is {found[-1][1].name}"
+        raise OSError(f"{partial.with_suffix('')} could not be saved ({e}); {left}") from None
 
 
 def save_weights(model, folder, base, get=full_tensor):
+    """Write the adapter, or a model without one whole; get(parameter) is the tensor to write."""
     if hasattr(model, "lora"):
         save_adapter(model, folder, base, get)
     else:
@@ -107,10 +168,13 @@ def save_weights(model, folder, base, get=full_tensor):
 
 
 def copies_of(model):
-    """{parameter: whole of it in the CPU's memory}, on rank 0, for all that save_weights reads and training changes."""
+    """{parameter: whole of it in the CPU's memory}, on rank 0, of what training changes."""
     copies = {}
+    fingerprinted = known_by(model)
     for p in model.parameters():
-        if p.requires_grad or is_sharded(model) and any(p is known for known in known_by(model)):
+        # and of the frozen ones whose fingerprint is saved: a thread cannot gather from other ranks
+        is_read = is_sharded(model) and any(p is other for other in fingerprinted)
+        if p.requires_grad or is_read:
             full = full_tensor(p)
             if RANK == 0:
                 copies[p] = full.to("cpu", copy=True)
@@ -118,83 +182,111 @@ def copies_of(model):
 
 
 def publish(partial, final, text, base):
-    """Complete the folder `partial` and give it its name."""
-    for file in TOKENIZER_FILES:
-        if not (partial / "adapter_config.json").is_file() and (Path(base) / file).is_file():
-            shutil.copyfile(Path(base) / file, partial / file)
+    """Complete the folder `partial` and give it its name, on rank 0."""
+    if RANK != 0:
+        return
+    # a model folder brings its tokenizer; an adapter's is its base's
+    if not (partial / "adapter_config.json").is_file():
+        for name in TOKENIZER_FILES:
+            if (Path(base) / name).is_file():
+                shutil.copyfile(Path(base) / name, partial / name)
     (partial / "state" / "state.json").write_text(text)
+    # on disk before it gets the name; a checkpoint of that name is replaced
     fsync_folder(partial)
     if final.exists():
-        drop(final)
+        delete_checkpoint(final)
     partial.rename(final)
     fsync_folder(final.parent)
     print0(f"saved {final}")
 
 
-def drop(folder):
+def delete_oldest(out_dir, keep_last, keep):
+    """Delete all checkpoints but the newest keep_last (0: keep all) and the steps `keep`."""
+    if RANK != 0 or not keep_last:
+        return
+    for step, folder in checkpoints(out_dir)[:-keep_last]:
+        if step not in keep:
+            delete_checkpoint(folder)
+
+
+def delete_checkpoint(folder):
     """Delete a checkpoint, which loses its name first: half of one must not look like one."""
     shutil.rmtree(folder.rename(folder.with_suffix(".old.tmp")))
 
 
-@torch.no_grad()
-def load_optimizer(model, optim, folder):
-    """Put the saved momenta back, for any number of ranks; raises ValueError when they are not of this model."""
-    state, parameters, momenta = folder / "state", dict(model.named_parameters()), {}
-    if one_file := (state / "optimizer.safetensors").is_file():
-        saved = load_file(state / "optimizer.safetensors")
-    elif (state / ".metadata").is_file():
-        reader = dcp.FileSystemReader(state)
-        saved = reader.read_metadata().state_dict_metadata  # shapes and dtypes; the tensors follow below
-    else:
-        raise ValueError(f"{state}: holds neither optimizer.safetensors nor .metadata")
-    for key, value in saved.items():
-        name, kind = key.rsplit(":", 1)
-        shape, dtype = (value.shape, value.dtype) if one_file else (value.size, value.properties.dtype)
-        if name not in parameters or kind != "step" and parameters[name].shape != shape:
-            raise ValueError(f"{state}: momentum of {name} {list(shape)} fits no parameter of this model")
-        momenta[key] = torch.zeros(()) if kind == "step" else torch.zeros_like(parameters[name], dtype=dtype)
-        if one_file:
-            momenta[key].copy_(value) if kind == "step" else fill(momenta[key], value)
-        optim.state[parameters[name]][kind] = momenta[key]
-    if not one_file:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is")  # one rank without a process group is fine
-            dcp.load(momenta, storage_reader=reader)
-
-
+# ----------------------------------------------------------------------------- resume
 def read_state(folder):
-    """The state.json of a checkpoint of train.py; {} for any other folder. Raises ValueError if it is no whole object."""
+    """state.json of a checkpoint of train.py, {} of any other folder; ValueError if broken."""
     path = folder / "state" / "state.json"
     return read_object(path) if path.is_file() else {}
 
 
-def checkpoint_state(folder, config, fingerprint, free):
-    """state.json of a checkpoint to go on from; raises ValueError when it belongs to a run with other knobs than `free`."""
+def checkpoint_state(folder, config, defaults, fingerprint, free):
+    """state.json of a checkpoint to resume from.
+
+    Raises ValueError when it is of a run with other data than `fingerprint` (sha256), or with
+    other knobs than `config`, those of `free` aside. A knob that is newer had its default then."""
     folder = Path(folder)
     if not (folder / "state" / "state.json").is_file():
-        raise ValueError(f"{folder}: no complete checkpoint of train.py (state/state.json is missing)")
+        raise ValueError(f"{folder}: no complete checkpoint of train.py "
+                         "(state/state.json is missing)")
     state = read_state(folder)
     try:
-        before = state["config"]
-        if state["data"] != fingerprint:
-            raise ValueError(f"resume: {folder} was trained on other data than {config['data']}")
+        before = {**defaults, **state["config"]}
+        data = state["data"]
     except (KeyError, TypeError) as e:
         raise ValueError(f"{folder}/state/state.json: not written by train.py ({e!r})") from None
-    if changed := [k for k in config if k not in free and before.get(k) != config[k]]:
-        raise ValueError(f"resume: {folder} was trained with " +
-                         ", ".join(f"{k}={before.get(k)!r}, not {config[k]!r}" for k in changed))
+    if data != fingerprint:
+        raise ValueError(f"resume: {folder} was trained on other data than {config['data']}")
+    # what makes another run of it
+    changed = []
+    for knob, value in config.items():
+        if knob not in free and before[knob] != value:
+            changed.append(f"{knob}={before[knob]!r}, not {value!r}")
+    if changed:
+        raise ValueError(f"resume: {folder} was trained with " + ", ".join(changed))
     return state
 
 
-def newest_checkpoint(out_dir):
-    """Folder of the newest complete checkpoint; raises ValueError when there is none."""
-    if not (found := checkpoints(out_dir)):
-        raise ValueError(f"resume: {out_dir} holds no complete checkpoint (step_N/state/state.json)")
-    return found[-1][1]
+@torch.no_grad()
+def load_optimizer(model, optim, folder):
+    """Put the saved state of the optimizer back, for any number of ranks.
 
+    Raises ValueError when it is not of this model."""
+    state = folder / "state"
+    # names, shapes and dtypes of what was saved
+    is_one_file = (state / "optimizer.safetensors").is_file()
+    if is_one_file:
+        saved = load_file(state / "optimizer.safetensors")
+        shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in saved.items()}
+    elif (state / ".metadata").is_file():
+        reader = dcp.FileSystemReader(state)
+        described = reader.read_metadata().state_dict_metadata
+        shapes = {key: (d.size, d.properties.dtype) for key, d in described.items()}
+    else:
+        raise ValueError(f"{state}: holds neither optimizer.safetensors nor .metadata")
 
-def start_log(path, last_step):
-    """Keep the lines of log.jsonl up to last_step: what a killed run logged beyond its checkpoint is done again."""
-    lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
-    kept = "".join(line for line in lines if json.loads(line)["step"] <= last_step)
-    write_whole(path, kept)
+    # make the tensors, sharded as their parameters are; a count of steps is one number
+    parameters = dict(model.named_parameters())
+    momenta = {}
+    for key, (shape, dtype) in shapes.items():
+        name, kind = key.rsplit(":", 1)
+        if name not in parameters or len(shape) and parameters[name].shape != shape:
+            raise ValueError(f"{state}: momentum of {name} {list(shape)} fits no parameter of "
+                             "this model")
+        p = parameters[name]
+        momenta[key] = torch.zeros_like(p, dtype=dtype) if len(shape) else torch.zeros(())
+        optim.state[p][kind] = momenta[key]
+
+    # fill them: each rank takes what it holds
+    if is_one_file:
+        for key, tensor in saved.items():
+            if tensor.dim():
+                fill(momenta[key], tensor)
+            else:
+                momenta[key].copy_(tensor)
+        return
+    with warnings.catch_warnings():
+        # one rank without a process group is fine
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        dcp.load(momenta, storage_reader=reader)

@@ -1,7 +1,14 @@
-"""Many ranks: sharding with FSDP2, sums over ranks.
+"""
+Many ranks: sharding with FSDP2, sums over ranks.
 
-Every rank works on its share of a batch's rows; losses and gradients are sums over ranks, never means, because each
-loss is divided by a count of the whole batch beforehand. Without torchrun there is one rank and all of this is idle.
+    4 ranks       rank 0        rank 1        rank 2        rank 3
+    none          all           all           all           all          replicas
+    full          quarter 1     quarter 2     quarter 3     quarter 4    of every block
+    hybrid        half 1        half 2        half 1        half 2       shard_ranks=2: two replicas
+
+Every rank works on its share of a batch's rows. Losses and gradients are sums over ranks, never
+means, because each loss is divided by a count of the whole batch beforehand. Without torchrun there
+is one rank, and all of this does nothing.
 """
 import functools
 
@@ -14,40 +21,52 @@ from runtime import LOCAL_WORLD, WORLD
 
 
 def destroy_process_group():
-    """Leave the process group, in step with the others."""
+    """Leave the process group, once all ranks have come here."""
     if WORLD > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
 @functools.cache
-def own_group():
-    """A group of all ranks for what a thread says while the main one trains; asked for by all ranks at once."""
+def gloo_group():
+    """A second group of all ranks: a thread saves over it while the main one trains.
+
+    Made at the first call, which all ranks must make together."""
     return dist.new_group(backend="gloo")
 
 
 def barrier():
+    """Wait for all ranks."""
     if WORLD > 1:
         dist.barrier()
 
 
 def shard_model(model, how, device, compute_dtype, shard_ranks=0):
-    """Shard every block, and the rest, over the ranks, in place; before weights are read (model on meta).
+    """Shard every block, and the rest, over the ranks, in place; before weights are read.
 
-    how: 'none' (replicas), 'full' (over all ranks) or 'hybrid' (over groups of `shard_ranks`, by default a node's;
-    the groups are replicas). Weights are gathered in compute_dtype, gradients are summed in fp32 at least."""
+    how: 'none' (replicas), 'full' (over all ranks) or 'hybrid' (over groups of `shard_ranks`, by
+    default a node's; the groups are replicas). Weights are gathered in compute_dtype, gradients are
+    summed in fp32 at least."""
     if how == "none" or WORLD == 1:
         return model
-    inside = shard_ranks or LOCAL_WORLD
-    mesh = (init_device_mesh(device.type, (WORLD,)) if how == "full" else
-            init_device_mesh(device.type, (WORLD // inside, inside), mesh_dim_names=("replicas", "shards")))
+    if how == "full":
+        mesh = init_device_mesh(device.type, (WORLD,))
+    else:
+        group = shard_ranks or LOCAL_WORLD
+        names = ("replicas", "shards")
+        mesh = init_device_mesh(device.type, (WORLD // group, group), mesh_dim_names=names)
+
     # the rotary tables are inputs of a block and stay in fp32
-    policy = MixedPrecisionPolicy(compute_dtype, torch.promote_types(compute_dtype, torch.float32), cast_forward_inputs=False)
+    reduce_dtype = torch.promote_types(compute_dtype, torch.float32)
+    policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype, cast_forward_inputs=False)
     for block in model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # its parts are needed at both ends
-    for block, after in zip(model.layers, model.layers[1:]):  # gather the next block while one computes; backward does anyway
-        block.set_modules_to_forward_prefetch([after])
+    # what is outside the blocks stays gathered: it is needed at both ends of a forward pass
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    # gather the next block while one computes; the backward pass does so by itself
+    for block, next_block in zip(model.layers, model.layers[1:]):
+        block.set_modules_to_forward_prefetch([next_block])
+    # sum gradients instead of averaging them
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -56,6 +75,7 @@ def shard_model(model, how, device, compute_dtype, shard_ranks=0):
 
 
 def is_sharded(model):
+    """Whether shard_model has sharded it."""
     return isinstance(model, FSDPModule)
 
 
@@ -69,27 +89,35 @@ def all_reduce(*numbers, device):
 
 
 def all_reduce_gradients(parameters, bucket=2 ** 26):
-    """Sum the gradients of replicas over all ranks, once a step, in flat buckets of fp32 at least."""
+    """Sum the gradients of replicas over all ranks, in flat buckets of fp32 at least."""
     if WORLD == 1:
         return
     waiting = [p.grad for p in parameters if p.grad is not None]
     while waiting:
-        grads, size = [], 0
-        while waiting and (not grads or size + waiting[-1].numel() <= bucket):
+        # fill a bucket
+        grads = [waiting.pop()]
+        size = grads[0].numel()
+        while waiting and size + waiting[-1].numel() <= bucket:
             grads.append(waiting.pop())
             size += grads[-1].numel()
-        flat = torch.cat([g.flatten() for g in grads]).to(torch.promote_types(grads[0].dtype, torch.float32))
+        # one sum over ranks, then back to where the parts came from
+        flat = torch.cat([grad.flatten() for grad in grads])
+        flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
         dist.all_reduce(flat)
-        for g, total in zip(grads, flat.split([g.numel() for g in grads])):
-            g.copy_(total.view_as(g))
+        sums = flat.split([grad.numel() for grad in grads])
+        for grad, total in zip(grads, sums):
+            grad.copy_(total.view_as(grad))
 
 
 def check_replicas(parameters):
-    """Raise ValueError unless all ranks hold the same parameters, as replicas must, by their sum."""
+    """Raise ValueError unless all ranks hold the same parameters, judged by their sum."""
     if WORLD == 1:
         return
-    total = torch.stack([p.detach().sum(dtype=torch.float64) for p in parameters]).sum()
+    sums = [p.detach().sum(dtype=torch.float64) for p in parameters]
+    total = torch.stack(sums).sum()
     extremes = torch.stack([total, -total])
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    if extremes[0] != -extremes[1]:
-        raise ValueError(f"replicas drifted apart: their trained weights add up to {-extremes[1].item()} to {extremes[0].item()}")
+    largest, smallest = extremes[0], -extremes[1]
+    if largest != smallest:
+        raise ValueError("replicas drifted apart: their trained weights add up to "
+                         f"{smallest.item()} to {largest.item()}")

@@ -1,4 +1,15 @@
-"""What train.py reads: rows of the token files that prepare_data.py wrote, and their order."""
+"""
+What train.py reads: rows of the token files that prepare_data.py wrote, and their order.
+
+    train.bin       12 53 7 | 9 88 41 6 | 17 3 ...     documents one after the other
+    row 0           tokens  12 53  7  9 88 41          seq_len = 6; row 1 begins at the next token
+                    targets 53  7  -  88 41  -         the next token; - is IGNORE
+                    starts  3                          where documents begin inside the row
+
+    step      0     1     2     3     4     10 rows, global_batch = 4: every epoch has a permutation
+    rows   3805  9614  72|19  6083  4527    of its own; epochs follow each other without a gap
+"""
+import hashlib
 import json
 from pathlib import Path
 
@@ -6,120 +17,225 @@ import numpy as np
 import torch
 
 from model import IGNORE
+from runtime import print0
 
 
 class TokenRows:
-    """Rows of one split of a token folder, memory-mapped: tokens, targets, and where documents begin. Its length is that of
-    an epoch; `packed` is None, or (epochs, steps an epoch) of rows that stand in the order in which they are to be read.
+    """Rows of one split of a token folder, memory-mapped: tokens, targets, starts of documents.
 
-    Raises FileNotFoundError or ValueError when files are missing or do not have the size meta.json says."""
+    Its length is that of an epoch. `packed` is None, or (epochs, steps an epoch) of rows that stand
+    in the order in which they have to be read. Raises FileNotFoundError or ValueError when files
+    are missing or do not have the size that meta.json says."""
 
     def __init__(self, folder, split="train", seq_len=0, doc_mask=True):
         folder = Path(folder)
-        if not (folder / "meta.json").is_file():
-            raise FileNotFoundError(f"{folder}: no meta.json; make the folder with prepare_data.py")
-        try:
-            self.meta = json.loads((folder / "meta.json").read_text())
-            counts = self.meta["splits"][split]
-        except (ValueError, KeyError) as e:
-            raise ValueError(f"{folder}/meta.json: not a whole meta.json of prepare_data.py ({e!r})") from None
-        if seq_len and seq_len != self.meta["seq_len"] and self.meta["kind"] == "ift":
-            raise ValueError(f"seq_len={seq_len}: the rows of {folder} are packed for {self.meta['seq_len']}")
-        self.seq_len, self.doc_mask = seq_len or self.meta["seq_len"], doc_mask
-        read = lambda name, kind, n: read_array(folder / f"{split}.{name}", kind, n)
-        self.tokens = read("bin", self.meta["dtype"], counts["tokens"])
-        self.starts = read("docs.bin", "uint64", None)
-        self.mask = read("mask.bin", "uint8", counts["tokens"]) if self.meta["kind"] == "ift" else None
-        if not (n := len(self.tokens) // self.seq_len):
-            raise ValueError(f"{folder}/{split}.bin: {len(self.tokens)} tokens make no row of seq_len={self.seq_len}")
+        self.meta, counts = read_meta(folder, split)
+        packed_for = self.meta["seq_len"]
+        is_ift = self.meta["kind"] == "ift"
+        if is_ift and seq_len and seq_len != packed_for:
+            raise ValueError(f"seq_len={seq_len}: the rows of {folder} are packed for {packed_for}")
+        self.seq_len = seq_len or packed_for
+        self.doc_mask = doc_mask
+
+        # the files, mapped into memory; only ift has a mask of what is learned
+        self.tokens = read_array(folder / f"{split}.bin", self.meta["dtype"], counts["tokens"])
+        self.starts = read_array(folder / f"{split}.docs.bin", "uint64", None)
+        self.mask = None
+        if is_ift:
+            self.mask = read_array(folder / f"{split}.mask.bin", "uint8", counts["tokens"])
+
+        # an incomplete row at the end is left out
+        rows = len(self.tokens) // self.seq_len
+        if not rows:
+            raise ValueError(f"{folder}/{split}.bin: {len(self.tokens)} tokens make no row of "
+                             f"seq_len={self.seq_len}")
         self.packed = (counts["epochs"], counts["steps"]) if "epochs" in counts else None
-        self.n = n // counts.get("epochs", 1)
+        self.n = rows // counts.get("epochs", 1)
         self.sha256 = counts["sha256"]
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, i):
-        """Row i: tokens [T] int64, targets [T] int64 (IGNORE where nothing is learned), document starts in it."""
-        span = slice(i * self.seq_len, (i + 1) * self.seq_len)
-        tokens = self.tokens[span].astype(np.int64)
+        """Row i: tokens [T] int64, targets [T] int64 (IGNORE: nothing is learned), starts [n]."""
+        begin = i * self.seq_len
+        end = begin + self.seq_len
+        tokens = self.tokens[begin:end].astype(np.int64)
         targets = np.append(tokens[1:], IGNORE)
+        # the mask says which tokens are to be predicted
         if self.mask is not None:
-            targets[:-1][self.mask[span][1:] == 0] = IGNORE
-        inside = self.starts[slice(*np.searchsorted(self.starts, [span.start + 1, span.stop]))].astype(np.int64)
-        starts = inside - span.start
+            targets[:-1][self.mask[begin + 1:end] == 0] = IGNORE
+        # documents that begin inside the row; no other document predicts their first token
+        first, last = np.searchsorted(self.starts, [begin + 1, end])
+        starts = self.starts[first:last].astype(np.int64) - begin
         if self.doc_mask:
-            targets[starts - 1] = IGNORE  # a document's first token cannot be told from another document
+            targets[starts - 1] = IGNORE
         return tokens, targets, starts
 
 
-def held_out(entries, seq_len=0, doc_mask=True):
-    """{name: TokenRows} of NAME=FOLDER or FOLDER entries: their val split, else the train split. Raises as TokenRows does,
-    and ValueError where two have one name."""
-    named = dict(entry.split("=", 1) if "=" in entry else (Path(entry).name, entry) for entry in entries)
-    if len(named) < len(entries):
-        raise ValueError(f"{', '.join(entries)}: two of one name; say NAME=FOLDER")
-    return {name: TokenRows(folder, "val" if (Path(folder) / "val.bin").exists() else "train", seq_len, doc_mask)
-            for name, folder in named.items()}
-
-
-def evenly_spaced(n, limit):
-    """Indices of at most `limit` of n rows (0 = all), evenly spaced: neighbours may be of one document."""
-    most = min(limit or n, n)
-    return [i * n // most for i in range(most)]
-
-
 class PlannedRows:
-    """Stands for data that is still to be made: n rows (0: not known) of seq_len targets, one document each."""
+    """Stands for data that is still to be made: n rows (0: not known), each one document."""
 
     packed = None
 
     def __init__(self, n, seq_len):
-        self.n, self.seq_len = n, seq_len
+        self.n = n
+        self.seq_len = seq_len
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, i):
-        return np.zeros(self.seq_len, np.int64), np.zeros(self.seq_len, np.int64), np.zeros(0, np.int64)
+        zeros = np.zeros(self.seq_len, np.int64)
+        return zeros, zeros, np.zeros(0, np.int64)
+
+
+def read_meta(folder, split):
+    """meta.json of a token folder, and the counts of one split in it."""
+    path = folder / "meta.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no meta.json; make the folder with prepare_data.py")
+    try:
+        meta = json.loads(path.read_text())
+        return meta, meta["splits"][split]
+    except (ValueError, KeyError) as e:
+        raise ValueError(f"{path}: not a whole meta.json of prepare_data.py ({e!r})") from None
 
 
 def read_array(path, dtype, count):
     """A file as a read-only array of `count` items (None: whatever it holds), mapped, not read."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing")
-    array = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r") if path.stat().st_size else np.zeros(0, dtype)
+    # an empty file cannot be mapped
+    if path.stat().st_size:
+        array = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
+    else:
+        array = np.zeros(0, dtype)
     if count is not None and len(array) != count:
         raise ValueError(f"{path}: holds {len(array)} items, meta.json says {count}; truncated?")
     return array
 
 
+def held_out(entries, seq_len=0, doc_mask=True):
+    """{name: TokenRows} of NAME=FOLDER or FOLDER entries: their val split, else the train split.
+
+    Raises as TokenRows does, and ValueError where two have one name."""
+    folders = {}
+    for entry in entries:
+        name, equals, folder = entry.partition("=")
+        if not equals:
+            folder = entry
+            name = Path(folder).name
+        if name in folders:
+            raise ValueError(f"{', '.join(entries)}: two of one name; say NAME=FOLDER")
+        folders[name] = folder
+    sets = {}
+    for name, folder in folders.items():
+        # data without a val split is a set to watch as a whole
+        split = "val" if (Path(folder) / "val.bin").exists() else "train"
+        sets[name] = TokenRows(folder, split, seq_len, doc_mask)
+    return sets
+
+
+def open_sets(knobs, shape):
+    """The rows to train on, and {name: rows} of the sets to watch; of the knobs data and val_data.
+
+    shape: LlamaConfig of the model in knobs.base. Raises as TokenRows does, and ValueError
+    for data of another tokenizer and for rows that are too long."""
+    train_rows = TokenRows(knobs.data, "train", knobs.seq_len, knobs.doc_mask)
+    # the data's own val split, if it has one, comes first
+    entries = list(knobs.val_data)
+    if "val" in train_rows.meta["splits"]:
+        entries.insert(0, f"val={knobs.data}")
+    watched = held_out(entries, knobs.seq_len, knobs.doc_mask)
+    for rows in (train_rows, *watched.values()):
+        check_tokenizer(knobs.base, rows.meta, shape.vocab_size)
+    check_length(train_rows, shape)
+    return train_rows, watched
+
+
+def check_tokenizer(folder, meta, vocab_size):
+    """Raise ValueError for data made with another tokenizer than the one in the model's folder."""
+    if meta["vocab_size"] > vocab_size:
+        raise ValueError(f"data has a vocabulary of {meta['vocab_size']}, "
+                         f"the model of {vocab_size}")
+    # either form of the model's tokenizer may be the one that the data was made with
+    found = {}
+    for name in ("tokenizer.model", "tokenizer.json"):
+        path = Path(folder) / name
+        if path.is_file():
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not found:
+        print0(f"note: {folder} has no tokenizer, so only the size of the data's vocabulary "
+               "could be checked")
+    elif meta["tokenizer_sha256"] not in found.values():
+        theirs = ", ".join(f"{name} {sha[:12]}" for name, sha in found.items())
+        ours = f"{meta['tokenizer_name']}, sha256 {meta['tokenizer_sha256'][:12]}"
+        raise ValueError(f"data was made with another tokenizer than the model's: {ours}; "
+                         f"{folder} has {theirs}")
+
+
+def check_length(rows, shape):
+    """Raise ValueError for rows that are longer than the model can read."""
+    if rows.seq_len > shape.max_position_embeddings:
+        raise ValueError(f"seq_len={rows.seq_len} is longer than the model's "
+                         f"max_position_embeddings={shape.max_position_embeddings}")
+
+
+def evenly_spaced(n, limit):
+    """Indices of at most `limit` of n rows (0 = all), evenly spaced.
+
+    Spaced, because neighbouring rows may be of one document."""
+    most = min(limit or n, n)
+    return [i * n // most for i in range(most)]
+
+
 def rows_of_step(step, batch, n_rows, seed, shuffle=True, packed=None):
-    """Indices of the `batch` rows of a step: a pure function of its arguments. Every row comes once an epoch;
-    epochs are permutations of their own and follow each other without a gap. Where the data is `packed` in an order of its
-    own, that order; ValueError if it has other batches or not so many steps."""
-    if packed:
-        epochs, steps = packed
-        if batch != n_rows // steps:
-            raise ValueError(f"global_batch={batch}: the data has packing='paper', in steps of {n_rows // steps} rows; "
-                             f"say --global_batch={n_rows // steps}")
-        if step >= epochs * steps:
-            raise ValueError(f"step {step + 1}: the data has packing='paper' for {epochs} epochs of {steps} steps; prepare it "
-                             f"with --paper_epochs={step // steps + 1}")
-        return np.arange(step * batch, (step + 1) * batch)
+    """Indices of the `batch` rows of a step: a pure function of its arguments.
+
+    Every row comes once an epoch; epochs are permutations of their own and follow each other
+    without a gap. Data `packed` in an order of its own is read in that order; ValueError if it has
+    other batches or not so many steps."""
+    # positions in the endless sequence of epochs
     positions = np.arange(step * batch, (step + 1) * batch)
+    if packed:
+        check_packed(step, batch, n_rows, *packed)
+        return positions
     rows = positions % n_rows
+    # a batch may hold the end of one epoch and the beginning of the next
     if shuffle:
         for epoch in np.unique(positions // n_rows):
-            order = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n_rows)
-            rows[positions // n_rows == epoch] = order[rows[positions // n_rows == epoch]]
+            # the epoch's permutation depends on nothing else, so any step can be read first
+            in_epoch = positions // n_rows == epoch
+            generator = np.random.Generator(np.random.Philox(key=[seed, epoch]))
+            order = generator.permutation(n_rows)
+            rows[in_epoch] = order[rows[in_epoch]]
     return rows
 
 
+def check_packed(step, batch, n_rows, epochs, steps):
+    """Raise ValueError unless data with packing='paper' has this step, in batches of this size."""
+    rows_a_step = n_rows // steps
+    if batch != rows_a_step:
+        raise ValueError(f"global_batch={batch}: the data has packing='paper', in steps of "
+                         f"{rows_a_step} rows; say --global_batch={rows_a_step}")
+    if step >= epochs * steps:
+        raise ValueError(f"step {step + 1}: the data has packing='paper' for {epochs} epochs of "
+                         f"{steps} steps; prepare it with --paper_epochs={step // steps + 1}")
+
+
 def stack(rows, device):
-    """Rows of TokenRows as tokens [B, T], targets [B, T] and document borders [n + 1] in the flattened B * T."""
+    """Rows of TokenRows as tokens [B, T], targets [B, T] and borders of documents [n + 1].
+
+    The borders are positions in the flattened B * T; a row's border is one of a document, too."""
     tokens, targets, starts = zip(*rows)
-    T = len(tokens[0])
-    borders = np.concatenate([np.append(0, s) + i * T for i, s in enumerate(starts)] + [[len(rows) * T]])
-    return (*(torch.from_numpy(np.stack(x)).to(device) for x in (tokens, targets)),
-            torch.from_numpy(borders.astype(np.int64)).to(device))
+    seq_len = len(tokens[0])
+    # the beginning of each row, the documents inside it, and at last the end
+    borders = []
+    for i, inside in enumerate(starts):
+        borders += [i * seq_len, *(inside + i * seq_len)]
+    borders.append(len(rows) * seq_len)
+    tokens = torch.from_numpy(np.stack(tokens))
+    targets = torch.from_numpy(np.stack(targets))
+    borders = torch.tensor(borders, dtype=torch.int64)
+    return tokens.to(device), targets.to(device), borders.to(device)

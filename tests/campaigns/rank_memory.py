@@ -1,11 +1,12 @@
 """
 Peak memory of every rank, predicted and measured, of a model of 47M parameters on CPUs.
 
-    python tests/rank_memory.py --out_dir=/tmp/memory
-    python tests/rank_memory.py --out_dir=/tmp/memory --ranks=2 --shards=full --more=--lora_rank=16,--microbatch=2
+    python tests/campaigns/rank_memory.py --out_dir=/tmp/memory
+    python tests/campaigns/rank_memory.py --out_dir=/tmp/memory --ranks=2 --shards=full --more=--lora_rank=16,--microbatch=2
 
-Measured is VmHWM above what the rank used before it made the model, after three steps; status 1 if a prediction is off by
-more than 10%. glibc is told to give freed tensors back at once, or its reuse of memory would be measured as well.
+Measured is VmHWM above what the rank used before it made the model, after three steps; status 1 if a
+prediction is off by more than 10%. glibc has to give freed tensors back at once (ALLOCATOR), or its reuse of
+memory would be measured as well.
 """
 import os
 import re

@@ -1,12 +1,12 @@
 """
 Kill train.py over and over, resume it, and compare the finished run with an unbroken one, bit for bit.
 
-    python tests/kill_campaign.py --kills=200 --out_dir=/tmp/kills        # goes on where it was stopped
+    python tests/campaigns/kill_campaign.py --kills=200 --out_dir=/tmp/kills    # resumes a stopped one
 
-A kill is a SIGKILL to one rank, after which the others are ended as torchrun would, or to all ranks at once; at a random
-moment, or on the border of a random phase (before or after a rename, say), which random moments hit too rarely. After
-every kill each folder with a checkpoint's name must be readable as a whole. kills.jsonl gets a line a kill; the status is 1
-if anything was wrong.
+A kill is a SIGKILL to one rank, after which the others are ended as torchrun would, or to all ranks at
+once; at a random moment, or on the border of a random phase (before or after a rename, say), which
+random moments hit too rarely. After every kill each folder with a checkpoint's name must be readable as
+a whole. kills.jsonl gets a line for each kill; the status is 1 if anything was wrong.
 """
 import collections
 import json
@@ -68,7 +68,8 @@ def differences(run, whole):
 
 def live_and_die(kind, run, knobs, seconds, chance, beats):
     """One life of the run, from its newest checkpoint to its end or death; returns {at, phase, who} of its death or None."""
-    ranks, victim = KINDS[kind][0], chance.randrange(KINDS[kind][0])
+    ranks, _ = KINDS[kind]
+    victim = chance.randrange(ranks)
     fatal = (victim, chance.randrange(1, 150)) if chance.random() < 0.5 else None
     all_at_once = not fatal and chance.random() < 0.5
     beats[:ranks] = bytes(ranks)
@@ -81,7 +82,8 @@ def live_and_die(kind, run, knobs, seconds, chance, beats):
     phase = PHASES[beats[victim]]
     for pid in pids if all_at_once else [pids[victim]]:
         os.kill(pid, signal.SIGKILL)  # does nothing to one that has ended
-    (status,), others = wait([pids[victim]]), [pid for pid in pids if pid != pids[victim]]
+    status, = wait([pids[victim]])
+    others = [pid for pid in pids if pid != pids[victim]]
     if status != -signal.SIGKILL:
         statuses = [status, *wait(others)]
         assert statuses == [0] * ranks or all_at_once, f"{run}.txt: the run ended with {statuses}"
@@ -95,17 +97,24 @@ def live_and_die(kind, run, knobs, seconds, chance, beats):
 
 def sit(folder, chance, beats):
     """Kill until kills.jsonl has `kills` lines; returns the number of faults that were seen."""
-    record, faults, runs, knobs = folder / "kills.jsonl", 0, 0, KNOBS + make_setting(folder / "setting")
-    count = lambda: len(record.read_text().splitlines()) if record.exists() else 0
-    seconds = {}
+    record = folder / "kills.jsonl"
+    knobs = KNOBS + make_setting(folder / "setting")
+    faults, runs = 0, 0
+    seconds = {}  # of the unbroken run of each kind
+
+    def count():
+        return len(record.read_text().splitlines()) if record.exists() else 0
+
     while count() < kills:
         kind = chance.choice(list(KINDS))
         ranks, more = KINDS[kind]
-        whole, run = (folder / f"{kind.replace(', ', '-')}{end}" for end in ("", "-killed"))
+        whole = folder / kind.replace(", ", "-")
+        run = Path(f"{whole}-killed")
         if kind not in seconds:
             shutil.rmtree(whole, ignore_errors=True)
             started = time.time()
-            assert wait(fork_ranks(ranks, [*knobs, *more, f"--out_dir={whole}"], f"{whole}.txt")) == [0] * ranks, f"{whole}.txt"
+            pids = fork_ranks(ranks, [*knobs, *more, f"--out_dir={whole}"], f"{whole}.txt")
+            assert wait(pids) == [0] * ranks, f"{whole}.txt"
             seconds[kind] = time.time() - started
         finished = False
         while not finished and count() < kills:
@@ -119,8 +128,11 @@ def sit(folder, chance, beats):
             if death:
                 with open(record, "a") as file:
                     file.write(json.dumps({"kind": kind, **death}) + "\n")
-            elif finished := (run / "step_9").exists():
-                if wrong := differences(run, whole):
+                continue
+            finished = (run / "step_9").exists()
+            if finished:
+                wrong = differences(run, whole)
+                if wrong:
                     faults += 1
                     print(f"{run}: not the unbroken run: {wrong[:5]}", flush=True)
                 runs += 1
@@ -128,7 +140,8 @@ def sit(folder, chance, beats):
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     print(f"{len(lines)} kills, {runs} runs finished and compared in this sitting, {faults} faults")
     for key in ("kind", "phase", "at", "who"):
-        print(f"  {key}: " + ", ".join(f"{k} {n}" for k, n in collections.Counter(line[key] for line in lines).most_common()))
+        counts = collections.Counter(line[key] for line in lines).most_common()
+        print(f"  {key}: " + ", ".join(f"{name} {n}" for name, n in counts))
     return faults
 
 

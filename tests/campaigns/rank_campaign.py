@@ -1,11 +1,12 @@
 """
-The same run on 1, 2 and 4 ranks x none, full, hybrid x LoRA and full finetuning: losses, final weights; and resharding.
+The same run on 1, 2, 4 ranks x none, full, hybrid x LoRA, full finetuning: losses, weights; resharding.
 
-    python tests/rank_campaign.py --out_dir=/tmp/ranks --steps=50
+    python tests/campaigns/rank_campaign.py --out_dir=/tmp/ranks --steps=50
 
-One line a run: the largest difference of its losses (relative) and of its final weights from one process. The last two runs
-go on, with 2 ranks and with 1, from a checkpoint of a sharded run that was killed on 4. Status 1 if one differs by more than
-fp32's rounding (2e-5 and 1e-5). That replicas stay equal and frozen weights have no gradient is checked by train.py itself.
+One line a run: the largest difference of its losses (relative) and of its final weights from one process.
+The last two runs resume, with 2 ranks and with 1, a checkpoint of a sharded run that was killed on 4.
+Status 1 if one differs by more than fp32's rounding (2e-5 and 1e-5). That replicas stay equal and frozen
+weights have no gradient is checked by train.py itself.
 """
 import itertools
 import json

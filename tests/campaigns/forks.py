@@ -1,4 +1,9 @@
-"""Ranks of train.py as forks of one process, which spares the import of torch: for campaigns of many short runs."""
+"""
+Ranks of train.py as forks of one process, for campaigns of many short runs: torch is imported once.
+
+    parent (has imported torch) -- fork --> rank 0: runs train.py
+                                -- fork --> rank 1: runs train.py
+"""
 import os
 import runpy
 import signal
@@ -11,7 +16,7 @@ import torch
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import lion  # noqa: E402, F401 (with all that takes long to import)
 import lora  # noqa: E402, F401
@@ -23,12 +28,14 @@ PHASES = ("start", "forward", "backward", "save", "write", "rename", "delete", "
 def fork(work, output=os.devnull):
     """Run work() in a child whose output is added to a file; returns its pid."""
     sys.stdout.flush()
-    if pid := os.fork():
+    pid = os.fork()
+    if pid:
         return pid
     status = 1
     try:
         with open(output, "a") as file:
-            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
         status = work() or 0
     except SystemExit as stop:
         status = stop.code or 0
@@ -47,25 +54,27 @@ def make_setting(folder):
     if not folder.exists():
         folder.mkdir(parents=True)
         assert wait([fork(work)]) == [0]
-    return [f"--base={folder / 'base'}", f"--data={folder / 'data'}", "--dtype=float32", "--learning_rate=1e-3", "--device=cpu"]
+    return [f"--base={folder / 'base'}", f"--data={folder / 'data'}", "--dtype=float32",
+            "--learning_rate=1e-3", "--device=cpu"]
 
 
 def fork_ranks(ranks, argv, output, beats=None, fatal=None):
     """Start train.py with argv on `ranks` ranks, with torchrun's environment; returns their pids.
 
-    beats: shared bytes, where each rank leaves the number of the phase it is in. fatal = (rank, n): that rank kills
-    itself on the n-th border between phases."""
+    beats: shared bytes, where each rank leaves the number of the phase it is in. fatal = (rank, n):
+    that rank kills itself on the n-th border between phases."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
 
     def work(rank):
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-                          MASTER_ADDR="localhost", MASTER_PORT=str(port))
-        del sys.modules["runtime"]  # which read the rank when it was imported; train.py and what knows of ranks do so anew
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
+                          LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+        del sys.modules["runtime"]  # it reads the rank when it is imported: here, a second time
         sys.argv = ["train.py", *argv]
         if beats is not None:
-            watch(rank, beats, fatal[1] if fatal and fatal[0] == rank else -1)
+            last = fatal[1] if fatal and fatal[0] == rank else -1
+            watch(rank, beats, last)
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
     return [fork(lambda rank=rank: work(rank), output) for rank in range(ranks)]
@@ -73,7 +82,8 @@ def fork_ranks(ranks, argv, output, beats=None, fatal=None):
 
 def wait(pids, seconds=120):
     """Exit statuses of processes; those that take longer are killed."""
-    statuses, until = [], time.time() + seconds
+    statuses = []
+    until = time.time() + seconds
     for pid in pids:
         while is_alive(pid) and time.time() < until:
             time.sleep(0.01)
@@ -95,7 +105,8 @@ def watch(rank, beats, last):
 
     def border(phase):
         nonlocal borders
-        beats[rank], borders = phase, borders + 1
+        beats[rank] = phase
+        borders += 1
         if borders == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -110,8 +121,11 @@ def watch(rank, beats, last):
             return result
         setattr(owner, name, call)
 
-    for owner, name, phase in ((model.Llama, "forward", "forward"), (torch.Tensor, "backward", "backward"),
-                               (checkpoint, "save_checkpoint", "save"), (checkpoint, "save_weights", "write"),
-                               (checkpoint, "save_file", "write"), (Path, "rename", "rename"), (checkpoint, "drop", "delete"),
-                               (checkpoint, "fsync_folder", "fsync")):
-        wrap(owner, name, phase)
+    wrap(model.Llama, "forward", "forward")
+    wrap(torch.Tensor, "backward", "backward")
+    wrap(checkpoint, "save_checkpoint", "save")
+    wrap(checkpoint, "save_weights", "write")
+    wrap(checkpoint, "save_file", "write")
+    wrap(Path, "rename", "rename")
+    wrap(checkpoint, "delete_checkpoint", "delete")
+    wrap(checkpoint, "fsync_folder", "fsync")

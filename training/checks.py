@@ -1,0 +1,96 @@
+"""
+What train.py refuses: impossible knobs before anything is loaded, wrong wiring at the first step.
+
+    check_knobs        train.py: error: global_batch must be at least 1, found 0
+    check_first_step   train.py: error: layers.0.mlp.down_proj.weight is frozen but has a gradient
+"""
+import math
+import shutil
+from pathlib import Path
+
+from model import full_tensor
+from runtime import print0
+
+
+def check_knobs(knobs, ranks):
+    """Raise ValueError for mistakes that can be found before anything is loaded.
+
+    knobs: train.py's, as attributes; ranks: of the run, or of the one that is planned."""
+    # what has to be set
+    for name in ("base",) if knobs.dry_run else ("base", "data", "out_dir"):
+        if not getattr(knobs, name):
+            raise ValueError(f"{name} is not set; see --help")
+    for name in ("global_batch", "microbatch", "log_interval", "gpus"):
+        if getattr(knobs, name) < 1:
+            raise ValueError(f"{name} must be at least 1, found {getattr(knobs, name)}")
+    check_batch(knobs, ranks)
+    check_lora(knobs)
+
+    # a new run must not overwrite another
+    if knobs.resume and knobs.resume_from:
+        raise ValueError("resume goes on in out_dir, resume_from starts a new out_dir: "
+                         "say one of them")
+    is_new = not (knobs.resume or knobs.auto_resume or knobs.dry_run)
+    if is_new and (Path(knobs.out_dir) / "log.jsonl").exists():
+        raise ValueError(f"out_dir: {knobs.out_dir} holds a run; go on with --resume=True or "
+                         "choose another folder")
+
+    # ranges
+    if not 0 <= knobs.attention_dropout < 1:
+        raise ValueError("attention_dropout must be at least 0 and below 1, "
+                         f"found {knobs.attention_dropout}")
+    if knobs.lora_rank < 0 or knobs.grad_clip < 0 or knobs.learning_rate <= 0:
+        raise ValueError("lora_rank and grad_clip must not be negative, "
+                         "learning_rate must be positive")
+
+    # the compiler
+    if knobs.compile and knobs.activation_checkpointing == "selective":
+        raise ValueError("activation_checkpointing=selective: a compiled block hides its products; "
+                         "say block, or compile=False")
+    if knobs.compile and knobs.device == "cpu" and not shutil.which("g++"):
+        raise ValueError("compile=True on a CPU needs a C++ compiler (g++); say --compile=False")
+
+
+def check_batch(knobs, ranks):
+    """Raise ValueError unless the microbatches of all ranks divide the batch."""
+    rows_at_once = knobs.microbatch * ranks
+    if knobs.global_batch % rows_at_once:
+        on_ranks = f" on {ranks} ranks" if ranks > 1 else ""
+        nearest = max(1, round(knobs.global_batch / rows_at_once)) * rows_at_once
+        raise ValueError(f"microbatch={knobs.microbatch}{on_ranks} does not divide global_batch="
+                         f"{knobs.global_batch}; the nearest that does is {nearest}")
+
+
+def check_lora(knobs):
+    """Raise ValueError for knobs of LoRA that contradict each other."""
+    if knobs.scratch and (knobs.lora_rank or knobs.adapter):
+        raise ValueError("scratch: LoRA needs a pretrained base; say scratch=False or lora_rank=0")
+    if knobs.lora_rank and knobs.adapter:
+        raise ValueError("adapter: it brings its own rank; say lora_rank=0")
+    says_how = knobs.lora_alpha is not None or knobs.lora_targets != "all" or knobs.rslora
+    if says_how and not knobs.lora_rank:
+        why = ": an adapter brings them" if knobs.adapter else ", which is full finetuning"
+        raise ValueError("lora_alpha, lora_targets and rslora say how LoRA is made, but lora_rank "
+                         "is 0" + why)
+
+
+def check_first_step(model, loss, is_from_scratch):
+    """Raise ValueError for a wrong wiring after the first backward pass; warn of a strange loss.
+
+    is_from_scratch: whether the weights were random."""
+    # a model that knows nothing guesses evenly; a pretrained one must not be worse
+    uniform = math.log(model.config.vocab_size)
+    if loss > uniform + 1 or is_from_scratch and loss < uniform - 2:
+        print0(f"WARNING: first loss {loss:.2f}; guessing evenly would give {uniform:.2f}: "
+               "are base and data right?")
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            if p.grad is not None:
+                raise ValueError(f"{name} is frozen but has a gradient")
+            continue
+        # lora_A has a gradient of zeros while lora_B is zero; lora_B must move
+        is_dead = p.grad is None
+        if name.endswith("lora_B") and not is_dead:
+            is_dead = not full_tensor(p.grad).any()
+        if is_dead:
+            raise ValueError(f"{name} is trained but has no gradient")
