@@ -6,12 +6,13 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-# what does not make two runs two settings
-NO_SETTING = {"data", "base", "out_dir", "resume", "auto_resume", "resume_from", "val_data", "seed", "max_steps", "max_epochs",
-              "max_tokens", "warmup_steps", "cooldown_steps", "microbatch", "log_interval", "eval_interval", "eval_rows",
-              "save_interval", "keep_last", "async_save", "checkpoint_at", "max_skipped", "device", "compile", "lora_kernel",
-              "shard", "shard_ranks", "activation_checkpointing", "memory_gb", "dry_run", "gpus", "gpu", "mfu", "data_rows",
-              "lora_rank", "lora_alpha", "lora_targets"}
+import train
+
+# knobs of train.py that make two runs two settings; rank, alpha, targets, data and base stand beside them in a Point
+SETTING = ("scratch", "adapter", "global_batch", "seq_len", "shuffle", "optimizer", "learning_rate", "beta1", "beta2",
+           "weight_decay", "attention_dropout", "grad_clip", "loss_norm", "doc_mask", "schedule", "alpha_f", "t_scale",
+           "alpha_f_decay", "alpha_f_cooldown", "schedule_lag", "dtype", "param_dtype")
+LORA_SETTING = ("lora_dropout", "rslora")  # of LoRA alone
 REGULARISERS = {"weight_decay": 1e-5, "attention_dropout": 1e-9}  # of figure 4, from where on; code CPT's decay of 1e-6 is none
 T_975 = {2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t by degrees of freedom
 problems = Counter()
@@ -136,8 +137,9 @@ def setting_of(run):
     rank = run.config.get("lora_rank") or 0
     alpha = (run.config.get("lora_alpha") or 2 * rank) if rank else 0
     targets = targets_name(run.config.get("lora_targets", "all")) if rank else "all"
-    other = tuple(sorted((k, str(v)) for k, v in run.config.items() if k not in NO_SETTING and (rank or k != "lora_dropout")
-                         and k != "rslora" or k == "rslora" and v))
+    # a knob that an older run does not know counts as train.py's default
+    knobs = sorted(SETTING + LORA_SETTING if rank else SETTING)
+    other = tuple((knob, str(run.config.get(knob, getattr(train, knob)))) for knob in knobs)
     base = Path(run.config["base"]).name if run.config.get("base") else run.name
     return Path(run.config.get("data", "")).name, base, rank, alpha, targets, other
 

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 
+import train
+from configurator import find_knobs
 from paper import plot
 from paper.plot import BASE, FULL, RANKS, spread
-from paper.results import ends_of, main_settings, mean_of_seeds, points_of, read_run, targets_name
+from paper.results import LORA_SETTING, SETTING, ends_of, main_settings, mean_of_seeds, points_of, read_run, targets_name
 
 BASE_CONFIG = {"base": "models/base", "data": "data/gsm8k", "lora_rank": 0, "lora_alpha": None, "lora_targets": "all",
                "learning_rate": 1e-5, "weight_decay": 0.0, "lora_dropout": 0.05, "optimizer": "lionw", "seed": 1, "max_steps": 10}
@@ -347,7 +349,7 @@ def test_plain_full_finetuning_is_the_one_without_a_regulariser(tmp_path):
         write_run(tmp_path / name, ((10, LEARN, 0.2),), **more)
     points, _ = load(tmp_path)
     (_, setting), = main_settings(points)
-    assert dict(setting[5])["weight_decay"] == "1e-06" and "attention_dropout" not in dict(setting[5])
+    assert dict(setting[5])["weight_decay"] == "1e-06" and dict(setting[5])["attention_dropout"] == "0.0"
 
 
 def test_one_seed_twice_is_one_and_another_seeds_base_is_another(tmp_path):
@@ -435,6 +437,30 @@ def test_a_trunk_and_its_branches_are_one_setting(tmp_path):
     write_run(tmp_path / "branch", ((10, LEARN, 0.4),), resume_from="trunk/step_8", auto_resume=True, shard="full", max_steps=10)
     points, _ = load(tmp_path)
     assert len({p.setting for p in points}) == 1 and sorted(p.place["step"] for p in points) == [10, 20]
+
+
+def test_old_and_new_seeds_are_one_setting_where_the_new_knobs_are_at_their_defaults(tmp_path):
+    """A run made before train.py had a knob counts as one with its default; a knob that makes no setting is not looked at."""
+    defaults = {name: knob.default for name, knob in find_knobs(vars(train)).items()}
+    added = {**defaults, "rank_of_the_future": 3}
+    write_run(tmp_path / "old", ((10, LEARN, 0.2),), seed=1)
+    write_run(tmp_path / "new", ((10, LEARN, 0.4),), **{**added, **BASE_CONFIG, "seed": 2})
+    write_run(tmp_path / "other", ((10, LEARN, 0.9),), **{**added, **BASE_CONFIG, "seed": 3, "schedule": "constant"})
+    for seed in (1, 2):
+        newer = added if seed == 2 else {}
+        write_run(tmp_path / f"lora{seed}", ((10, LEARN, 0.3),), **{**newer, **BASE_CONFIG, "seed": seed, "lora_rank": 16})
+    points, _ = load(tmp_path)
+    values = {(point.rank, dict(point.other).get("schedule", "cosine")): point.values[LEARN][0] for point in points}
+    assert values == {(0, "cosine"): pytest.approx(0.3), (0, "constant"): 0.9, (16, "cosine"): pytest.approx(0.3)}
+
+
+def test_it_is_decided_of_every_knob_of_training_whether_it_makes_a_setting():
+    """A new knob of train.py fails here until it stands in SETTING, or in this list of what runs of one setting may differ in."""
+    apart = {"base", "data", "lora_rank", "lora_alpha", "lora_targets"}  # which Point has under their own names
+    no_setting = set("""out_dir resume auto_resume resume_from val_data seed max_steps max_epochs max_tokens warmup_steps
+        cooldown_steps microbatch log_interval eval_interval eval_rows save_interval keep_last async_save checkpoint_at max_skipped
+        device compile lora_kernel shard shard_ranks activation_checkpointing memory_gb dry_run gpus gpu mfu data_rows""".split())
+    assert set(find_knobs(vars(train))) == {*SETTING, *LORA_SETTING} | apart | no_setting
 
 
 def test_ends_of_takes_the_length_most_settings_share(tmp_path):
