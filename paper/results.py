@@ -275,7 +275,7 @@ def points_of(all_runs):
 
 
 def points_of_trained(runs):
-    """[Point] of all steps above 0. Of two runs of one setting, seed and length the first counts."""
+    """[Point] of all steps above 0; of two runs of one setting, seed and length the first counts."""
     groups = defaultdict(lambda: defaultdict(list))  # {(setting, step, last): {metric: values}}
     places = {}
     seen = set()
@@ -320,7 +320,7 @@ def values_at_start(runs):
 def main_settings(points):
     """[(rank, setting)] that the curves of a dataset show, full finetuning first: one a rank.
 
-    It is the setting with the most lengths, then the paper's form (LoRA on all modules, alpha = 2 r,
+    It is the setting with the most lengths, then the paper's form (LoRA on all modules, alpha 2 r,
     no regulariser), then the one whose other knobs most settings share."""
     lengths = defaultdict(set)  # {setting: {(step, last)}}
     for point in points:
