@@ -11,11 +11,11 @@ Stage 4: figures, as .png and .pdf, from what the other stages left.
 
 A run is a folder of train.py; a folder with results.jsonl alone is a base that was evaluated. Runs
 that differ only in seed become one series, those that differ only in length its points. Of several
-settings of one method and rank the curves show the one with the most lengths (then the paper's form:
-all modules, alpha 2 r); the sweeps show the others.
+settings of one method and rank the curves show the one with the most lengths (then the paper's
+form: all modules, alpha 2 r); the sweeps show the others.
 Bars are 95% intervals: of the mean over seeds where there are three or more (Student's t), else of
-the evaluation's items. Missing series are left out. Lines that cannot be read and values that are no
-numbers are counted and reported at the end.
+the evaluation's items. Missing series are left out. Lines that cannot be read and values that are
+no numbers are counted and reported at the end.
 """
 import glob
 from collections import Counter
@@ -106,7 +106,7 @@ def read_spectra(files):
 
 # ----------------------------------------------------------------------------- which figures
 def figures_of_spectra(loaded, block):
-    """[(figure, what sets its file's name apart, function, arguments)] of every file of spectrum.py.
+    """[(figure, suffix of its file's name, function, arguments)] of every file of spectrum.py.
 
     Where there are several, a name has the run's folder in it, or the file's own name."""
     several = sum(content["kind"] == "spectrum" for _, content in loaded) > 1
@@ -165,7 +165,7 @@ if __name__ == "__main__":
             taken = [(path, content) for path, content in loaded if content["kind"] == "spectrum"]
             changes = ranks_of_changes(taken, settings)
 
-        # every figure: its name, what sets its file's name apart, what draws it
+        # every figure: its name, the suffix of its file's name, what draws it
         listed = [
             ("learning", "", draw_curves, (points, bases, learning, metrics)),
             ("forgetting", "", draw_curves, (points, bases, forgetting, metrics)),

@@ -60,7 +60,7 @@ def checkpoint_looks(spectrum):
 
 
 def ranks_of_changes(loaded, settings):
-    """{setting: [(tokens, effective rank of D, that of a random matrix, share)]}, over all matrices.
+    """{setting: [(tokens, effective rank of D, that of a random matrix, share)]}; ranks are means.
 
     loaded [(path, JSON)]; settings {run folder: setting}. A checkpoint is of the run whose folder
     it names, or, where everything has been moved, of the run whose folder holds the JSON."""

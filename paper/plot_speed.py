@@ -63,7 +63,7 @@ def token_tick(value, _):
 
 # ----------------------------------------------------------------------------- bars
 def draw_speed(all_runs, tables):
-    """Tokens a second and peak memory: ours and the peer's of the benches, and those of the runs."""
+    """Tokens a second and peak memory, of the benches (ours and the peer's) and of the runs."""
     bars = [*bench_bars(tables), *run_bars(all_runs)]
     bars = [bar for bar in bars if bar["tok_per_s"] is not None]
     if not bars:

@@ -275,7 +275,7 @@ def points_of(all_runs):
 
 
 def points_of_trained(runs):
-    """[Point] of all steps above 0; of two runs of one setting, seed and length the first counts."""
+    """[Point] of all steps above 0. Of two equal runs, seed and length too, the first counts."""
     groups = defaultdict(lambda: defaultdict(list))  # {(setting, step, last): {metric: values}}
     places = {}
     seen = set()
