@@ -1,4 +1,4 @@
-"""
+r"""
 The paper's claims, one by one, over any runs: each holds, does not hold, or cannot be told.
 
     python -m paper.claims --runs='out/claims/*/*' --learning='loss target' \
@@ -13,9 +13,9 @@ A run is a folder of train.py. The runs of one seed are compared with one anothe
 the mean over seeds of their difference, with its 95% interval (Student's t). With one seed or two
 the interval is that of the evaluation's items: the same ones in both runs, so of their differences
 (values.jsonl; without it the errors of the two are taken as independent). It says nothing about
-other seeds. A loss from train.py's log has no items, and a claim without an interval cannot be told.
-A claim holds where the whole interval does. What a run began with is its base's folder beside it,
-or step 0 of its log for what train.py logged. All at the longest duration.
+other seeds. A loss from train.py's log has no items, and a claim without an interval cannot be
+told. A claim holds where the whole interval does. What a run began with is its base's folder beside
+it, or step 0 of its log for what train.py logged. All at the longest duration.
 """
 import glob
 import json
@@ -41,7 +41,7 @@ FORGOT = 1
 
 
 class Method(NamedTuple):
-    """What is compared: full finetuning (rank 0) or LoRA, and how it differs from the plain form."""
+    """What is compared: full finetuning (rank 0) or LoRA, and what makes it other than plain."""
     rank: int
     variant: str  # '' | 'weight decay' | 'attention dropout' | 'attention' | 'mlp'
 
@@ -146,8 +146,8 @@ def change_between(metric, before, after, items_before, items_after):
     The base's own error is in the items, which are the same ones, but not in stderr: between runs
     it cancels. ValueError for other items than the base's."""
     if items_before and items_after and len(items_before) != len(items_after):
-        raise ValueError(f"{metric}: {len(items_before)} items of the base, {len(items_after)} of a "
-                         "run; evaluate the same ones")
+        raise ValueError(f"{metric}: {len(items_before)} items of the base, {len(items_after)} of "
+                         "a run; evaluate the same ones")
     items = tuple(end - start for start, end in zip(items_before, items_after))
     return Change(after[0] - before[0], after[1], items)
 
