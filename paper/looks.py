@@ -49,13 +49,16 @@ def style_of(rank, ranks):
     """Colour and marker of full finetuning, or of a rank among those in the figure."""
     if not rank:
         return {"color": FULL, "marker": "o"}
+    # the first marker is full finetuning's
     i = sorted(set(ranks) - {0}).index(rank)
-    return {"color": RANKS[i % len(RANKS)], "marker": MARKERS[1:][i % 5]}
+    marker = MARKERS[1 + i % 5]
+    return {"color": RANKS[i % len(RANKS)], "marker": marker}
 
 
 def shades_of(n):
     """n colours from light to dark, for lengths."""
-    return [matplotlib.colors.to_hex(shade) for shade in plt.cm.cividis(np.linspace(0.75, 0.0, n))]
+    shades = plt.cm.cividis(np.linspace(0.75, 0.0, n))
+    return [matplotlib.colors.to_hex(shade) for shade in shades]
 
 
 def short(number):
@@ -70,11 +73,10 @@ def short(number):
 def draw_line(ax, xs, pairs, **style):
     """A line through [(value, half width or None)], with the intervals where there are any."""
     ax.plot(xs, [value for value, _ in pairs], **style)
-    bars = [(x, value, half) for x, (value, half) in zip(xs, pairs) if half]
-    if bars:
-        xs, values, halves = zip(*bars)
-        ax.errorbar(xs, values, halves, fmt="none", ecolor=style["color"], elinewidth=0.8,
-                    capsize=1.5, alpha=0.5)
+    for x, (value, half) in zip(xs, pairs):
+        if half:
+            ax.errorbar(x, value, half, fmt="none", ecolor=style["color"], elinewidth=0.8,
+                        capsize=1.5, alpha=0.5)
 
 
 def draw_base_line(ax, base):
@@ -84,9 +86,21 @@ def draw_base_line(ax, base):
         name_end(ax, None, base[0], "base", BASE)
 
 
+def draw_chance_line(ax, y):
+    """What chance would give, dashed."""
+    ax.axhline(y, color=CHANCE, ls="--", lw=1)
+
+
+def legend_entry(name, **style):
+    """A handle for a legend that is not taken from a line in the figure."""
+    return plt.Line2D([], [], label=name, **style)
+
+
 def name_end(ax, x, y, text, colour):
     """Ask for a name at the end of a line, for place_names to write; x = None is the right edge."""
-    ax.ends = [*getattr(ax, "ends", []), (x, y, text, colour)]
+    if not hasattr(ax, "ends"):
+        ax.ends = []
+    ax.ends.append((x, y, text, colour))
 
 
 def spread_apart(wanted, gap):
@@ -94,14 +108,16 @@ def spread_apart(wanted, gap):
 
     Least squares by pooling adjacent violators: position i less i * gap must not fall, so
     neighbours that do are pooled to their mean."""
-    pools = []  # [mean, how many]
+    pools = []  # (mean, how many)
     for i, y in enumerate(wanted):
-        pools.append([y - i * gap, 1])
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            upper, n_upper = pools.pop()
-            lower, n_lower = pools.pop()
-            n = n_lower + n_upper
-            pools.append([(lower * n_lower + upper * n_upper) / n, n])
+        mean = y - i * gap
+        n = 1
+        # pool with the neighbour below for as long as that one is higher
+        while pools and pools[-1][0] > mean:
+            below, n_below = pools.pop()
+            mean = (below * n_below + mean * n) / (n_below + n)
+            n += n_below
+        pools.append((mean, n))
 
     placed = []
     for mean, n in pools:
@@ -123,8 +139,10 @@ def place_names(fig):
         anchors = []
         heights = []
         for x, y, _, _ in ends:
-            anchors.append((right if x is None else x, y))
-            heights.append(to_axes.transform(ax.transData.transform(anchors[-1]))[1])
+            anchor = (right if x is None else x, y)
+            pixels = ax.transData.transform(anchor)
+            anchors.append(anchor)
+            heights.append(to_axes.transform(pixels)[1])
 
         # a line of text, 7 points high, as a share of the axes
         gap = 7 * 1.15 * fig.dpi / 72 / ax.get_window_extent().height
@@ -150,8 +168,9 @@ def length_axis(ax, points, kind):
     'auto' takes epochs from one epoch on, else tokens; steps where a point lacks the unit."""
     if kind == "auto":
         kind = "tokens"
-        if has_length(points, "epoch") and max(point.place["epoch"] for point in points) >= 1:
-            kind = "epoch"
+        if has_length(points, "epoch"):
+            longest = max(point.place["epoch"] for point in points)
+            kind = "epoch" if longest >= 1 else "tokens"
     if not has_length(points, kind):
         kind = "step"
     ax.set_xlabel({"epoch": "epochs", "tokens": "tokens", "step": "steps"}[kind])
@@ -166,10 +185,15 @@ def powers_axis(ax, values):
     values = sorted(set(values))
     if len(values) == 1:
         ax.set_xticks(values, [short(values[0])])
-    if len(values) < 2 or values[0] <= 0 or values[-1] / values[0] < 4:
+    if len(values) < 2 or values[0] <= 0:
         return
+    span = values[-1] / values[0]
+    if span < 4:
+        return
+
+    # from the largest value down, each tick an eighth of the axis away from the last
     ax.set_xscale("log", base=2)
-    least_ratio = (values[-1] / values[0]) ** 0.12
+    least_ratio = span ** 0.12
     ticks = [values[-1]]
     for value in reversed(values[:-1]):
         if ticks[-1] / value >= least_ratio:

@@ -10,7 +10,8 @@ import statistics
 from dataclasses import dataclass
 
 from paper.looks import (BASE, CHANCE, OTHERS, datasets_of, draw_base_line, draw_line, grid_of,
-                         has_length, length_axis, method_name, name_end, plt, short, style_of)
+                         has_length, legend_entry, length_axis, method_name, name_end, short,
+                         style_of)
 from paper.results import curve_of, falls, main_settings, pick
 
 NAMES = {"gsm8k_strict_match": "GSM8K accuracy", "humaneval_pass@1": "HumanEval pass@1",
@@ -37,6 +38,7 @@ def ranks_in(points):
 # ----------------------------------------------------------------------------- curves
 def draw_curves(points, bases, names, metrics):
     """The first metric of `names` by length: a panel for each dataset, a line for each rank."""
+    # a panel for each dataset that has one of the metrics
     panels = []
     for key, some in datasets_of(points).items():
         metric = pick(names, some)
@@ -53,15 +55,19 @@ def draw_curves(points, bases, names, metrics):
 
 def draw_curve_panel(ax, points, metric, base, metrics):
     """A metric by length, a line for each rank, and the base as (value, half width) or None."""
+    # the settings to show, of those points that have the metric
     measured = [point for point in points if metric in point.values]
-    lines = {rank: curve_of(measured, setting) for rank, setting in main_settings(measured)}
+    lines = {}
+    for rank, setting in main_settings(measured):
+        lines[rank] = curve_of(measured, setting)
     kind = length_axis(ax, sum(lines.values(), []), metrics.length)
     for rank, line in lines.items():
         style = style_of(rank, ranks_in(points))
         lengths = [point.place[kind] for point in line]
         values = [point.values[metric] for point in line]
         draw_line(ax, lengths, values, **style)
-        name_end(ax, lengths[-1], values[-1][0], method_name(rank), style["color"])
+        last, _ = values[-1]
+        name_end(ax, lengths[-1], last, method_name(rank), style["color"])
     draw_base_line(ax, base)
     ax.set_ylabel(metrics.title(metric))
 
@@ -93,6 +99,7 @@ def regularised_series(points):
     full = dict(main_settings(points)).get(0)
     if full is None:
         return []
+    # settings of full finetuning that differ from the plain one, but not in the learning rate
     plain = dict(full.other)
     found = []  # (what is different, setting)
     for setting in dict.fromkeys(point.setting for point in points):
@@ -102,6 +109,8 @@ def regularised_series(points):
             found.append((", ".join(words), setting))
     if not found:
         return []
+
+    # they stand beside the plain methods, in colours of their own
     series = main_series(points)
     for i, (words, setting) in enumerate(sorted(found)):
         style = {"color": OTHERS[i % 3], "marker": "XphH*"[i % 5]}
@@ -112,6 +121,7 @@ def regularised_series(points):
 def draw_planes(series_of, points, bases, metrics):
     """A plane for each dataset; series_of {(dataset, base): [(name, style, points by length)]}."""
     panels = []
+    # the datasets that have both metrics
     for key, some in datasets_of(points).items():
         learn = pick(metrics.learning, some)
         forget = pick(metrics.forgetting, some)
@@ -159,8 +169,7 @@ def draw_plane_panel(ax, learn, forget, series, base_learn, base_forget, metrics
         ys = [point.values[learn][0] for point in line]
         areas = [sizes[point.place[kind]] for point in line]
         ax.plot(xs, ys, color=colour, lw=0.8, alpha=0.6)
-        ax.scatter(xs, ys, areas, color=colour, marker=style["marker"], alpha=0.85, linewidths=0.4,
-                   edgecolors="white", zorder=3)
+        ax.scatter(xs, ys, areas, **style, alpha=0.85, linewidths=0.4, edgecolors="white", zorder=3)
         for point, x, y in zip(line, xs, ys):
             half_y = point.values[learn][1] or 0
             half_x = point.values[forget][1] or 0
@@ -199,14 +208,14 @@ def plane_handles(series, sizes, kind, with_base):
     """The legend of a plane: its series, the base, the shortest and the longest length."""
     handles = []
     for name, style, _ in series:
-        handles.append(plt.Line2D([], [], ls="", **style, label=name))
+        handles.append(legend_entry(name, ls="", **style))
     if with_base:
-        handles.append(plt.Line2D([], [], ls="", color=BASE, marker="*", label="base"))
+        handles.append(legend_entry("base", ls="", color=BASE, marker="*"))
     if len(sizes) > 1:
         for length in (min(sizes), max(sizes)):
-            diameter = sizes[length] ** 0.5
-            handles.append(plt.Line2D([], [], ls="", color="#bbbbbb", marker="o",
-                                      markersize=diameter, label=f"{short(length)} {kind}"))
+            diameter = sizes[length] ** 0.5  # the sizes are areas
+            handles.append(legend_entry(f"{short(length)} {kind}", ls="", color="#bbbbbb",
+                                        marker="o", markersize=diameter))
     return handles
 
 
@@ -216,6 +225,7 @@ def draw_story(points, bases, changes, metrics):
     both on a plane, and the effective rank of what each method changed.
 
     changes: what ranks_of_changes returns, {setting: [(tokens, rank, random rank, share)]}."""
+    # the dataset with most points that have both metrics
     most = []
     for key, some in datasets_of(points).items():
         learn = pick(metrics.learning, some)
@@ -224,6 +234,7 @@ def draw_story(points, bases, changes, metrics):
         if len(some) > len(most):
             most = some
             best = key, learn, forget
+    # of its methods those whose change was measured
     measured = {}
     for rank, setting in main_settings(most):
         if setting in changes:
@@ -231,6 +242,7 @@ def draw_story(points, bases, changes, metrics):
     if not measured:
         return None
 
+    # the four panels
     key, learn, forget = best
     base_learn = bases.get((*key, learn))
     base_forget = bases.get((*key, forget))
@@ -249,15 +261,20 @@ def draw_rank_bars(ax, measured, ranks):
     """A bar a method: the effective rank of its change at the longest length, mean over seeds."""
     order = sorted(measured, key=lambda rank: rank or math.inf)  # full finetuning last
     for rank, found in measured.items():
+        # means over the seeds of the longest length
         longest = max(tokens for tokens, _, _, _ in found)
         mean = statistics.fmean(effective for tokens, effective, _, _ in found if tokens == longest)
         chance = statistics.fmean(random for tokens, _, random, _ in found if tokens == longest)
         share = found[0][-1]
+
+        # a bar, its number above it, and a dashed line where a random matrix would be
         at = order.index(rank)
-        ax.bar(at, mean, color=style_of(rank, ranks)["color"], width=0.6)
+        colour = style_of(rank, ranks)["color"]
+        ax.bar(at, mean, color=colour, width=0.6)
         ax.plot([at - 0.4, at + 0.4], [chance, chance], color=CHANCE, ls="--", lw=1)
         ax.annotate(f"{mean:.3g}", (at, mean), (0, 2), textcoords="offset points", ha="center",
                     fontsize=7)
-    ax.set_xticks(range(len(order)), [method_name(rank).replace(" ", "\n") for rank in order])
+    names = [method_name(rank).replace(" ", "\n") for rank in order]
+    ax.set_xticks(range(len(order)), names)
     ax.set(title="Rank of the change",
            ylabel=f"rank for {float(share):.0%} of its squares\n(dashed: a random matrix)")

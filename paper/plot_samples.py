@@ -17,18 +17,27 @@ def rank_of(run):
     return run.config.get("lora_rank") or 0
 
 
+def order_of(run):
+    """Bases first, then by rank and name."""
+    return bool(run.config), rank_of(run), run.name
+
+
 def subjects_of(all_runs, pattern):
     """[(name, style, {what the pattern found: (value, stderr)})] of runs with two such metrics.
 
     Bases first, then by rank. A rank with several runs has their folders' names."""
+    # runs with such metrics, and what the pattern found in each
     matching = []  # (run, {metric: what the pattern found})
-    for run in all_runs:
-        found = {metric: re.search(pattern, metric) for metric in run.metrics}
-        found = {metric: match[1] for metric, match in found.items() if match}
+    for run in sorted(all_runs, key=order_of):
+        found = {}
+        for metric in run.metrics:
+            match = re.search(pattern, metric)
+            if match:
+                found[metric] = match[1]
         if len(found) > 1:
             matching.append((run, found))
-    matching.sort(key=lambda pair: (bool(pair[0].config), rank_of(pair[0]), pair[0].name))
 
+    # their names, styles and values at the last step
     count = Counter(rank_of(run) for run, _ in matching if run.config)
     ranks = {rank_of(run) for run in all_runs if run.config}
     subjects = []
@@ -57,6 +66,7 @@ def draw_pass_at_k(all_runs):
     fig, (ax,) = grid_of(1, height=2.4)
     every_k = set()
     for name, style, values in subjects:
+        # values by k, with 95% intervals from their standard errors
         ks = sorted(map(int, values))
         every_k.update(ks)
         pairs = []
@@ -65,7 +75,8 @@ def draw_pass_at_k(all_runs):
             pairs.append((value, 1.96 * stderr if stderr else None))
         dashes = "--" if name == "base" else "-"
         draw_line(ax, ks, pairs, ls=dashes, **style)
-        name_end(ax, ks[-1], pairs[-1][0], name, style["color"])
+        last, _ = pairs[-1]
+        name_end(ax, ks[-1], last, name, style["color"])
     powers_axis(ax, every_k)
     ax.set(xlabel="k samples", ylabel="pass@k")
     return fig
@@ -73,20 +84,27 @@ def draw_pass_at_k(all_runs):
 
 def draw_diversity(all_runs):
     """Figure 5: unique outputs a problem, those that pass and those that fail."""
-    subjects = subjects_of(all_runs, f"({'|'.join(PARTS)})$")
-    subjects = [subject for subject in subjects if len(subject[2]) == len(PARTS)]
+    # those that have both parts
+    pattern = f"({'|'.join(PARTS)})$"
+    subjects = []
+    for name, style, values in subjects_of(all_runs, pattern):
+        if len(values) == len(PARTS):
+            subjects.append((name, style, values))
     if not subjects:
         return None
+
+    # a panel a part, a bar a subject
+    names = [name for name, _, _ in subjects]
     height = 0.6 + 0.24 * len(subjects)
     fig, axes = grid_of(2, width=PAGE * 0.8, height=height, sharey=True)
     for ax, (part, title) in zip(axes, PARTS.items()):
-        for i, (name, style, values) in enumerate(subjects):
+        for i, (_, style, values) in enumerate(subjects):
             value, stderr = values[part]
             half = 1.96 * stderr if stderr else 0
             ax.barh(i, value, color=style["color"], height=0.7, xerr=half or None,
                     error_kw={"elinewidth": 0.8})
             ax.annotate(f" {value:.3g}", (value + half, i), va="center", fontsize=7)
-        ax.set_yticks(range(len(subjects)), [name for name, _, _ in subjects])
+        ax.set_yticks(range(len(subjects)), names)
         ax.set(xlabel=f"unique outputs a problem {title}")
         ax.margins(x=0.15)
         ax.set_xlim(0, max(1, ax.get_xlim()[1]))  # also where none passes

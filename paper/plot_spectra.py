@@ -13,8 +13,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from paper.looks import (BASE, CHANCE, FULL, OTHERS, grid_of, method_name, name_end, plt,
-                         powers_axis, shades_of, short, style_of)
+from paper.looks import (BASE, CHANCE, FULL, OTHERS, draw_chance_line, grid_of, legend_entry,
+                         method_name, name_end, powers_axis, shades_of, short, style_of)
 
 DOTTED = (0, (1, 1.5))
 
@@ -29,7 +29,10 @@ def share_of(spectrum):
 def rows_of(rows, matrix, module, checkpoint=None):
     """The rows of W0, or of a checkpoint's W or D, of one module, in order of blocks."""
     wanted = matrix, module, checkpoint
-    found = [row for row in rows if (row["matrix"], row["module"], row["checkpoint"]) == wanted]
+    found = []
+    for row in rows:
+        if (row["matrix"], row["module"], row["checkpoint"]) == wanted:
+            found.append(row)
     return sorted(found, key=lambda row: row["layer"])
 
 
@@ -44,6 +47,7 @@ def short_module(module):
 
 def checkpoint_looks(spectrum):
     """[(name, colour)] of the checkpoints, in the file's order."""
+    # full finetuning has one colour, or a shade a checkpoint
     made = spectrum["checkpoints"]
     ranks = {checkpoint["lora_rank"] for checkpoint in made if checkpoint["lora_rank"]}
     full_count = sum(not checkpoint["lora_rank"] for checkpoint in made)
@@ -68,14 +72,18 @@ def ranks_of_changes(loaded, settings):
     found = defaultdict(list)
     for path, spectrum in loaded:
         share = share_of(spectrum)
+        changed = [row for row in spectrum["matrices"] if row["matrix"] == "D"]
         beside = settings.get(path.resolve().parent)
         for i, made in enumerate(spectrum["checkpoints"]):
-            setting = settings.get(Path(made["folder"]).resolve().parent, beside)
-            changed = [row for row in spectrum["matrices"] if row["matrix"] == "D"]
+            # means over all matrices of this checkpoint
             rows = [row for row in changed if row["checkpoint"] == i]
             effective = statistics.fmean(row["effective_rank"][share] for row in rows)
             random = statistics.fmean(row["random_rank"][share] for row in rows)
-            found[setting].append((made.get("tokens") or 0, effective, random, share))
+            # whose they are
+            run_dir = Path(made["folder"]).resolve().parent
+            setting = settings.get(run_dir, beside)
+            tokens = made.get("tokens") or 0
+            found[setting].append((tokens, effective, random, share))
     return found
 
 
@@ -92,12 +100,13 @@ def finish_panels(fig, panels, xlabel, ylabel, entries):
     for ax in list(panels.values())[-4:]:  # those with nothing below
         ax.set_xlabel(xlabel)
     fig.supylabel(ylabel, fontsize=8)
-    handles = [plt.Line2D([], [], label=name, **style) for name, style in entries]
+    handles = [legend_entry(name, **style) for name, style in entries]
     free = [ax for ax in fig.axes if not ax.get_visible()]
     if free and len(handles) <= 8:
         free[0].set_visible(True)
         free[0].axis("off")
-        free[0].legend(handles=handles, loc="center left", bbox_to_anchor=(-0.2, 0.5), borderpad=0)
+        free[0].legend(handles=handles, loc="center left", bbox_to_anchor=(-0.2, 0.5),
+                       borderpad=0)
     else:
         fig.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
 
@@ -108,25 +117,36 @@ def draw_effective_ranks(spectrum):
     share = share_of(spectrum)
     fig, panels = module_panels(spectrum, 1.55)
     for module, ax in panels.items():
+        # the change of each checkpoint
         for i, (_, colour) in enumerate(looks):
             rows = rows_of(spectrum["matrices"], "D", module, i)
-            ranks = [row["effective_rank"][share] for row in rows]
-            ax.plot([row["layer"] for row in rows], ranks, color=colour, marker="o", ms=2)
+            blocks, ranks = ranks_by_block(rows, share)
+            ax.plot(blocks, ranks, color=colour, marker="o", ms=2)
+        # the base's weight, and a random matrix of its shape
         before = rows_of(spectrum["matrices"], "W0", module)
-        ranks = [row["effective_rank"][share] for row in before]
-        ax.plot([row["layer"] for row in before], ranks, color=BASE, ls=":", lw=1)
+        blocks, ranks = ranks_by_block(before, share)
+        ax.plot(blocks, ranks, color=BASE, ls=":", lw=1)
         if before:
-            ax.axhline(before[0]["random_rank"][share], color=CHANCE, ls="--", lw=1)
+            draw_chance_line(ax, before[0]["random_rank"][share])
             shape = "x".join(map(str, before[0]["shape"]))
             ax.set_title(f"{short_module(module)}, {shape}")
         ax.set_ylim(bottom=0)
         ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, integer=True))
 
-    entries = [(f"D, {name}", {"color": colour, "marker": "o", "ms": 2}) for name, colour in looks]
+    entries = []
+    for name, colour in looks:
+        entries.append((f"D, {name}", {"color": colour, "marker": "o", "ms": 2}))
     entries.append(("the base's weight", {"color": BASE, "ls": ":"}))
     entries.append(("random, same shape", {"color": CHANCE, "ls": "--"}))
     finish_panels(fig, panels, "block", f"rank for {float(share):.0%} of squares", entries)
     return fig
+
+
+def ranks_by_block(rows, share):
+    """([block], [effective rank]) of rows in order of blocks."""
+    blocks = [row["layer"] for row in rows]
+    ranks = [row["effective_rank"][share] for row in rows]
+    return blocks, ranks
 
 
 # ----------------------------------------------------------------------------- singular values
@@ -143,8 +163,9 @@ def draw_spectra(spectrum, block):
         draw_module_spectra(ax, rows, module, looks)
 
     entries = [("W0", {"color": BASE, "lw": 2.2})]
-    entries += [(f"D, {name}", {"color": colour}) for name, colour in looks]
-    entries.append(("W, same colours", {"color": looks[-1][1], "ls": DOTTED}))
+    for name, colour in looks:
+        entries.append((f"D, {name}", {"color": colour}))
+    entries.append(("W, same colours", {"color": colour, "ls": DOTTED}))
     entries.append(("largest, random D", {"color": CHANCE, "ls": "--"}))
     finish_panels(fig, panels, "index", f"singular value, block {layer}", entries)
     return fig
@@ -152,6 +173,7 @@ def draw_spectra(spectrum, block):
 
 def draw_module_spectra(ax, rows, module, looks):
     """The spectra of one module, of one block's rows: W0, and W and D of every checkpoint."""
+    # W0 in the background, then W and D of every checkpoint
     lines = []  # (row, colour, line style, line width)
     for row in rows_of(rows, "W0", module):
         lines.append((row, BASE, "-", 2.2))
@@ -170,11 +192,13 @@ def draw_module_spectra(ax, rows, module, looks):
         values = row["singular_values"]
         if values and values[0] > 0:
             # numbers that only rounding keeps from zero would stretch the axis
-            shown = [value if value > 1e-4 * values[0] else math.nan for value in values]
-            ax.plot(np.arange(1, len(shown) + 1), shown, color=colour, ls=ls, lw=lw)
+            least = 1e-4 * values[0]
+            shown = [value if value > least else math.nan for value in values]
+            index = np.arange(1, len(shown) + 1)
+            ax.plot(index, shown, color=colour, ls=ls, lw=lw)
             drawn = True
     if largest:
-        ax.axhline(largest, color=CHANCE, ls="--", lw=1)
+        draw_chance_line(ax, largest)
     ax.set(title=short_module(module), yscale="log" if drawn else "linear")
 
 
@@ -184,7 +208,10 @@ def draw_directions(spectrum):
 
     Two panels for the last checkpoint of full finetuning and of each rank: the share of them that
     is no longer among those of W, and how much of the change is written to them."""
-    rows = [row for row in spectrum["matrices"] if row["matrix"] == "W" and row.get("overlap_out")]
+    rows = []
+    for row in spectrum["matrices"]:
+        if row["matrix"] == "W" and row.get("overlap_out"):
+            rows.append(row)
     if not rows:
         return None
     looks = checkpoint_looks(spectrum)
@@ -193,11 +220,12 @@ def draw_directions(spectrum):
         last[spectrum["checkpoints"][i]["lora_rank"]] = i
 
     fig, axes = grid_of(2 * len(last), height=2.2)
-    for i, lost_ax, ratio_ax in zip(last.values(), axes[::2], axes[1::2]):
+    for place, i in enumerate(last.values()):
+        lost_ax, ratio_ax = axes[2 * place:2 * place + 2]
         for n, module in enumerate(modules_of(spectrum)):
             mine = [row for row in rows if row["module"] == module and row["checkpoint"] == i]
             draw_module_directions(lost_ax, ratio_ax, mine, short_module(module), n)
-        ratio_ax.axhline(1, color=CHANCE, ls="--", lw=1)
+        draw_chance_line(ratio_ax, 1)
         name_end(ratio_ax, None, 1, "random", CHANCE)
         lost_ax.set(yscale="log", xlabel="k leading directions", ylabel="share of W0's that W lost",
                     title=looks[i][0])
@@ -214,6 +242,8 @@ def draw_module_directions(lost_ax, ratio_ax, rows, name, n):
     for row in rows:
         ks.update(map(int, row["overlap_out"]))
     ks = sorted(ks)
+
+    # means over the blocks: what W lost of W0's directions, and what the change wrote to them
     lost = []
     ratio = []
     for k in ks:
@@ -222,15 +252,18 @@ def draw_module_directions(lost_ax, ratio_ax, rows, name, n):
         lost.append(max(1 - (kept_out + kept_in) / 2, 1e-16))
         chance = mean_over_blocks(rows, "random_out", k)
         ratio.append(mean_over_blocks(rows, "change_out", k) / chance)
+    colour = OTHERS[n % 7]
+    marker = "osD^vPX"[n % 7]
     for ax, ys in ((lost_ax, lost), (ratio_ax, ratio)):
         if ks:
-            ax.plot(ks, ys, color=OTHERS[n % 7], marker="osD^vPX"[n % 7])
-            name_end(ax, ks[-1], ys[-1], name, OTHERS[n % 7])
+            ax.plot(ks, ys, color=colour, marker=marker)
+            name_end(ax, ks[-1], ys[-1], name, colour)
             powers_axis(ax, ks)
 
 
 def mean_over_blocks(rows, key, k):
-    return statistics.fmean(row[key][str(k)] for row in rows if str(k) in row[key])
+    k = str(k)
+    return statistics.fmean(row[key][k] for row in rows if k in row[key])
 
 
 def minor_tick(value, _):
@@ -242,14 +275,19 @@ def minor_tick(value, _):
 def draw_noise(content):
     """Figure S8: Gaussian A, 0.1 B and their sum; and how much c B moves A's spectrum."""
     fig, (spectra_ax, moved_ax) = grid_of(2, height=2.2)
-    looks = ((BASE, "-"), (OTHERS[1], "-"), (OTHERS[0], "--"))
-    for (name, found), (colour, ls) in zip(content["spectra"].items(), looks):
+    # left: the three spectra
+    colours = (BASE, OTHERS[1], OTHERS[0])
+    styles = ("-", "-", "--")
+    for name, colour, ls in zip(content["spectra"], colours, styles):
+        found = content["spectra"][name]
         values = found["singular_values"]
-        label = f"{name}: rank {found['effective_rank'].get('0.9', '?')}"
-        spectra_ax.plot(np.arange(1, len(values) + 1), values, color=colour, ls=ls, label=label)
+        index = np.arange(1, len(values) + 1)
+        rank = found["effective_rank"].get("0.9", "?")
+        spectra_ax.plot(index, values, color=colour, ls=ls, label=f"{name}: rank {rank}")
     spectra_ax.legend()
     spectra_ax.set(xlabel="index", ylabel="singular value")
 
+    # right: how far c B moves A's spectrum
     exponents = [found["log10_c"] for found in content["differences"]]
     moved = [found["mean_difference"] for found in content["differences"]]
     moved_ax.plot(exponents, moved, color=OTHERS[3], marker="o")

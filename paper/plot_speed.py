@@ -22,8 +22,11 @@ def draw_training(all_runs):
     longest = {}  # {rank: [(tokens, loss)]}
     for run in all_runs:
         line = loss_line(run.log)
+        if not line:
+            continue
         rank = run.config.get("lora_rank") or 0
-        if line and (rank not in longest or line[-1][0] > longest[rank][-1][0]):
+        tokens, _ = line[-1]
+        if rank not in longest or tokens > longest[rank][-1][0]:
             longest[rank] = line
     if not longest:
         return None
@@ -32,6 +35,7 @@ def draw_training(all_runs):
     for rank, line in sorted(longest.items()):
         colour = style_of(rank, longest)["color"]
         tokens, losses = zip(*line)
+        # the median of a window of a tenth of the run
         width = max(1, len(losses) // 20)
         smooth = []
         for i in range(len(losses)):
@@ -79,11 +83,11 @@ def draw_speed(all_runs, tables):
         bottom += 1
     fig, axes = grid_of(2, height=0.55 + 0.21 * bottom, sharey=True)
     for ax, (column, label) in zip(axes, LABELS.items()):
-        shown = [(y, bar) for y, bar in zip(places, bars) if bar[column] is not None]
-        colours = [bar["color"] for _, bar in shown]
-        ax.barh([y for y, _ in shown], [bar[column] for _, bar in shown], color=colours, height=0.8)
-        for y, bar in shown:
-            ax.annotate(f" {short(bar[column])}", (bar[column], y), va="center", fontsize=7)
+        for y, bar in zip(places, bars):
+            value = bar[column]
+            if value is not None:
+                ax.barh(y, value, color=bar["color"], height=0.8)
+                ax.annotate(f" {short(value)}", (value, y), va="center", fontsize=7)
         ax.set(xlabel=label)
         ax.margins(x=0.15)
         ax.grid(axis="y", visible=False)
@@ -114,6 +118,7 @@ def run_bars(all_runs):
     speeds = defaultdict(list)
     memory = defaultdict(list)
     for run in all_runs:
+        # the steps that were logged with their speed
         steps = [line for line in run.log if number(line.get("tok_per_s")) is not None]
         if steps:
             rank = run.config.get("lora_rank") or 0
@@ -144,8 +149,11 @@ def draw_throughput(tables):
 
     fig, axes = grid_of(2 * len(settings), height=2.4)
     for i, (seq_len, checkpointing) in enumerate(settings):
-        mine = [record for record in records
-                if (record["seq_len"], record["checkpointing"]) == (seq_len, checkpointing)]
+        # a row of two panels: speed and memory
+        mine = []
+        for record in records:
+            if (record["seq_len"], record["checkpointing"]) == (seq_len, checkpointing):
+                mine.append(record)
         for ax, (column, label) in zip(axes[2 * i:], LABELS.items()):
             draw_batch_lines(ax, mine, column, ranks)
             ax.set(xlabel="batch size, of which this GPU takes an eighth", ylabel=label,
@@ -182,7 +190,8 @@ def draw_batch_lines(ax, records, column, ranks):
     lines = defaultdict(list)
     for record in records:
         if number(record[column]) is not None:
-            lines[record["side"], record["rank"]].append((record["batch"], record[column]))
+            line = lines[record["side"], record["rank"]]
+            line.append((record["batch"], record[column]))
     for (side, rank), line in sorted(lines.items()):
         line.sort()
         style = style_of(rank, ranks)

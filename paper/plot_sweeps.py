@@ -27,6 +27,7 @@ def draw_sweep(lines_of, points, bases, metrics, label, categories=()):
         return None
     fig, axes = grid_of(len(panels))
     for ax, (key, metric, lines) in zip(axes, panels):
+        # the lines, LoRA and full finetuning apart, and the base
         for name, style, line in lines:
             loras = [(x, point) for x, point in line if point.rank]
             full = [(x, point) for x, point in line if not point.rank]
@@ -38,6 +39,7 @@ def draw_sweep(lines_of, points, bases, metrics, label, categories=()):
             name_end(ax, last_x, last.values[metric][0], name, style["color"])
         draw_base_line(ax, bases.get((*key, metric)))
 
+        # the x axis
         if categories:
             ax.set_xticks(range(len(categories)), categories)
             ax.set_xlim(-0.2, len(categories) - 0.8)
@@ -80,6 +82,7 @@ def draw_ranks(points, bases, metrics):
 
 def rank_lines(points, order):
     """[(length, style, [(place of the rank, point)])] of the settings that the curves show."""
+    # the ends of the runs by length
     mains = dict(main_settings(points)).values()
     by_step = defaultdict(list)
     for point in points:
@@ -87,8 +90,13 @@ def rank_lines(points, order):
             by_step[point.place["step"]].append(point)
 
     # of the lengths with several ranks, five that are evenly spaced
-    lengths = [step for step in sorted(by_step) if len(ranks_in(by_step[step]) - {0}) > 1]
-    places = np.linspace(0, len(lengths) - 1, min(5, len(lengths)))
+    lengths = []
+    for step in sorted(by_step):
+        loras = ranks_in(by_step[step]) - {0}
+        if len(loras) > 1:
+            lengths.append(step)
+    n = min(5, len(lengths))
+    places = np.linspace(0, len(lengths) - 1, n)
     shown = [lengths[round(place)] for place in places]
     lines = []
     for step, shade in zip(shown, shades_of(len(shown))):
@@ -127,7 +135,10 @@ def target_lines(points):
         # the other knobs that most of attention and mlp share
         shared = Counter(point.other for point in mine if point.targets != "all")
         usual = max(shared, key=shared.get, default=None)
-        line = [(TARGETS.index(point.targets), point) for point in mine if point.other == usual]
+        line = []
+        for point in mine:
+            if point.other == usual:
+                line.append((TARGETS.index(point.targets), point))
         lines.append((f"r={rank}", style_of(rank, ranks_in(points)), line))
     return lines
 
@@ -145,12 +156,15 @@ def draw_learning_rates(points, bases, metrics):
 
 def rate_lines(points):
     """[(method, style, [(rate, point)])] of runs that differ in their learning rate alone."""
+    # points of the paper's form, by what they have in common but for the rate
     families = defaultdict(list)  # {(rank, other knobs): line}
     for point in ends_of(points):
         knobs = dict(point.other)
-        if point.targets == "all" and point.alpha == 2 * point.rank and not regularised(knobs):
+        papers_form = point.targets == "all" and point.alpha == 2 * point.rank
+        if papers_form and not regularised(knobs):
             del knobs["learning_rate"]
-            families[point.rank, tuple(knobs.items())].append((rate_of(point), point))
+            family = point.rank, tuple(knobs.items())
+            families[family].append((rate_of(point), point))
     several = {}
     for family, line in sorted(families.items()):
         if len({rate for rate, _ in line}) > 1:
@@ -179,6 +193,7 @@ def draw_alphas(points, bases, metrics):
 def points_of_alphas(points):
     """The ends of that rank which was trained with most alphas; none if that is a single one."""
     ends = [point for point in ends_of(points) if point.rank and point.targets == "all"]
+    # count each alpha of a rank once
     alphas = {(point.rank, point.alpha): point for point in ends}
     count = Counter(rank for rank, _ in alphas)
     most = max(count, key=count.get, default=0)
@@ -193,6 +208,7 @@ def has_two_rates(points):
 
 def alpha_lines(points, by_rate):
     """[(name, style, [(x, point)])]: a line an alpha with rates on x, or a line a rate."""
+    # lines by what is not on the x axis
     families = defaultdict(list)
     for point in points:
         alpha = point.alpha
