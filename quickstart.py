@@ -81,7 +81,7 @@ _free = {'data_dir', 'out_dir', 'lora_ranks', 'steps', 'claims'}
 # ----------------------------------------------------------------------------- the target domain
 NAMES = "Ava Ben Chloe Dan Ella Finn Grace Hugo Iris Jack Kira Leo Mia Noah".split()
 THINGS = "apples marbles stickers shells books coins pencils cookies stamps buttons".split()
-EVENTS = {
+EVENTS = {  # by operator
     "+": ("{friend} gives {name} {b} more.", "{name} buys {b} more.",
           "In the garden {name} finds {b} more."),
     "-": ("{name} gives {b} of them to {friend}.", "{b} of them get lost.",
@@ -117,6 +117,7 @@ def toy_math(count, seed):
 def toy_step(rng, total):
     """Draw (operator, number, result) of a step that stays a whole number above 0."""
     divisors = [number for number in range(2, 10) if total % number == 0]
+    # what is possible; + and - are drawn twice as often
     ops = ["+", "+"]
     if total > 1:
         ops += ["-", "-"]
@@ -125,17 +126,10 @@ def toy_step(rng, total):
     if divisors:
         ops += ["/"]
     op = rng.choice(ops)
-    if op == "+":
-        b = rng.choice(range(2, 31))
-        return op, b, total + b
-    if op == "-":
-        b = rng.choice(range(1, total))
-        return op, b, total - b
-    if op == "*":
-        b = rng.choice(range(2, 5))
-        return op, b, total * b
-    b = rng.choice(divisors)
-    return op, b, total // b
+    numbers = {"+": range(2, 31), "-": range(1, total), "*": range(2, 5), "/": divisors}
+    b = rng.choice(numbers[op])
+    results = {"+": total + b, "-": total - b, "*": total * b, "/": total // b}
+    return op, b, results[op]
 
 
 # ----------------------------------------------------------------------------- the source domain
@@ -181,7 +175,7 @@ def lines_to_finish(texts, count, seed=3):
 
 # ----------------------------------------------------------------------------- steps
 def run_script(script, *argv, **knobs):
-    """Print and run `python script argv... --knob=value ...`; ends this script if that one fails."""
+    """Print and run `python script argv... --knob=value ...`; ends this script where it fails."""
     argv = [*map(str, argv), *(f"--{knob}={value}" for knob, value in knobs.items())]
     words = script_words(script)
     if words[0] != "-m":
@@ -206,13 +200,10 @@ def remember_knobs(folder, config, free):
     text = json.dumps(kept, indent=1)
     kept = json.loads(text)  # as it will be read the next time
     before = json.loads(path.read_text()) if path.exists() else kept
-    changed = []
     for name, value in kept.items():
         if before.get(name) != value:
-            changed.append(f"{name}={before.get(name)}, not {value}")
-    if changed:
-        raise ValueError(f"{folder} was made with {', '.join(changed)}; delete it, or choose other "
-                         "folders")
+            raise ValueError(f"{folder} was made with {name}={before.get(name)}, not {value}; "
+                             "delete it, or choose other folders")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
@@ -318,8 +309,7 @@ def finetuning_runs(steps, lora_ranks, full_learning_rate, lora_learning_rate, c
     runs = []
     for n in steps:
         for name, rate, knobs in methods:
-            run = f"{name}-{n} --max_steps={n} --learning_rate={rate} {knobs}"
-            runs.append(run.strip())
+            runs.append(f"{name}-{n} --max_steps={n} --learning_rate={rate} {knobs}".strip())
     return runs
 
 
@@ -380,12 +370,9 @@ def print_table(out, steps, lora_ranks):
         learned = start["loss target"] - values["loss target"]
         forgot = values["loss source"] - start["loss source"]
         changes[name] = learned, forgot
-        learned_cell = f"{learned:.3f}"
-        forgot_cell = f"{forgot:.3f}"
-        if name == "base":
-            learned_cell = forgot_cell = ""
-        print(f"{name:10}{values['loss target']:12.3f}{learned_cell:>9}"
-              f"{values['gsm8k_strict_match']:8.1%}{values['loss source']:13.3f}{forgot_cell:>8}"
+        cells = ("", "") if name == "base" else (f"{learned:.3f}", f"{forgot:.3f}")
+        print(f"{name:10}{values['loss target']:12.3f}{cells[0]:>9}"
+              f"{values['gsm8k_strict_match']:8.1%}{values['loss source']:13.3f}{cells[1]:>8}"
               f"{values['hellaswag']:16.1%}")
     return changes
 
@@ -443,8 +430,8 @@ def print_comparisons(changes, steps, lora_ranks):
     for column, verb in enumerate(("learned", "forgot")):
         of_loras = {rank: change[column] for rank, change in loras.items()}
         print("\n" + compare_methods(verb, full[column], of_loras))
-    curve = [changes[f"full-{n}"] for n in steps]
-    print("\n" + compare_at_equal_learning(curve, loras))
+    by_duration = [changes[f"full-{n}"] for n in steps]
+    print("\n" + compare_at_equal_learning(by_duration, loras))
 
 
 # ----------------------------------------------------------------------------- the whole
@@ -494,5 +481,5 @@ if __name__ == "__main__":
         adapter = out / f"r{lora_ranks[-1]}-{max(steps)}" / f"step_{max(steps)}"
         print(f"\nThe picture: {out / 'figures/story.png'}. Read what they write:\n"
               f"$ python {sample} --model={base} --adapter={adapter} "
-              f"--max_new_tokens={seq_len // 2} --prompt='Question: Ava has 12 books. Ben gives Ava "
-              "5 more. How many books does Ava have now?\\nAnswer:'")
+              f"--max_new_tokens={seq_len // 2} --prompt='Question: Ava has 12 books. Ben gives "
+              "Ava 5 more. How many books does Ava have now?\\nAnswer:'")
