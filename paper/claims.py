@@ -61,6 +61,7 @@ class Change(NamedTuple):
 def method_of(config):
     """The Method of a run's knobs; None for what the claims do not speak of."""
     rank = config.get("lora_rank") or 0
+    # what sets it apart from the plain form; two such things are more than a claim speaks of
     variants = [name.replace("_", " ") for name in regularised(config)]
     if rank:
         targets = targets_name(config.get("lora_targets", "all"))
@@ -89,11 +90,13 @@ def read_runs(folders, learning, forgetting, fraction):
         if steps == 0:
             problems[f"{folder}: nothing was measured after step 0, left out"] += 1
             continue
+        # one run a seed, method and length
         seed = run.config.get("seed")
         key = seed, method, steps
         if key in changes:
             raise ValueError(f"{folder}: a second run of {method}, {steps} steps and seed {seed}")
 
+        # what it learned and forgot, from its base on
         base_name = Path(run.config.get("base", "")).name
         base = bases.get((folder.parent, base_name), {})
         learned = change_of(folder, run, learning, steps, base)
@@ -158,6 +161,7 @@ def rank_of_change(folder, steps, fraction):
     if not path.is_file():
         return None
     content = json.loads(path.read_text())
+    # the matrices of the checkpoint at this step
     made = [i for i, checkpoint in enumerate(content["checkpoints"]) if checkpoint["step"] == steps]
     found = []
     for matrix in content["matrices"]:
@@ -182,6 +186,7 @@ def combine(weights, changes):
     """The Change that is their weighted sum: over the same items if all have them, else of
     independent errors."""
     value = math.fsum(weight * change.value for weight, change in zip(weights, changes))
+    # item by item, where every change has its items
     n = min(len(change.items) for change in changes)
     if n > 1:
         items = []
@@ -191,6 +196,7 @@ def combine(weights, changes):
         if set(items) <= {-1, 0, 1}:  # of right and wrong, where a handful of items tells nothing
             stderr += 1 / n / 1.96
         return Change(value, stderr, tuple(items))
+    # else as of independent items, where every error is known
     if all(change.stderr for change in changes):
         errors = [weight * change.stderr for weight, change in zip(weights, changes)]
         return Change(value, math.hypot(*errors))
@@ -230,6 +236,7 @@ def spared(points, mine):
             continue
         share = (x.value - x0.value) / width
         slope = (y1.value - y0.value) / width
+        # between the two ends of this piece of the curve
         forgot = combine([1 - share, share, -1], [y0, y1, y])
         # the error of the place on the curve; the value of this sum is 0
         place = combine([slope, -slope * (1 - share), -slope * share], [x, x0, x1])
@@ -280,6 +287,7 @@ def ratios_of_rank(ends, ranks, plain, loras):
     much, None)], one a seed. ranks {(seed, method): effective rank}."""
     found = []
     for (seed, method), (learned, _) in ends.items():
+        # how far each LoRA of this seed is from it in learning
         distances = {}
         for lora in loras:
             if (seed, lora) in ends:
@@ -292,6 +300,7 @@ def ratios_of_rank(ends, ranks, plain, loras):
 
 def claims(changes, ranks):
     """[(claim, [(what, numbers, verdict)])] from what read_runs returns."""
+    # the ends of the longest runs, and the methods that there are
     longest = max(steps for _, _, steps in changes)
     ends = {key[:2]: pair for key, pair in changes.items() if key[2] == longest}
     ranks = {key[:2]: rank for key, rank in ranks.items() if key[2] == longest}

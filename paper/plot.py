@@ -68,6 +68,7 @@ def read_titles(labels):
 
 def find_folders(patterns):
     """The folders that the patterns name, each once; what is not there is noted."""
+    # a pattern that matches nothing stands for itself
     folders = []
     for pattern in patterns:
         for path in map(Path, sorted(glob.glob(pattern)) or [pattern]):
@@ -92,6 +93,7 @@ def read_runs_in(folders):
 
 def read_spectra(files):
     """[(path, JSON)] of what spectrum.py wrote whole."""
+    # what the figures of each kind need
     needed = {"noise": ("spectra", "differences"), "spectrum": ("checkpoints", "matrices")}
     loaded = []
     for path in map(Path, files):
@@ -120,6 +122,7 @@ def figures_of_spectra(loaded, block):
             suffix = "_" + "_".join(path.parts[first:-1])
         elif several:
             suffix = f"_{path.stem}"
+        # the figures of this kind of file
         if content["kind"] == "noise":
             listed.append(("noise", suffix, draw_noise, (content,)))
         else:

@@ -99,6 +99,7 @@ def draw_diversity(all_runs):
     fig, axes = grid_of(2, width=PAGE * 0.8, height=height, sharey=True)
     for ax, (part, title) in zip(axes, PARTS.items()):
         for i, (_, style, values) in enumerate(subjects):
+            # a bar with its 95% interval and its number
             value, stderr = values[part]
             half = 1.96 * stderr if stderr else 0
             ax.barh(i, value, color=style["color"], height=0.7, xerr=half or None,

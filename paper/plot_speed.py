@@ -19,6 +19,7 @@ LABELS = {"tok_per_s": "tokens a second", "peak_gb": "peak memory, GB"}
 # ----------------------------------------------------------------------------- training logs
 def draw_training(all_runs):
     """Loss of the training steps and its running median, of the longest run of each rank."""
+    # of each rank the run that trained on most tokens
     longest = {}  # {rank: [(tokens, loss)]}
     for run in all_runs:
         line = loss_line(run.log)
@@ -122,6 +123,7 @@ def run_bars(all_runs):
         steps = [line for line in run.log if number(line.get("tok_per_s")) is not None]
         if steps:
             rank = run.config.get("lora_rank") or 0
+            # a run's usual speed, and all of its memory readings
             speeds[rank].append(statistics.median(line["tok_per_s"] for line in steps))
             memory[rank] += [number(line.get("peak_gb")) or 0 for line in steps]
     bars = []
@@ -192,6 +194,7 @@ def draw_batch_lines(ax, records, column, ranks):
         if number(record[column]) is not None:
             line = lines[record["side"], record["rank"]]
             line.append((record["batch"], record[column]))
+    # the peer's lines are dashed and pale
     for (side, rank), line in sorted(lines.items()):
         line.sort()
         style = style_of(rank, ranks)

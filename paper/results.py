@@ -128,6 +128,7 @@ def read_run(folder):
     for line in results:
         measured.append((line, str(line.get("metric")), line.get("value"), line.get("stderr")))
 
+    # by metric and step; a place is what is known of a step from all of its lines
     metrics = defaultdict(dict)
     places = {}
     epochs_a_step = epochs_of_step(log)
@@ -144,6 +145,7 @@ def read_run(folder):
         epoch = line.get("epoch") or epochs_a_step * step or before.get("epoch")
         places[step] = {"step": step, "tokens": tokens, "epoch": epoch}
 
+    # the values of the single items, which eval_*.py keeps apart
     items = {}
     for line in read_jsonl(folder / "values.jsonl"):
         items[line.get("metric"), line.get("step")] = line.get("values")
@@ -215,6 +217,7 @@ def regularised(config):
 
 def setting_of(run):
     """The Setting of a Run. A knob that an older run does not know counts as train.py's default."""
+    # what was trained on what; LoRA has more to it
     config = run.config
     base = Path(config["base"]).name if config.get("base") else run.name
     dataset = Path(config.get("data", "")).name
@@ -227,6 +230,7 @@ def setting_of(run):
         targets = targets_name(config.get("lora_targets", "all"))
         knobs = SETTING + LORA_SETTING
 
+    # the other knobs, as text, so that settings can be compared and sorted
     other = []
     for knob in sorted(knobs):
         default = getattr(train, knob)
@@ -238,6 +242,7 @@ def mean_of_seeds(pairs):
     """(mean, half width of its 95% interval or None) of the (value, stderr) of each seed.
 
     From three seeds on it is Student's interval, below that of the evaluation's items."""
+    # a missing error, or one of 0, is not known
     values = [value for value, _ in pairs]
     errors = [stderr for _, stderr in pairs if stderr]
     n = len(values)
@@ -276,6 +281,7 @@ def points_of(all_runs):
 
 def points_of_trained(runs):
     """[Point] of all steps above 0. Of two equal runs, seed and length too, the first counts."""
+    # what belongs to one point: one value of a metric for each seed
     groups = defaultdict(lambda: defaultdict(list))  # {(setting, step, last): {metric: values}}
     places = {}
     seen = set()
@@ -296,6 +302,7 @@ def points_of_trained(runs):
                     second = "a second run of one setting, seed and length"
                     problems[f"{run.name}: {second}, left out"] = 1
 
+    # means over the seeds
     points = []
     for key, by_metric in groups.items():
         setting, _, last = key
@@ -322,11 +329,13 @@ def main_settings(points):
 
     It is the setting with the most lengths, then the paper's form (LoRA on all modules, alpha 2 r,
     no regulariser), then the one whose other knobs most settings share."""
+    # how long each setting was trained, and how many settings have its other knobs
     lengths = defaultdict(set)  # {setting: {(step, last)}}
     for point in points:
         lengths[point.setting].add((point.place["step"], point.last))
     shared = Counter(setting.other for setting in lengths)
 
+    # of each rank the first setting with the highest merit
     best = {}  # {rank: (merit, setting)}
     for setting, found in lengths.items():
         ends = [step for step, last in found if last]

@@ -85,6 +85,7 @@ def read_words(text):
 
 def check_names(study, expected):
     """ValueError for a study without names, with one name for two things, or with unknown ones."""
+    # there is something to do, each name means one thing, and numbers belong to a name
     names = [*study.models, *study.runs]
     if not study.base or not names:
         raise ValueError("out_dir, base and models or runs have to be set; see --help")
@@ -156,6 +157,7 @@ def model_words(study, name, download):
     """[the knobs that tell an evaluation what to judge], one list for each checkpoint or model."""
     if name in study.runs:
         return [[f"--model={folder}"] for folder in trained_of(study, name)]
+    # an adapter is judged with its base
     where, *more = study.models[name] or [study.base]
     folder = fetch(where, download)
     if folder is None:
@@ -188,6 +190,7 @@ def done_before(study):
     """{command line: seconds} of study.jsonl.
 
     Without what was done to a run that is deleted, is not complete, or was trained again since."""
+    # in the order in which it was done: training makes what came before it void
     path = study.out_dir / "study.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
     done = {}  # {run: {command line: seconds}}
@@ -197,6 +200,7 @@ def done_before(study):
             done[record["run"]] = {}
         done.setdefault(record["run"], {})[record["command"]] = record["seconds"]
 
+    # only of what is still there
     still_done = {}
     for name, of_run in done.items():
         folder = study.out_dir / name
@@ -210,6 +214,7 @@ def run_command(command, launch=(), quiet=False):
 
     command begins with the words of `launch`, such as torchrun's, or with the script. SIGTERM and
     Ctrl-C reach the script."""
+    # torchrun and its like start Python themselves
     python = [sys.executable]
     if launch and command[:len(launch)] == launch:
         python = launch
@@ -229,6 +234,7 @@ def run_command(command, launch=(), quiet=False):
 
 def check_files(study, names):
     """ValueError for a model that is no model folder, and for an evaluation without a script."""
+    # model folders, by the knob that names them
     folders = {"base": study.base}
     for name in names:
         if study.models.get(name):
@@ -239,6 +245,7 @@ def check_files(study, names):
         configs = [Path(folder) / "config.json", Path(folder) / "adapter_config.json"]
         if not any(path.is_file() for path in configs):
             raise ValueError(f"{knob}: {folder} holds neither config.json nor adapter_config.json")
+    # scripts
     for script, *_ in study.evals:
         if not (ROOT / script).is_file():
             raise ValueError(f"evals: no script named {script}")
@@ -263,6 +270,7 @@ def check_commands(study, names):
     for command in others:
         planned[shlex.join(command)] = [*command, "--help"]
 
+    # a few at a time, as each spends most of its seconds on imports
     with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
         checks = {}
         for text, command in planned.items():
@@ -281,6 +289,7 @@ def do_all(study, names):
             done = done_before(study)
             if shlex.join(command) in done:
                 continue
+            # do it, with the table above what it prints
             print(f"\n{progress(study, names, done, now=(name, stage))}")
             print(f"\n{shlex.join(command)}", flush=True)
             study.out_dir.mkdir(parents=True, exist_ok=True)
@@ -288,6 +297,7 @@ def do_all(study, names):
             status, _ = run_command(command, study.launch)
             seconds = round(time.time() - started, 1)
 
+            # what failed or was stopped is not recorded
             how = ""
             if status:
                 how = f"ended with status {status}"
@@ -305,6 +315,7 @@ def progress(study, names, done, now=()):
     """The table: a line for each model or run, a column for each stage.
 
     done {command line: seconds}; now: the (name, stage) that is running."""
+    # the columns
     judging = list(dict.fromkeys(script for script, *_ in study.evals))
     stages = ["train", *judging]
     if study.spectrum is not None:
@@ -315,6 +326,7 @@ def progress(study, names, done, now=()):
         times = {stage: [] for stage in stages}
         for stage, command in commands(study, name, download=False):
             times[stage].append(done.get(shlex.join(command)))
+        # what to say of each stage; what cannot be done to this name is '-'
         row = [name]
         for stage, seconds in times.items():
             if seconds and None not in seconds:
@@ -345,6 +357,7 @@ def results_table(study, names, expected):
         wanted = dict(word.split("=", 1) for word in expected.get(name, []))
         path = study.out_dir / name / "results.jsonl"
         found = path.read_text().splitlines() if path.is_file() else []
+        # of each metric the record of the last step
         records = sorted(map(json.loads, found), key=lambda record: record["step"])
         latest = {record["metric"]: record for record in records}
         for metric, record in latest.items():
@@ -361,6 +374,7 @@ if __name__ == "__main__":
         configure(globals())
         if not out_dir:
             raise ValueError("out_dir, base and models or runs have to be set; see --help")
+        # what there is to do
         expected = read_list(expected, "expected")
         study = Study(
             Path(out_dir), base, read_list(models, "models"), read_list(runs, "runs"),
