@@ -299,8 +299,8 @@ def points_of_trained(runs):
                     groups[key][metric].append(value)
                     places.setdefault(key, run.places[step])
                 elif step == last_step:
-                    second = "a second run of one setting, seed and length"
-                    problems[f"{run.name}: {second}, left out"] = 1
+                    problems[f"{run.name}: a second run of one setting, seed and length, left out; "
+                             "a knob that sets it apart belongs into SETTING of paper/results.py"] = 1
 
     # means over the seeds
     points = []
