@@ -300,7 +300,7 @@ def points_of_trained(runs):
                     places.setdefault(key, run.places[step])
                 elif step == last_step:
                     problems[f"{run.name}: a second run of one setting, seed and length, left out; "
-                             "a knob that sets it apart belongs into SETTING of paper/results.py"] = 1
+                             "a knob that sets it apart belongs in SETTING (paper/results.py)"] = 1
 
     # means over the seeds
     points = []
