@@ -7,8 +7,7 @@ Quickstart: the paper in small, in under ten minutes on two CPU cores.
     Python source --> pretrain a tiny Llama --.--> full finetuning --.--> what each learned (loss
     word problems in GSM8K's form ------------+--> LoRA r=1, 4, 16 --'    on problems) and forgot
 
-The source is Python's standard library, which every installation has. Finetuning takes two
-durations. Each claim of the paper, with intervals over five seeds, takes over an hour:
+The source is Python's standard library. Each claim of the paper, over five seeds, takes an hour:
 
     for s in 1 2 3 4 5; do
         python quickstart.py --claims=True --seed=$s --out_dir=out/claims/$s; done
@@ -396,10 +395,9 @@ def compare_methods(verb, full, loras):
         verdict = (f"LoRA did not {infinitive} less than full finetuning in this run, unlike the "
                    "paper")
     by_rank = [loras[rank] for rank in sorted(loras)]
-    if len(by_rank) > 1 and by_rank == sorted(by_rank):
-        verdict += ", and the less the lower its rank"
-    elif len(by_rank) > 1:
-        verdict += "; not in the order of rank"
+    if len(by_rank) > 1:
+        in_order = by_rank == sorted(by_rank)
+        verdict += ", and the less the lower its rank" if in_order else "; not in the order of rank"
     return f"{verb.capitalize()} (nats a token): {', '.join(parts)}. {verdict}."
 
 
@@ -430,8 +428,7 @@ def print_comparisons(changes, steps, lora_ranks):
     for column, verb in enumerate(("learned", "forgot")):
         of_loras = {rank: change[column] for rank, change in loras.items()}
         print("\n" + compare_methods(verb, full[column], of_loras))
-    by_duration = [changes[f"full-{n}"] for n in steps]
-    print("\n" + compare_at_equal_learning(by_duration, loras))
+    print("\n" + compare_at_equal_learning([changes[f"full-{n}"] for n in steps], loras))
 
 
 # ----------------------------------------------------------------------------- the whole
@@ -478,7 +475,7 @@ if __name__ == "__main__":
         changes = print_table(out, steps, lora_ranks)
         print_comparisons(changes, steps, lora_ranks)
         sample = os.path.relpath(ROOT / "sample.py")
-        adapter = out / f"r{lora_ranks[-1]}-{max(steps)}" / f"step_{max(steps)}"
+        adapter = out / f"r{lora_ranks[-1]}-{max(steps)}/step_{max(steps)}"
         print(f"\nThe picture: {out / 'figures/story.png'}. Read what they write:\n"
               f"$ python {sample} --model={base} --adapter={adapter} "
               f"--max_new_tokens={seq_len // 2} --prompt='Question: Ava has 12 books. Ben gives "
