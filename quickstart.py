@@ -1,15 +1,22 @@
 r"""
-Quickstart: the paper in small. In under ten minutes on two CPU cores it pretrains a tiny Llama on one domain (the Python
-source that every installation carries), finetunes it on another (word problems in GSM8K's form) in full and with LoRA at
-three ranks, for two durations, asks what each learned and forgot, and draws it as one picture.
+Quickstart: the paper in small, in under ten minutes on two CPU cores.
 
     python quickstart.py
-    python quickstart.py --lora_ranks=1,4,16,64            # what is there already is not made again
-    for s in 1 2 3 4 5; do python quickstart.py --claims=True --seed=$s --out_dir=out/claims/$s; done; python -m paper.claims \
-        --runs='out/claims/*/*' --learning='loss target' --forgetting='loss source'     # over an hour: each claim, with intervals
+    python quickstart.py --lora_ranks=1,4,16,64         # what is there already is not made again
 
-Every step is a command of this codebase, printed before it runs: the same ones, with other folders, do the 7B study. The
-list of runs that it writes, OUT_DIR/runs.py, is what paper/study.py takes. When it was stopped, the same command goes on.
+    Python source --> pretrain a tiny Llama --.--> full finetuning --.--> what each learned (loss
+    word problems in GSM8K's form ------------+--> LoRA r=1, 4, 16 --'    on problems) and forgot
+
+The source is Python's standard library. Each claim of the paper, over five seeds, takes an hour:
+
+    for s in 1 2 3 4 5; do
+        python quickstart.py --claims=True --seed=$s --out_dir=out/claims/$s; done
+    python -m paper.claims --runs='out/claims/*/*' --learning='loss target' \
+        --forgetting='loss source'
+
+Every step is a command of this codebase, printed before it runs: the same ones, with other folders,
+do the 7B study. The list of runs that it writes, OUT_DIR/runs.py, is what paper/study.py takes.
+Stopped, it resumes with the same command.
 """
 import json
 import os
@@ -25,8 +32,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from paper.claims import Change, spared
 from configurator import configure
+from paper.claims import Change, spared
 from paper.results import read_run
 from runtime import ROOT, one_line_errors, script_words
 
@@ -34,7 +41,7 @@ from runtime import ROOT, one_line_errors, script_words
 # where
 data_dir = 'data/quickstart'
 out_dir = 'out/quickstart'
-# source domain: Python, and a few word problems without GSM8K's notation, for Llama had read such things as well
+# source domain: Python, and a few word problems without GSM8K's notation, as Llama had read such
 max_modules = 0              # read at most so many modules; 0 = all. One in 20 is held out
 source_problems = 2000
 # target domain
@@ -54,61 +61,96 @@ base_batch = 8               # rows a step
 base_learning_rate = 3e-3
 # finetuning, with Lion as in the paper
 steps = (150, 450)           # durations, each a run with its own schedule
-batch = 2
-full_learning_rate = 4e-4    # best of those in config/quickstart_rates.py by loss on the target, as the paper chose its own
-lora_learning_rate = 4e-3    # / sqrt(rank): likewise
+batch = 2                    # rows a step
+# learning rates: the best of those in config/quickstart_rates.py by loss on the target
+full_learning_rate = 4e-4
+lora_learning_rate = 4e-3    # / sqrt(rank)
 lora_ranks = (1, 4, 16)      # of a width of 128, as 32, 128 and 512 of Llama-2-7B's 4096
 # what is measured
 eval_rows = 100              # held-out rows of each domain that a loss is the mean of
-choice_items = 400           # lines of held-out Python, whose end is to be told from three others
+choice_items = 400           # lines of held-out Python, whose end stands among three others
 solve_items = 100            # held-out word problems to solve
 seed = 1337                  # of weights, rows and dropout, not of the data
-claims = False               # in place of the evaluations: the further runs that paper/claims.py asks for
-_free = {'data_dir', 'out_dir', 'lora_ranks', 'steps', 'claims'}  # may differ when it is started again on the same folders
+claims = False               # instead of the evaluations: the other runs that paper/claims.py takes
+
+# may differ when it is started again on the same folders
+_free = {'data_dir', 'out_dir', 'lora_ranks', 'steps', 'claims'}
 
 
-# ----------------------------------------------------------------------------- the two domains
+# ----------------------------------------------------------------------------- the target domain
+NAMES = "Ava Ben Chloe Dan Ella Finn Grace Hugo Iris Jack Kira Leo Mia Noah".split()
+THINGS = "apples marbles stickers shells books coins pencils cookies stamps buttons".split()
+EVENTS = {  # by operator
+    "+": ("{friend} gives {name} {b} more.", "{name} buys {b} more.",
+          "In the garden {name} finds {b} more."),
+    "-": ("{name} gives {b} of them to {friend}.", "{b} of them get lost.",
+          "{name} sells {b} of them."),
+    "*": ("A week later {name} has {b} times as many.", "A machine turns each of them into {b}."),
+    "/": ("{name} makes {b} equal piles and keeps one.", "{name} keeps one of {b} equal shares.")}
+
+
 def toy_math(count, seed):
-    """Yield `count` word problems in GSM8K's form, {"question", "answer"}: 1 to 3 steps, each with its
-    <<expression=value>>, then '#### value'. A pure function of (count, seed)."""
+    """Yield `count` word problems in GSM8K's form, {"question", "answer"}; a pure function of both.
+
+    1 to 3 steps, each with its <<expression=value>>, then '#### value'."""
     rng = random.Random(seed)
-    names = "Ava Ben Chloe Dan Ella Finn Grace Hugo Iris Jack Kira Leo Mia Noah".split()
-    things = "apples marbles stickers shells books coins pencils cookies stamps buttons".split()
-    events = {"+": ("{friend} gives {name} {b} more.", "{name} buys {b} more.", "In the garden {name} finds {b} more."),
-              "-": ("{name} gives {b} of them to {friend}.", "{b} of them get lost.", "{name} sells {b} of them."),
-              "*": ("A week later {name} has {b} times as many.", "A machine turns each of them into {b}."),
-              "/": ("{name} makes {b} equal piles and keeps one.", "{name} keeps one of {b} equal shares.")}
     for _ in range(count):
-        name, friend = rng.sample(names, 2)
-        thing, total, answer = rng.choice(things), rng.randint(4, 60), []
-        question = [f"{name} {rng.choice(['has', 'picks up', 'starts with'])} {total} {thing}."]
+        name, friend = rng.sample(NAMES, 2)
+        thing = rng.choice(THINGS)
+        total = rng.randint(4, 60)
+        begins = rng.choice(["has", "picks up", "starts with"])
+        question = [f"{name} {begins} {total} {thing}."]
+        answer = []
         for _ in range(rng.randint(1, 3)):
-            divisors = [d for d in range(2, 10) if total % d == 0]
-            op = rng.choice("++" + "--" * (total > 1) + "*" * (total <= 60) + "/" * bool(divisors))
-            b = rng.choice({"+": range(2, 31), "-": range(1, total), "*": range(2, 5), "/": divisors}[op])
-            value = {"+": total + b, "-": total - b, "*": total * b, "/": total // b}[op]
-            question.append(rng.choice(events[op]).format(name=name, friend=friend, b=b))
-            answer.append(f"{rng.choice(['That makes', 'Now there are', f'{name} then has'])} "
-                          f"{total} {op} {b} = <<{total}{op}{b}={value}>>{value} {thing}.")
+            op, b, value = toy_step(rng, total)
+            question.append(rng.choice(EVENTS[op]).format(name=name, friend=friend, b=b))
+            says = rng.choice(["That makes", "Now there are", f"{name} then has"])
+            answer.append(f"{says} {total} {op} {b} = <<{total}{op}{b}={value}>>{value} {thing}.")
             total = value
-        question.append(f"How many {thing} does {name} have {rng.choice(['now', 'in the end', 'after that'])}?")
-        yield {"question": " ".join(question), "answer": "\n".join(answer + [f"#### {total}"])}
+        ends = rng.choice(["now", "in the end", "after that"])
+        question.append(f"How many {thing} does {name} have {ends}?")
+        answer.append(f"#### {total}")
+        yield {"question": " ".join(question), "answer": "\n".join(answer)}
 
 
+def toy_step(rng, total):
+    """Draw (operator, number, result) of a step that stays a whole number above 0."""
+    divisors = [number for number in range(2, 10) if total % number == 0]
+    # what is possible; + and - are drawn twice as often
+    ops = ["+", "+"]
+    if total > 1:
+        ops += ["-", "-"]
+    if total <= 60:
+        ops += ["*"]
+    if divisors:
+        ops += ["/"]
+    op = rng.choice(ops)
+    numbers = {"+": range(2, 31), "-": range(1, total), "*": range(2, 5), "/": divisors}
+    b = rng.choice(numbers[op])
+    results = {"+": total + b, "-": total - b, "*": total * b, "/": total // b}
+    return op, b, results[op]
+
+
+# ----------------------------------------------------------------------------- the source domain
 def pystdlib():
-    """Yield the modules of the running Python's standard library, {"path", "text"}, by path; without tests, bundled
-    applications, tables, and the one module that differs between machines."""
+    """Yield the modules of the running Python's standard library, {"path", "text"}, by path.
+
+    Without tests, bundled applications, tables, and the module that differs between machines."""
     root = Path(sysconfig.get_path("stdlib"))
-    left_out = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+    left_out = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages",
+                "encodings", "pydoc_data"}
     for path in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
-        if not left_out & {*path.split("/")} and "_sysconfigdata" not in path:
-            with tokenize.open(root / path) as file:
-                yield {"path": path, "text": file.read()}
+        if left_out & set(path.split("/")) or "_sysconfigdata" in path:
+            continue
+        with tokenize.open(root / path) as file:
+            yield {"path": path, "text": file.read()}
 
 
 def lines_to_finish(texts, count, seed=3):
-    """Yield multiple choice in LLM Foundry's form, {"query", "choices", "gold"}: some lines of code up to a blank inside
-    the last one, and four ways to go on from there, of which three are ends of lines elsewhere."""
+    """Yield multiple choice in LLM Foundry's form, {"query", "choices", "gold"}.
+
+    The query is some lines of code up to a blank inside the last one. Of the four ways to continue
+    three are ends of lines elsewhere."""
     rng = random.Random(seed)
     places = []  # (lines before, beginning, end) of lines with a blank near their middle
     for text in texts:
@@ -116,31 +158,30 @@ def lines_to_finish(texts, count, seed=3):
         for i, line in enumerate(lines):
             words = line.split(" ")
             middle = len(words) - max(1, len(words) // 2)
-            begin, end = " ".join(words[:middle]), " ".join(words[middle:])
+            begin = " ".join(words[:middle])
+            end = " ".join(words[middle:])
             if i >= 4 and begin.strip() and 8 <= len(end) <= 40 and end == end.strip():
                 places.append(("\n".join(lines[i - 4:i]), begin, end))
+
     rng.shuffle(places)
+    ends = {end for _, _, end in places}
     for before, begin, end in places[:count]:
-        others = rng.sample(sorted({e for _, _, e in places} - {end}), 3)
+        others = rng.sample(sorted(ends - {end}), 3)
         gold = rng.randrange(4)
-        yield {"query": f"{before}\n{begin}", "choices": others[:gold] + [end] + others[gold:], "gold": gold}
-
-
-def write_jsonl(path, records):
-    """The path of a file of records, which it makes."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+        choices = [*others[:gold], end, *others[gold:]]
+        yield {"query": f"{before}\n{begin}", "choices": choices, "gold": gold}
 
 
 # ----------------------------------------------------------------------------- steps
-def run(script, *argv, **knobs):
-    """Print and run `python script argv... --knob=value ...`; ends this script where that one fails."""
-    argv = [*map(str, argv), *(f"--{k}={v}" for k, v in knobs.items())]
+def run_script(script, *argv, **knobs):
+    """Print and run `python script argv... --knob=value ...`; ends this script where it fails."""
+    argv = [*map(str, argv), *(f"--{knob}={value}" for knob, value in knobs.items())]
     words = script_words(script)
     if words[0] != "-m":
         words = [os.path.relpath(words[0])]
     print("\n$ python", shlex.join([*words, *argv]), flush=True)
-    process = subprocess.Popen([sys.executable, *words, *argv], env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen([sys.executable, *words, *argv],
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
         status = process.wait()
     except KeyboardInterrupt:  # the script got it too, and is saving a checkpoint
@@ -150,121 +191,244 @@ def run(script, *argv, **knobs):
 
 
 def remember_knobs(folder, config, free):
-    """Store what a folder is made with, but for the knobs in `free`; ValueError if that was something else the last time."""
-    path, kept = Path(folder, "quickstart.json"), {name: value for name, value in config.items() if name not in free}
-    kept = json.loads(json.dumps(kept))
+    """Store what a folder is made with, but for the knobs in `free`.
+
+    ValueError if it was made with something else the last time."""
+    path = folder / "quickstart.json"
+    kept = {name: value for name, value in config.items() if name not in free}
+    text = json.dumps(kept, indent=1)
+    kept = json.loads(text)  # as it will be read the next time
     before = json.loads(path.read_text()) if path.exists() else kept
-    if changed := [f"{name}={before.get(name)}, not {kept[name]}" for name in kept if before.get(name) != kept[name]]:
-        raise ValueError(f"{folder} was made with {', '.join(changed)}; delete it, or choose other folders")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept, indent=1))
+    for name, value in kept.items():
+        if before.get(name) != value:
+            raise ValueError(f"{folder} was made with {name}={before.get(name)}, not {value}; "
+                             "delete it, or choose other folders")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
-def make_shape(folder):
-    """What pretraining starts from: a tokenizer as Llama-2's, only smaller, and a config.json, but no weights."""
+def write_jsonl(path, records):
+    with open(path, "w") as file:
+        for record in records:
+            file.write(json.dumps(record) + "\n")
+
+
+def make_shape(folder, modules, shape):
+    """What pretraining starts from: a tokenizer as Llama-2's, only smaller, and a config.json."""
     if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [line for record in islice(pystdlib(), max_modules or None) for line in record["text"].split("\n")]
+    lines = []
+    for module in modules:
+        lines += module["text"].split("\n")
+    pieces = shape["vocab_size"]
     try:
         with open(folder / "tokenizer.model", "wb") as file:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines[::4]), model_writer=file, vocab_size=vocab_size, model_type="bpe",
-                byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
-                normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2)
+                sentence_iterator=iter(lines[::4]), model_writer=file, vocab_size=pieces,
+                model_type="bpe", byte_fallback=True, split_digits=True,
+                allow_whitespace_only_pieces=True, normalization_rule_name="identity",
+                remove_extra_whitespaces=False, minloglevel=2)
     except RuntimeError as error:
-        raise ValueError(f"vocab_size={vocab_size}: {error}") from None
-    shape = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": vocab_size,
-             "hidden_size": hidden_size, "intermediate_size": intermediate_size, "num_hidden_layers": layers,
-             "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": seq_len,
-             "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2}
-    (folder / "config.json").write_text(json.dumps(shape, indent=1))  # last: with it the folder is complete
-    print(f"\n{folder}: config.json, and a tokenizer.model of {vocab_size} pieces, trained on the source domain")
+        raise ValueError(f"vocab_size={pieces}: {error}") from None
+    (folder / "config.json").write_text(json.dumps(shape, indent=1))  # last: now it is complete
+    print(f"\n{folder}: config.json, and a tokenizer.model of {pieces} pieces, trained on the "
+          "source domain")
+
+
+def write_records(data, modules, source_problems, target_problems, held_out_problems, choice_items):
+    """The records of both domains as files: to train on, held out, and to evaluate with."""
+    # source: modules, one in 20 held out, and problems that are solved without GSM8K's notation
+    training = [module for i, module in enumerate(modules) if i % 20]
+    held_out = modules[::20]
+    write_jsonl(data / "python_train.jsonl", training)
+    write_jsonl(data / "python_test.jsonl", held_out)
+    solved = []
+    for record in toy_math(source_problems, seed=2):
+        answer = re.sub(r"<<.*?>>|\n####.*", "", record["answer"])
+        solved.append({"text": f"{record['question']} {answer}"})
+    write_jsonl(data / "solved.jsonl", solved)
+    texts = [module["text"] for module in held_out]
+    write_jsonl(data / "choices.jsonl", lines_to_finish(texts, choice_items))
+    # target
+    write_jsonl(data / "problems_train.jsonl", toy_math(target_problems, seed=1))
+    write_jsonl(data / "problems_test.jsonl", toy_math(held_out_problems, seed=3))
 
 
 def prepare(folder, **knobs):
     """Make a token folder, unless it is there."""
     if not (folder / "meta.json").exists():
-        run("prepare_data.py", out_dir=folder, seq_len=seq_len, val_fraction=0, **knobs)
+        run_script("prepare_data.py", out_dir=folder, val_fraction=0, **knobs)
 
 
-def pretrain(folder, **knobs):
-    """The base, made unless it is there, or gone on with from its newest checkpoint."""
-    last = folder / f"step_{base_steps}"
+def prepare_all(data, tokenizer, seq_len):
+    """The token folders of both domains, to train on and held out."""
+    common = {"tokenizer": tokenizer, "seq_len": seq_len}
+    sources = f"{data / 'python_train.jsonl'},{data / 'solved.jsonl'}"
+    prepare(data / "pretrain", source=sources, **common)
+    prepare(data / "source", source=data / "python_test.jsonl", **common)
+    for folder, name in (("target", "train"), ("target_test", "test")):
+        prepare(data / folder, source=data / f"problems_{name}.jsonl", **common, kind="ift",
+                template="Question: {question}\\nAnswer:", response_field="answer")
+
+
+def pretrain(folder, steps, **knobs):
+    """The base: its last checkpoint, made unless it is there, or resumed from the newest one."""
+    last = folder / f"step_{steps}"
     if not last.exists():
-        run("train.py", out_dir=folder, max_steps=base_steps, eval_rows=eval_rows, log_interval=50, save_interval=200,
-            keep_last=1, auto_resume=True, **knobs)
+        run_script("train.py", out_dir=folder, max_steps=steps, log_interval=50, save_interval=200,
+                   keep_last=1, auto_resume=True, **knobs)
     if not last.exists():
-        raise SystemExit(f"\n{folder} was stopped; the same command goes on from its newest checkpoint")
+        raise SystemExit(f"\n{folder} was stopped; run the same command again to resume")
     return last
 
 
 # ----------------------------------------------------------------------------- the study
-def both(data):
+def watched_sets(data):
     """What is watched while training: held-out tokens of both domains."""
     return f"source={data / 'source'},target={data / 'target_test'}"
 
 
-def list_of_runs(base, data):
+def finetuning_runs(steps, lora_ranks, full_learning_rate, lora_learning_rate, claims):
+    """['NAME --knob=value ...'] of every duration and method, as paper/study.py takes them.
+
+    claims: with the paper's regularisers (figure 4) and target modules (figure 7)."""
+    rates = {rank: f"{lora_learning_rate / rank ** 0.5:.3g}" for rank in lora_ranks}
+    methods = [("full", full_learning_rate, "")]  # (name, learning rate, more knobs)
+    for rank, rate in rates.items():
+        methods.append((f"r{rank}", rate, f"--lora_rank={rank}"))
+    if claims:
+        methods.append(("full-decay", full_learning_rate, "--weight_decay=1e-4"))
+        methods.append(("full-dropout", full_learning_rate, "--attention_dropout=0.1"))
+        most = lora_ranks[-1]
+        for modules in ("mlp", "attention"):
+            knobs = f"--lora_rank={most} --lora_targets={modules}"
+            methods.append((f"r{most}-{modules}", rates[most], knobs))
+
+    runs = []
+    for n in steps:
+        for name, rate, knobs in methods:
+            runs.append(f"{name}-{n} --max_steps={n} --learning_rate={rate} {knobs}".strip())
+    return runs
+
+
+def training_words(data, batch, eval_rows, seed):
+    """What train.py takes in every run."""
+    return (f"--data={data / 'target'} --val_data={watched_sets(data)} --optimizer=lionw "
+            f"--global_batch={batch} --microbatch={batch} --eval_rows={eval_rows} "
+            f"--log_interval=50 --save_interval=200 --keep_last=1 --device=cpu --seed={seed}")
+
+
+def evaluations(data, seq_len, solve_items):
+    """The evaluations of every run: problems solved, and lines of Python finished."""
+    return [f"eval_gsm8k.py --test_data={data / 'problems_test.jsonl'} "
+            f"--train_data={data / 'problems_train.jsonl'} --shots=0 --bos=True "
+            f"--max_new_tokens={seq_len // 2} --limit={solve_items} --device=cpu",
+            "eval_forgetting.py --tasks=hellaswag --styles=gauntlet "
+            f"--hellaswag={data / 'choices.jsonl'} --device=cpu"]
+
+
+def study_file(out_dir, base, runs, train, evals):
     """The text of a config file for paper/study.py."""
-    rate_of, most = (lambda rank: f"{lora_learning_rate / rank ** 0.5:.3g}"), lora_ranks[-1]
-    kinds = [("full", full_learning_rate, "")] + [(f"r{rank}", rate_of(rank), f" --lora_rank={rank}") for rank in lora_ranks]
-    if claims:  # the paper's regularisers (figure 4) and target modules (figure 7)
-        kinds += [("full-decay", full_learning_rate, " --weight_decay=1e-4"),
-                  ("full-dropout", full_learning_rate, " --attention_dropout=0.1"),
-                  *((f"r{most}-{modules}", rate_of(most), f" --lora_rank={most} --lora_targets={modules}")
-                    for modules in ("mlp", "attention"))]
-    runs = [f"{name}-{n} --max_steps={n} --learning_rate={rate}{lora}" for n in steps for name, rate, lora in kinds]
-    train = (f"--data={data / 'target'} --val_data={both(data)} --optimizer=lionw "
-             f"--global_batch={batch} --microbatch={batch} --eval_rows={eval_rows} --log_interval=50 --save_interval=200 "
-             f"--keep_last=1 --device=cpu --seed={seed}")
-    evals = [] if claims else [
-             f"eval_gsm8k.py --test_data={data / 'problems_test.jsonl'} --train_data={data / 'problems_train.jsonl'} --shots=0 "
-             f"--bos=True --max_new_tokens={seq_len // 2} --limit={solve_items} --device=cpu",
-             f"eval_forgetting.py --tasks=hellaswag --styles=gauntlet --hellaswag={data / 'choices.jsonl'} --device=cpu"]
-    listed = "".join(f"    {text!r},\n" for text in runs)
-    return (f'"""For paper/study.py: written by quickstart.py."""\nout_dir = {out_dir!r}\nbase = {str(base)!r}\nmodels = (\'base\',)\n'
-            f"runs = (\n{listed})\ntrain = {train!r}\nevals = (\n" + "".join(f"    {text!r},\n" for text in evals) + ")\n"
-            "spectrum = '--subspaces= --device=cpu'\n"
-            "plot = (\"--figures=story --learning='loss target' --forgetting='loss source' --x=step \"\n"
-            "        \"--labels='loss target=loss on new word problems,loss source=loss on held-out Python'\")\n")
-
-
-def last_values(folder):
-    """{metric: value} at the last step of a run or a base, its held-out losses as 'loss NAME'."""
-    found = read_run(folder)
-    return {metric: steps[max(found.places)][0] for metric, steps in found.metrics.items() if max(found.places) in steps}
+    runs = "".join(f"    {text!r},\n" for text in runs)
+    evals = "".join(f"    {text!r},\n" for text in evals)
+    return f'''"""For paper/study.py: written by quickstart.py."""
+out_dir = {str(out_dir)!r}
+base = {str(base)!r}
+models = ('base',)
+runs = (
+{runs})
+train = {train!r}
+evals = (
+{evals})
+spectrum = '--subspaces= --device=cpu'
+plot = ("--figures=story --learning='loss target' --forgetting='loss source' --x=step "
+        "--labels='loss target=loss on new word problems,loss source=loss on held-out Python'")
+'''
 
 
 # ----------------------------------------------------------------------------- results
-def compare(verb, full, loras):
-    """One sentence about the changes of loss, {rank: nats}, of LoRA beside that of full finetuning."""
-    shares = ", ".join(f"LoRA r={rank} {change:.3f}" + (f" ({change / full:.0%})" if full > 0 else "")
-                       for rank, change in loras.items())
+def last_values(folder):
+    """{metric: value} at the last step of a run or a base, its held-out losses as 'loss NAME'."""
+    run = read_run(folder)
+    last = max(run.places, default=0)
+    return {metric: steps[last][0] for metric, steps in run.metrics.items() if last in steps}
+
+
+def print_table(out, steps, lora_ranks):
+    """Print a row for the base and each run; returns {name: (learned, forgot)} in nats a token."""
+    start = last_values(out / "pretraining") | last_values(out / "base")
+    rows = {"base": start}
+    for n in steps:
+        for name in ("full", *(f"r{rank}" for rank in lora_ranks)):
+            rows[f"{name}-{n}"] = last_values(out / f"{name}-{n}")
+    print(f"\n{'':10}{'target loss':>12}{'learned':>9}{'solved':>8}"
+          f"{'source loss':>13}{'forgot':>8}{'lines finished':>16}")
+    changes = {}
+    for name, values in rows.items():
+        learned = start["loss target"] - values["loss target"]
+        forgot = values["loss source"] - start["loss source"]
+        changes[name] = learned, forgot
+        cells = ("", "") if name == "base" else (f"{learned:.3f}", f"{forgot:.3f}")
+        print(f"{name:10}{values['loss target']:12.3f}{cells[0]:>9}"
+              f"{values['gsm8k_strict_match']:8.1%}{values['loss source']:13.3f}{cells[1]:>8}"
+              f"{values['hellaswag']:16.1%}")
+    return changes
+
+
+def compare_methods(verb, full, loras):
+    """A sentence on how much LoRA, {rank: nats}, 'learned' or 'forgot' beside full finetuning."""
+    parts = [f"full {full:.3f}"]
+    for rank, change in loras.items():
+        part = f"LoRA r={rank} {change:.3f}"
+        if full > 0:
+            part += f" ({change / full:.0%})"
+        parts.append(part)
+
     less = [f"r={rank}" for rank, change in loras.items() if change < full]
-    verdict = (f"LoRA {verb} less than full finetuning, as in the paper" if len(less) == len(loras) else
-               f"LoRA {verb} less than full finetuning only at {', '.join(less)}" if less else
-               f"LoRA did not {verb.replace('learned', 'learn').replace('forgot', 'forget')} less than full finetuning "
-               "in this run, unlike the paper")
+    if len(less) == len(loras):
+        verdict = f"LoRA {verb} less than full finetuning, as in the paper"
+    elif less:
+        verdict = f"LoRA {verb} less than full finetuning only at {', '.join(less)}"
+    else:
+        infinitive = {"learned": "learn", "forgot": "forget"}[verb]
+        verdict = (f"LoRA did not {infinitive} less than full finetuning in this run, unlike the "
+                   "paper")
     by_rank = [loras[rank] for rank in sorted(loras)]
     if len(by_rank) > 1:
-        verdict += ", and the less the lower its rank" if by_rank == sorted(by_rank) else "; not in the order of rank"
-    return f"{verb.capitalize()} (nats a token): full {full:.3f}, {shares}. {verdict}."
+        in_order = by_rank == sorted(by_rank)
+        verdict += ", and the less the lower its rank" if in_order else "; not in the order of rank"
+    return f"{verb.capitalize()} (nats a token): {', '.join(parts)}. {verdict}."
 
 
 def compare_at_equal_learning(full, loras):
-    """Sentences about what full finetuning forgot by the time it had learned as much as each LoRA run.
+    """Sentences on what full finetuning forgot by the time it had learned as much as each LoRA run.
 
-    full: [(learned, forgot)] by duration; between durations, and before the first, a straight line is drawn."""
-    sentences, known = [], lambda pair: tuple(map(Change, pair))
+    full [(learned, forgot)] by duration, loras {rank: (learned, forgot)}. Between durations, and
+    before the first, a straight line is drawn."""
+    curve = [(Change(learned), Change(forgot)) for learned, forgot in full]
+    sentences = []
     for rank, (learned, forgot) in loras.items():
-        if (more := spared(map(known, full), known((learned, forgot)))) is None:
+        more = spared(curve, (Change(learned), Change(forgot)))
+        if more is None:
             sentences.append(f"r={rank} learned {learned:.3f}, more than full finetuning ever did")
             continue
         expected = forgot + more[0]
-        sentences.append(f"r={rank} learned {learned:.3f} and forgot {forgot:.3f}, where full finetuning of that learning forgot "
-                         f"about {expected:.3f}: {'less' if forgot < expected else 'not less'}")
+        verdict = "less" if forgot < expected else "not less"
+        sentences.append(f"r={rank} learned {learned:.3f} and forgot {forgot:.3f}, where full "
+                         f"finetuning of that learning forgot about {expected:.3f}: {verdict}")
     return "At equal learning: " + "; ".join(sentences) + "."
+
+
+def print_comparisons(changes, steps, lora_ranks):
+    """Say in words what the table of {name: (learned, forgot)} shows, at the longest duration."""
+    longest = max(steps)
+    full = changes[f"full-{longest}"]
+    loras = {rank: changes[f"r{rank}-{longest}"] for rank in lora_ranks}
+    for column, verb in enumerate(("learned", "forgot")):
+        of_loras = {rank: change[column] for rank, change in loras.items()}
+        print("\n" + compare_methods(verb, full[column], of_loras))
+    print("\n" + compare_at_equal_learning([changes[f"full-{n}"] for n in steps], loras))
 
 
 # ----------------------------------------------------------------------------- the whole
@@ -272,58 +436,47 @@ if __name__ == "__main__":
     with one_line_errors():
         config = configure(globals())
         if not lora_ranks or min(lora_ranks) < 1 or not steps or min(steps) < 1:
-            raise ValueError(f"lora_ranks and steps: expected numbers from 1 up, such as 4,16; found {lora_ranks} and {steps}")
-        data, out = Path(data_dir), Path(out_dir)
-        for folder, free in ((data, _free | {"seed"}), (out, _free)):
-            remember_knobs(folder, config, free)
+            raise ValueError("lora_ranks and steps: expected numbers from 1 up, such as 4,16; "
+                             f"found {lora_ranks} and {steps}")
+        data = Path(data_dir)
+        out = Path(out_dir)
+        remember_knobs(data, config, free=_free | {"seed"})
+        remember_knobs(out, config, free=_free)
 
         # 1: a model without weights, the tokens of both domains, questions about the source
-        shape = out / "shape"
-        make_shape(shape)
+        shape = {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
+                 "vocab_size": vocab_size, "hidden_size": hidden_size,
+                 "intermediate_size": intermediate_size, "num_hidden_layers": layers,
+                 "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+                 "max_position_embeddings": seq_len, "rms_norm_eps": 1e-5,
+                 "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2}
         modules = list(islice(pystdlib(), max_modules or None))
-        held_out = write_jsonl(data / "python_test.jsonl", modules[::20])
-        write_jsonl(data / "python_train.jsonl", (module for i, module in enumerate(modules) if i % 20))
-        write_jsonl(data / "solved.jsonl", ({"text": record["question"] + " " + re.sub(r"<<.*?>>|\n####.*", "", record["answer"])}
-                                            for record in toy_math(source_problems, seed=2)))
-        write_jsonl(data / "problems_train.jsonl", toy_math(target_problems, seed=1))
-        write_jsonl(data / "problems_test.jsonl", toy_math(held_out_problems, seed=3))
-        write_jsonl(data / "choices.jsonl", lines_to_finish([module["text"] for module in modules[::20]], choice_items))
-        prepare(data / "pretrain", source=f"{data / 'python_train.jsonl'},{data / 'solved.jsonl'}", tokenizer=shape)
-        prepare(data / "source", source=held_out, tokenizer=shape)
-        for folder, name in (("target", "train"), ("target_test", "test")):
-            prepare(data / folder, source=data / f"problems_{name}.jsonl", tokenizer=shape, kind="ift",
-                    template="Question: {question}\\nAnswer:", response_field="answer")
+        make_shape(out / "shape", modules, shape)
+        write_records(data, modules, source_problems, target_problems, held_out_problems,
+                      choice_items)
+        prepare_all(data, tokenizer=out / "shape", seq_len=seq_len)
 
         # 2: the base
-        base = pretrain(out / "pretraining", base=shape, scratch=True, data=data / "pretrain", val_data=both(data),
-                        global_batch=base_batch, microbatch=base_batch, optimizer="adamw", learning_rate=base_learning_rate,
-                        seed=seed, device="cpu")
+        base = pretrain(out / "pretraining", base_steps, base=out / "shape", scratch=True,
+                        data=data / "pretrain", val_data=watched_sets(data), eval_rows=eval_rows,
+                        global_batch=base_batch, microbatch=base_batch, optimizer="adamw",
+                        learning_rate=base_learning_rate, seed=seed, device="cpu")
 
         # 3: finetuning, evaluations, spectra, the picture
-        (out / "runs.py").write_text(list_of_runs(base, data))
-        run("paper/study.py", out / "runs.py")
+        runs = finetuning_runs(steps, lora_ranks, full_learning_rate, lora_learning_rate, claims)
+        train = training_words(data, batch, eval_rows, seed)
+        evals = [] if claims else evaluations(data, seq_len, solve_items)
+        (out / "runs.py").write_text(study_file(out_dir, base, runs, train, evals))
+        run_script("paper/study.py", out / "runs.py")
         if claims:
             raise SystemExit
 
         # 4: what came of it
-        start = last_values(out / "pretraining") | last_values(out / "base")
-        names = ["base", *(f"{name}-{n}" for n in steps for name in ("full", *(f"r{rank}" for rank in lora_ranks)))]
-        print(f"\n{'':10}{'target loss':>12}{'learned':>9}{'solved':>8}{'source loss':>13}{'forgot':>8}{'lines finished':>16}")
-        change = {}
-        for name in names:
-            values = start if name == "base" else last_values(out / name)
-            learned, forgot = start["loss target"] - values["loss target"], values["loss source"] - start["loss source"]
-            change[name] = learned, forgot
-            learned, forgot = ("", "") if name == "base" else (f"{learned:.3f}", f"{forgot:.3f}")
-            print(f"{name:10}{values['loss target']:12.3f}{learned:>9}{values['gsm8k_strict_match']:8.1%}"
-                  f"{values['loss source']:13.3f}{forgot:>8}{values['hellaswag']:16.1%}")
-        longest = max(steps)
-        for verb, column in (("learned", 0), ("forgot", 1)):
-            print("\n" + compare(verb, change[f"full-{longest}"][column],
-                                 {rank: change[f"r{rank}-{longest}"][column] for rank in lora_ranks}))
-        print("\n" + compare_at_equal_learning([change[f"full-{n}"] for n in steps],
-                                               {rank: change[f"r{rank}-{longest}"] for rank in lora_ranks}))
-        print(f"\nThe picture: {out / 'figures/story.png'}. Read what they write:\n$ python "
-              f"{os.path.relpath(Path(__file__).parent / 'sample.py')} --model={base} "
-              f"--adapter={out / f'r{lora_ranks[-1]}-{longest}' / f'step_{longest}'} --max_new_tokens={seq_len // 2} "
-              "--prompt='Question: Ava has 12 books. Ben gives Ava 5 more. How many books does Ava have now?\\nAnswer:'")
+        changes = print_table(out, steps, lora_ranks)
+        print_comparisons(changes, steps, lora_ranks)
+        sample = os.path.relpath(ROOT / "sample.py")
+        adapter = out / f"r{lora_ranks[-1]}-{max(steps)}/step_{max(steps)}"
+        print(f"\nThe picture: {out / 'figures/story.png'}. Read what they write:\n"
+              f"$ python {sample} --model={base} --adapter={adapter} "
+              f"--max_new_tokens={seq_len // 2} --prompt='Question: Ava has 12 books. Ben gives "
+              "Ava 5 more. How many books does Ava have now?\\nAnswer:'")

@@ -12,16 +12,25 @@ are branches, NAME@BRANCH), so the values of 1 and of 16 epochs stand there, and
 _hub = 'hf://LoRA-TMLR-2024/'
 out_dir = 'out/published'
 base = 'hf://meta-llama/Llama-2-7b-hf'
-models = ('base',) + tuple(f'{_name} {_hub}{_repo}' for _name, _repo in (
-    ('magicoder-r16', 'magicoder-lora-rank-16-alpha-32'), ('magicoder-r64', 'magicoder-lora-rank-64-alpha-128'),
-    ('magicoder-r256', 'magicoder-lora-rank-256-alpha-512'), ('magicoder-full', 'magicoder-full-finetuning-lr-5e-05'),
-    ('metamath-r16', 'metamath-lora-rank-16-alpha-32'), ('metamath-r64', 'metamath-lora-rank-64-alpha-128'),
-    ('metamath-r256', 'metamath-lora-rank-256-alpha-512'), ('metamath-full', 'metamath-full-finetuning-lr-1e-05'),
-    ('starcoder-r16', 'starcoder-lora-rank-16-20B-tokens'), ('starcoder-r64', 'starcoder-lora-rank-64-20B-tokens'),
-    ('starcoder-r256', 'starcoder-lora-rank-256-20B-tokens'), ('starcoder-full', 'starcoder-full-finetuning-lr-1e-05-20B-tokens'),
-    ('openwebmath-r16', 'openwebmath-lora-rank-16-20B-tokens'), ('openwebmath-r64', 'openwebmath-lora-rank-64-20B-tokens'),
-    ('openwebmath-r256', 'openwebmath-lora-rank-256-20B-tokens'),
-    ('openwebmath-full', 'openwebmath-full-finetuning-lr-1e-05-20B-tokens')))
+models = (
+    'base',
+    f'magicoder-r16 {_hub}magicoder-lora-rank-16-alpha-32',
+    f'magicoder-r64 {_hub}magicoder-lora-rank-64-alpha-128',
+    f'magicoder-r256 {_hub}magicoder-lora-rank-256-alpha-512',
+    f'magicoder-full {_hub}magicoder-full-finetuning-lr-5e-05',
+    f'metamath-r16 {_hub}metamath-lora-rank-16-alpha-32',
+    f'metamath-r64 {_hub}metamath-lora-rank-64-alpha-128',
+    f'metamath-r256 {_hub}metamath-lora-rank-256-alpha-512',
+    f'metamath-full {_hub}metamath-full-finetuning-lr-1e-05',
+    f'starcoder-r16 {_hub}starcoder-lora-rank-16-20B-tokens',
+    f'starcoder-r64 {_hub}starcoder-lora-rank-64-20B-tokens',
+    f'starcoder-r256 {_hub}starcoder-lora-rank-256-20B-tokens',
+    f'starcoder-full {_hub}starcoder-full-finetuning-lr-1e-05-20B-tokens',
+    f'openwebmath-r16 {_hub}openwebmath-lora-rank-16-20B-tokens',
+    f'openwebmath-r64 {_hub}openwebmath-lora-rank-64-20B-tokens',
+    f'openwebmath-r256 {_hub}openwebmath-lora-rank-256-20B-tokens',
+    f'openwebmath-full {_hub}openwebmath-full-finetuning-lr-1e-05-20B-tokens',
+)
 evals = ('eval_gsm8k.py', 'eval_humaneval.py --allow_code_execution=True', 'eval_forgetting.py')
 spectrum = 'none'
 plot = 'none'

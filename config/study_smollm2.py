@@ -14,8 +14,9 @@ HuggingFaceTB/SmolLM2-135M-Instruct; NOTES.md says where the weights came from t
 
 A step is one row of 1,024 tokens: a small batch, as there are so few. The learning rates are the best of those that
 were tried at 75 steps, r=64's between two of them (NOTES.md). config/study_smollm2_full.py has whole epochs and three
-seeds, for a GPU; config/study_smollm2_code.py goes on from the same model on Python source.
+seeds, for a GPU; config/study_smollm2_code.py trains the same model on Python source.
 """
+# what config/study_smollm2_code.py and study_smollm2_full.py, which run this file, have set stays
 out_dir = out_dir or 'out/smollm2'
 base = base or 'models/smollm2'
 models = ('base',)
@@ -23,9 +24,16 @@ _methods = globals().get('_methods') or {
     'full': '--learning_rate=3e-5', 'r16': '--lora_rank=16 --learning_rate=6e-4',
     'r64': '--lora_rank=64 --learning_rate=2.5e-4', 'r256': '--lora_rank=256 --learning_rate=7.5e-5'}
 _lengths = globals().get('_lengths') or {'75': '--max_steps=75', '225': '--max_steps=225'}
-runs = tuple(f'{_name}-{_end} {_knobs} {_length}' for _end, _length in _lengths.items() for _name, _knobs in _methods.items())
-runs += tuple(f'{_name}-75-s{_seed} {_knobs} --max_steps=75 --seed={_seed}' for _seed in globals().get('_seeds', (1, 2))
-              for _name, _knobs in _methods.items())
+_seeds = globals().get('_seeds', (1, 2))  # more of 75 steps
+
+_runs = []
+for _end, _length in _lengths.items():
+    for _name, _knobs in _methods.items():
+        _runs.append(f'{_name}-{_end} {_knobs} {_length}')
+for _seed in _seeds:
+    for _name, _knobs in _methods.items():
+        _runs.append(f'{_name}-75-s{_seed} {_knobs} --max_steps=75 --seed={_seed}')
+runs = tuple(_runs)
 train = train or ('--data=data/gsm8k_smollm2_train --global_batch=1 --microbatch=1 --compile=True --dtype=bfloat16 '
                   '--save_interval=75 --keep_last=1')
 _loss = globals().get('_loss') or 'gsm8k_test=data/gsm8k_smollm2_test'
@@ -36,6 +44,7 @@ evals = (f'eval_loss.py --data={_loss} --dtype=bfloat16',
          f'eval_gsm8k.py --test_data=data/raw/gsm8k/test.jsonl --shots=0 --batch_size=25 --dtype=bfloat16 {_limits[1]}',
          'eval_humaneval.py --data=data/raw/HumanEval.jsonl.gz --n_samples=10 --temperature=0.8 --bos=False --dtype=bfloat16 '
          f'--allow_code_execution=True {_limits[2]}')
-_set, _words = _loss.split('=')[0], globals().get('_words') or 'loss on new word problems'
+_set = _loss.split('=')[0]
+_words = globals().get('_words') or 'loss on new word problems'
 plot = (f"--learning='loss {_set}' --forgetting=hellaswag_loss --x=step "
         f"--labels='loss {_set}={_words},hellaswag_loss=loss of right endings (HellaSwag)'")

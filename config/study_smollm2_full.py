@@ -13,7 +13,10 @@ _plain = {'full': '--learning_rate=1e-5', 'r16': '--lora_rank=16 --learning_rate
           'full-wd': '--learning_rate=1e-5 --weight_decay=1e-4', 'full-dropout': '--learning_rate=1e-5 --attention_dropout=0.1',
           'r16-attention': '--lora_rank=16 --learning_rate=2e-4 --lora_targets=attention',
           'r16-mlp': '--lora_rank=16 --learning_rate=2e-4 --lora_targets=mlp'}
-_methods = {f'{_name}-s{_seed}': f'{_knobs} --seed={_seed}' for _seed in (1, 2, 3) for _name, _knobs in _plain.items()}
+_methods = {}
+for _seed in (1, 2, 3):
+    for _name, _knobs in _plain.items():
+        _methods[f'{_name}-s{_seed}'] = f'{_knobs} --seed={_seed}'
 _lengths = {f'{_n}ep': f'--max_epochs={_n}' for _n in (1, 2, 4)}
 _limits = ('', '', '')
 _seeds = ()

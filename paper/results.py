@@ -1,4 +1,12 @@
-"""What runs left behind, for paper/plot.py and paper/claims.py: results.jsonl and log.jsonl of any runs as points with intervals."""
+"""What runs left behind, for paper/plot.py and paper/claims.py: values as points with intervals.
+
+    out/r16-s1   seed 1, 10 steps   gsm8k .21 --.
+    out/r16-s2   seed 2, 10 steps   gsm8k .19 --+--> Point(rank=16, step 10, gsm8k .20 +- .02)
+    out/r16-s3   seed 3, 10 steps   gsm8k .20 --'
+
+Runs of one setting differ only in their seed and in how long they trained. The seeds of one length
+become one Point, the lengths of one setting become a curve.
+"""
 import json
 import math
 import statistics
@@ -6,15 +14,26 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-# what does not make two runs two settings
-NO_SETTING = {"data", "base", "out_dir", "resume", "auto_resume", "resume_from", "val_data", "seed", "max_steps", "max_epochs",
-              "max_tokens", "warmup_steps", "cooldown_steps", "microbatch", "log_interval", "eval_interval", "eval_rows",
-              "save_interval", "keep_last", "async_save", "checkpoint_at", "max_skipped", "device", "compile", "lora_kernel",
-              "shard", "shard_ranks", "activation_checkpointing", "memory_gb", "dry_run", "gpus", "gpu", "mfu", "data_rows",
-              "lora_rank", "lora_alpha", "lora_targets"}
-REGULARISERS = {"weight_decay": 1e-5, "attention_dropout": 1e-9}  # of figure 4, from where on; code CPT's decay of 1e-6 is none
-T_975 = {2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}  # Student's t by degrees of freedom
-problems = Counter()
+import train
+
+# Knobs of train.py that make two runs two settings; a Setting has base, data, rank, alpha and
+# targets beside them. A new knob that changes what is learned belongs here.
+SETTING = ("scratch", "adapter", "global_batch", "seq_len", "shuffle", "optimizer", "learning_rate",
+           "beta1", "beta2", "weight_decay", "attention_dropout", "grad_clip", "loss_norm",
+           "doc_mask", "schedule", "alpha_f", "t_scale", "alpha_f_decay", "alpha_f_cooldown",
+           "schedule_lag", "dtype", "param_dtype")
+LORA_SETTING = ("lora_dropout", "rslora")  # of LoRA alone
+
+# The regularisers of figure 4 and from where on they count: code CPT's weight decay, 1e-6, is none.
+REGULARISERS = {"weight_decay": 1e-5, "attention_dropout": 1e-9}
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+
+# Student's t for a two-sided 95% interval, by degrees of freedom
+T_975 = {2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+
+problems = Counter()  # what could not be read: printed at the end, and no reason to stop
 
 
 # ----------------------------------------------------------------------------- reading
@@ -36,94 +55,159 @@ def read_jsonl(path):
     objects = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            objects.append(json.loads(line))
+            content = json.loads(line)
         except ValueError:
             problems[f"lines that are not JSON, as in {path}"] += 1
-    return [o for o in objects if isinstance(o, dict)]
-
-
-def by_step(lines):
-    """The lines of a log in order of steps, training and validation apart; of a step that was logged twice, the last."""
-    kept = {(line["step"], "val" in line): line for line in lines if isinstance(line.get("step"), int)}
-    return [kept[key] for key in sorted(kept)]
+            continue
+        if isinstance(content, dict):
+            objects.append(content)
+    return objects
 
 
 def read_json(path):
     """The object in a .json file, {} with a note if there is none."""
     try:
         content = json.loads(Path(path).read_text())
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError) as e:
-        problems[f"{path}: {type(e).__name__}, left out"] += 1
+    except (OSError, ValueError) as error:
+        problems[f"{path}: {type(error).__name__}, left out"] += 1
         return {}
+    return content if isinstance(content, dict) else {}
+
+
+def by_step(lines):
+    """The lines of a log by step, training and validation apart; the last one of a step counts."""
+    kept = {}
+    for line in lines:
+        if isinstance(line.get("step"), int):
+            kept[line["step"], "val" in line] = line
+    return [kept[key] for key in sorted(kept)]
+
+
+def read_config(folder):
+    """The knobs that a run was trained with; {} for a folder that train.py did not make."""
+    path = folder / "config.json"
+    config = read_json(path).get("config") if path.is_file() else {}
+    if not isinstance(config, dict):
+        return {}
+    # a run that started from an adapter has the adapter's rank
+    if config.get("adapter") and not config.get("lora_rank"):
+        made = sorted(folder.glob("step_*/adapter_config.json"))
+        if made:
+            adapter = read_json(made[0])
+            config["lora_rank"] = adapter.get("r")
+            config["lora_alpha"] = adapter.get("lora_alpha")
+    return config
 
 
 class Run(NamedTuple):
-    """One folder: what was trained, and {metric: {step: (value, stderr)}}."""
+    """One folder: what was trained, and what was measured."""
     name: str
-    config: dict
-    metrics: dict
-    log: list
-    places: dict  # step -> {"step", "tokens", "epoch"}
-    items: dict   # {(metric, step): a value an item}
+    config: dict   # {} = a base that was only evaluated
+    metrics: dict  # {metric: {step: (value, stderr or None)}}
+    log: list      # the lines of log.jsonl
+    places: dict   # {step: {"step", "tokens", "epoch"}} of the steps with a metric
+    items: dict    # {(metric, step): the values of the evaluation's items}
 
 
 def read_run(folder):
-    """The Run of a folder; val losses of its log count as metrics 'loss NAME', where eval_loss.py measured none at that step."""
+    """The Run of a folder.
+
+    The validation losses of its log are metrics 'loss NAME', where eval_loss.py measured none."""
     folder = Path(folder)
-    config = read_json(folder / "config.json").get("config") if (folder / "config.json").is_file() else {}
-    config = config if isinstance(config, dict) else {}
-    if config.get("adapter") and not config.get("lora_rank"):  # trained on from an adapter, which brought its rank
-        made = [read_json(path) for path in sorted(folder.glob("step_*/adapter_config.json"))]
-        config |= {"lora_rank": made[0].get("r"), "lora_alpha": made[0].get("lora_alpha")} if made else {}
-    log, metrics, places = by_step(read_jsonl(folder / "log.jsonl")), defaultdict(dict), {}
-    per_step = next((line["epoch"] / line["step"] for line in log if line.get("epoch") and line.get("step")), None)
+    config = read_config(folder)
+    log = by_step(read_jsonl(folder / "log.jsonl"))
+    results = read_jsonl(folder / "results.jsonl")
 
-    def keep(line, metric, value, stderr=None):
-        step = line.get("step")
-        if isinstance(step, int) and (value := number(value)) is not None:
-            metrics[metric][step] = value, number(stderr)
-            epoch = line.get("epoch") or (per_step * step if per_step else None)
-            before = places.get(step, {})
-            places[step] = {"step": step, "tokens": line.get("tokens") or before.get("tokens"),
-                            "epoch": epoch or before.get("epoch")}
-
+    # all that was measured; where two are of one metric and step, the later one counts
+    measured = []
     for line in log:
-        for name, loss in (line["val"].items() if isinstance(line.get("val"), dict) else ()):
-            keep(line, f"loss {name}", loss)
-    name = folder.name
-    for line in read_jsonl(folder / "results.jsonl"):
-        keep(line, str(line.get("metric")), line.get("value"), line.get("stderr"))
-        judged = line.get("settings") if isinstance(line.get("settings"), dict) else {}
-        if not config and judged.get("model") and not judged.get("adapter"):
-            name = Path(judged["model"]).name  # as the runs that started from it call it
-    items = {(line.get("metric"), line.get("step")): line.get("values") for line in read_jsonl(folder / "values.jsonl")}
+        losses = line.get("val")
+        if isinstance(losses, dict):
+            for name, loss in losses.items():
+                measured.append((line, f"loss {name}", loss, None))
+    for line in results:
+        measured.append((line, str(line.get("metric")), line.get("value"), line.get("stderr")))
+
+    # by metric and step; a place is what is known of a step from all of its lines
+    metrics = defaultdict(dict)
+    places = {}
+    epochs_a_step = epochs_of_step(log)
+    for line, metric, value, stderr in measured:
+        step = line.get("step")
+        if not isinstance(step, int):
+            continue
+        value = number(value)
+        if value is None:
+            continue
+        metrics[metric][step] = value, number(stderr)
+        before = places.get(step, {})
+        tokens = line.get("tokens") or before.get("tokens")
+        epoch = line.get("epoch") or epochs_a_step * step or before.get("epoch")
+        places[step] = {"step": step, "tokens": tokens, "epoch": epoch}
+
+    # the values of the single items, which eval_*.py keeps apart
+    items = {}
+    for line in read_jsonl(folder / "values.jsonl"):
+        items[line.get("metric"), line.get("step")] = line.get("values")
+    name = folder.name if config else base_name(folder.name, results)
     return Run(name, config, dict(metrics), log, places, items)
 
 
+def epochs_of_step(log):
+    """How much of an epoch one step is, by the first line that has both; 0 = not known."""
+    for line in log:
+        if line.get("epoch") and line.get("step"):
+            return line["epoch"] / line["step"]
+    return 0
+
+
+def base_name(name, results):
+    """The name of a base as its runs have it: that of the model folder which was evaluated."""
+    for line in results:
+        judged = line.get("settings")
+        if isinstance(judged, dict) and judged.get("model") and not judged.get("adapter"):
+            name = Path(judged["model"]).name
+    return name
+
+
 # ----------------------------------------------------------------------------- runs become points
-class Point(NamedTuple):
-    """One setting at one length, over its seeds: values {metric: (mean, half width of the interval or None)}."""
+class Setting(NamedTuple):
+    """What the seeds and the lengths of one series share."""
     dataset: str
     base: str
-    rank: int        # 0 = full finetuning
+    rank: int      # 0 = full finetuning
     alpha: float
     targets: str
-    other: tuple     # the other knobs, sorted pairs
-    place: dict      # step, tokens, epoch
-    last: bool       # nothing longer in its runs: its learning rate had come down
-    values: dict
+    other: tuple   # the knobs of SETTING, sorted pairs of str
+
+
+class Point(NamedTuple):
+    """One setting at one length, over its seeds."""
+    dataset: str
+    base: str
+    rank: int
+    alpha: float
+    targets: str
+    other: tuple
+    place: dict    # step, tokens, epoch
+    last: bool     # the end of its runs, where the learning rate had come down
+    values: dict   # {metric: (mean, half width of its 95% interval or None)}
 
     @property
     def setting(self):
-        return self.dataset, self.base, self.rank, self.alpha, self.targets, self.other
+        return Setting(*self[:6])
 
 
 def targets_name(targets):
     """'attention', 'mlp' or 'all' for lora_targets that spell them out; others as they stand."""
-    names = {t.strip() for t in str(targets).split(",")}
-    attention, mlp = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
-    return "attention" if names == attention else "mlp" if names == mlp else "all" if names == attention | mlp else str(targets)
+    names = {name.strip() for name in str(targets).split(",")}
+    if names == ATTENTION:
+        return "attention"
+    if names == MLP:
+        return "mlp"
+    if names == ATTENTION | MLP:
+        return "all"
+    return str(targets)
 
 
 def regularised(config):
@@ -132,86 +216,158 @@ def regularised(config):
 
 
 def setting_of(run):
-    """What the seeds and lengths of a series share: (dataset, base, rank, alpha, targets, other knobs), as in Point."""
-    rank = run.config.get("lora_rank") or 0
-    alpha = (run.config.get("lora_alpha") or 2 * rank) if rank else 0
-    targets = targets_name(run.config.get("lora_targets", "all")) if rank else "all"
-    other = tuple(sorted((k, str(v)) for k, v in run.config.items() if k not in NO_SETTING and (rank or k != "lora_dropout")
-                         and k != "rslora" or k == "rslora" and v))
-    base = Path(run.config["base"]).name if run.config.get("base") else run.name
-    return Path(run.config.get("data", "")).name, base, rank, alpha, targets, other
+    """The Setting of a Run. A knob that an older run does not know counts as train.py's default."""
+    # what was trained on what; LoRA has more to it
+    config = run.config
+    base = Path(config["base"]).name if config.get("base") else run.name
+    dataset = Path(config.get("data", "")).name
+    rank = config.get("lora_rank") or 0
+    alpha = 0
+    targets = "all"
+    knobs = SETTING
+    if rank:
+        alpha = config.get("lora_alpha") or 2 * rank
+        targets = targets_name(config.get("lora_targets", "all"))
+        knobs = SETTING + LORA_SETTING
+
+    # the other knobs, as text, so that settings can be compared and sorted
+    other = []
+    for knob in sorted(knobs):
+        default = getattr(train, knob)
+        other.append((knob, str(config.get(knob, default))))
+    return Setting(dataset, base, rank, alpha, targets, tuple(other))
 
 
 def mean_of_seeds(pairs):
-    """(mean, half width of its 95% interval or None) of the (value, stderr) of each seed."""
-    values, errors = [v for v, _ in pairs], [e for _, e in pairs if e]
+    """(mean, half width of its 95% interval or None) of the (value, stderr) of each seed.
+
+    From three seeds on it is Student's interval, below that of the evaluation's items."""
+    # a missing error, or one of 0, is not known
+    values = [value for value, _ in pairs]
+    errors = [stderr for _, stderr in pairs if stderr]
+    n = len(values)
     mean = statistics.fmean(values)
-    if len(values) > 2:
-        return mean, T_975.get(df := len(values) - 1, 1.96 + 2.6 / df) * statistics.stdev(values) / len(values) ** 0.5
-    return mean, 1.96 * sum(errors) / len(values) if len(errors) == len(values) else None  # the same items: not independent
+    if n > 2:
+        t = T_975.get(n - 1, 1.96 + 2.6 / (n - 1))
+        return mean, t * statistics.stdev(values) / n ** 0.5
+    if len(errors) < n:
+        return mean, None
+    # not / sqrt(n): the seeds are evaluated on the same items, so they are not independent
+    return mean, 1.96 * sum(errors) / n
 
 
 def points_of(all_runs):
-    """[Point] of the trained steps of all runs; {(dataset, base, metric): (value, half width or None)} of their bases: as
-    evaluated, else step 0 of the logs."""
-    groups, evaluated, starts, seen = defaultdict(list), {}, defaultdict(dict), set()
+    """([Point], {(dataset, base, metric): (value, half width or None)} of the bases) of all runs.
+
+    A base has the values that were evaluated, else those at step 0 of its runs' logs."""
+    trained = [run for run in all_runs if run.config]
+    points = points_of_trained(trained)
+    bases = values_at_start(trained)
+
+    # a base that was evaluated goes with every dataset that it was trained on
+    panels = {(point.dataset, point.base) for point in points}
+    evaluated = {}
     for run in all_runs:
-        setting, seed = setting_of(run), run.config.get("seed")
-        last = max((s for steps in run.metrics.values() for s in steps), default=0)
+        if not run.config:
+            for metric, steps in run.metrics.items():
+                first_measured = next(iter(steps.values()))
+                evaluated.setdefault((run.name, metric), first_measured)
+    for (name, metric), value in evaluated.items():
+        for dataset, base in panels:
+            if base == name:
+                bases[dataset, base, metric] = mean_of_seeds([value])
+    return points, bases
+
+
+def points_of_trained(runs):
+    """[Point] of all steps above 0. Of two equal runs, seed and length too, the first counts."""
+    # what belongs to one point: one value of a metric for each seed
+    groups = defaultdict(lambda: defaultdict(list))  # {(setting, step, last): {metric: values}}
+    places = {}
+    seen = set()
+    for run in runs:
+        setting = setting_of(run)
+        last_step = max(run.places, default=0)
         for metric, steps in run.metrics.items():
             for step, value in steps.items():
-                if not run.config:
-                    evaluated.setdefault((setting[1], metric), value)
-                elif step == 0:
-                    starts[*setting[:2], metric].setdefault(seed, value)
-                elif (one := (setting, seed, metric, step, step == last)) not in seen:
-                    seen.add(one)
-                    groups[*setting, step, step == last].append((metric, value, run.places[step]))
-                elif step == last:
-                    problems[f"{run.name}: a second run of one setting, seed and length, left out"] = 1
+                key = setting, step, step == last_step
+                measurement = key, metric, run.config.get("seed")
+                if step == 0:
+                    continue
+                if measurement not in seen:
+                    seen.add(measurement)
+                    groups[key][metric].append(value)
+                    places.setdefault(key, run.places[step])
+                elif step == last_step:
+                    problems[f"{run.name}: a second run of one setting, seed and length, left out; "
+                             "a knob that sets it apart belongs in SETTING (paper/results.py)"] = 1
+
+    # means over the seeds
     points = []
-    for (*setting, _, last), found in groups.items():
-        by_metric = defaultdict(list)
-        for metric, value, _ in found:
-            by_metric[metric].append(value)
-        points.append(Point(*setting, found[0][2], last, {m: mean_of_seeds(v) for m, v in by_metric.items()}))
-    bases = {key: mean_of_seeds([*of_seed.values()]) for key, of_seed in starts.items()}
-    return points, bases | {(dataset, base, metric): mean_of_seeds([value]) for dataset, base in {p.setting[:2] for p in points}
-                            for (name, metric), value in evaluated.items() if name == base}
+    for key, by_metric in groups.items():
+        setting, _, last = key
+        values = {metric: mean_of_seeds(pairs) for metric, pairs in by_metric.items()}
+        points.append(Point(*setting, places[key], last, values))
+    return points
 
 
+def values_at_start(runs):
+    """{(dataset, base, metric): (mean, half width or None)} at step 0, each seed once."""
+    starts = defaultdict(dict)
+    for run in runs:
+        setting = setting_of(run)
+        for metric, steps in run.metrics.items():
+            if 0 in steps:
+                of_seed = starts[setting.dataset, setting.base, metric]
+                of_seed.setdefault(run.config.get("seed"), steps[0])
+    return {key: mean_of_seeds(list(of_seed.values())) for key, of_seed in starts.items()}
+
+
+# ----------------------------------------------------------------------------- choosing points
 def main_settings(points):
-    """[(rank, setting)] a dataset's curves show, full first: of each rank the setting with the most lengths."""
-    by_rank = defaultdict(lambda: defaultdict(set))
-    for p in points:
-        by_rank[p.rank][p.setting].add((p.place["step"], p.last))
+    """[(rank, setting)] that the curves of a dataset show, full finetuning first: one a rank.
 
-    def merit(setting, lengths):
-        other = dict(setting[5])
-        paper = setting[4] == "all" and setting[3] == 2 * setting[2] and not regularised(other)
-        return len({s for s, last in lengths if last}), len(lengths), paper
+    It is the setting with the most lengths, then the paper's form (LoRA on all modules, alpha 2 r,
+    no regulariser), then the one whose other knobs most settings share."""
+    # how long each setting was trained, and how many settings have its other knobs
+    lengths = defaultdict(set)  # {setting: {(step, last)}}
+    for point in points:
+        lengths[point.setting].add((point.place["step"], point.last))
+    shared = Counter(setting.other for setting in lengths)
 
-    same = Counter(s[5] for settings in by_rank.values() for s in settings)  # then what the other ranks use as well
-    return [(rank, max(by_rank[rank], key=lambda s: (*merit(s, by_rank[rank][s]), same[s[5]]))) for rank in sorted(by_rank)]
+    # of each rank the first setting with the highest merit
+    best = {}  # {rank: (merit, setting)}
+    for setting, found in lengths.items():
+        ends = [step for step, last in found if last]
+        papers_form = setting.targets == "all" and setting.alpha == 2 * setting.rank
+        papers = papers_form and not regularised(dict(setting.other))
+        merit = len(ends), len(found), papers, shared[setting.other]
+        if setting.rank not in best or merit > best[setting.rank][0]:
+            best[setting.rank] = merit, setting
+    return [(rank, best[rank][1]) for rank in sorted(best)]
 
 
 def curve_of(points, setting):
     """The points of one setting by length: the ends of its runs, or, of a single run, all of it."""
-    mine = [p for p in points if p.setting == setting]
-    ends = [p for p in mine if p.last]
-    return sorted(ends if len(ends) > 1 else mine, key=lambda p: p.place["step"])
+    mine = [point for point in points if point.setting == setting]
+    ends = [point for point in mine if point.last]
+    return sorted(ends if len(ends) > 1 else mine, key=lambda point: point.place["step"])
 
 
 def ends_of(points):
-    """The points at the length that most settings were trained for."""
-    ends = [p for p in points if p.last]
-    lengths = Counter(p.place["step"] for p in ends)
-    return [p for p in ends if p.place["step"] == max(lengths, key=lambda s: (lengths[s], s))] if ends else []
+    """The points at the length that most settings were trained for; among equals, the longest."""
+    ends = [point for point in points if point.last]
+    count = Counter(point.place["step"] for point in ends)
+    chosen = max(count, key=lambda step: (count[step], step), default=None)
+    return [point for point in ends if point.place["step"] == chosen]
 
 
 def pick(names, points):
     """The first of the metrics that some point has; None."""
-    return next((m for m in names if any(m in p.values for p in points)), None)
+    for name in names:
+        if any(name in point.values for point in points):
+            return name
+    return None
 
 
 def falls(metric):

@@ -1,14 +1,21 @@
 """
-A study: train, evaluate, take spectra and draw, for a list of runs. What is done is skipped, what was stopped goes on.
+A study: train, evaluate, take spectra and draw, for a list of runs.
 
     python -m paper.study config/study_smollm2.py                 # all of it, one process at a time
-    python -m paper.study config/study_smollm2.py --dry_run=True  # the table of what is done and what is left
-    python -m paper.study config/published.py                     # the paper's own adapters, beside the paper's numbers
-    sbatch --array=0-11 --wrap='python -m paper.study config/mine.py --only=$SLURM_ARRAY_TASK_ID'   # a run a job, then once without
+    python -m paper.study config/study_smollm2.py --dry_run=True  # what is done and what is left
+    python -m paper.study config/published.py                     # the paper's own adapters
+    # on a cluster a run a job, then once without --only
+    sbatch --array=0-11 --wrap='python -m paper.study config/mine.py --only=$SLURM_ARRAY_TASK_ID'
 
-Every run is tried with train.py --dry_run=True before the first one starts. out_dir/NAME is the run of train.py with
-its results.jsonl and spectrum.json, out_dir/figures what paper/plot.py draws, out_dir/study.jsonl what was done and how long
-it took. A finished step is known by its whole command line: change it, and it is done again; delete out_dir/NAME, and all is.
+              train       eval_gsm8k    spectrum
+    base      -           2.1 min       -
+    r16-75    11.0 min    running       to do
+
+Finished steps are skipped, and what was stopped is resumed. Every run is tried with train.py
+--dry_run=True before the first one starts. out_dir/NAME is the run of train.py with its
+results.jsonl and spectrum.json, out_dir/figures what paper/plot.py draws, out_dir/study.jsonl what
+was done and how long it took. A finished step is known by its whole command line: change it, and it
+is done again; delete out_dir/NAME, and all of its steps are.
 """
 import json
 import os
@@ -18,34 +25,50 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
-from training.checkpoint import checkpoints, read_state
 from configurator import configure
 from lora import is_adapter
 from runtime import ROOT, append_jsonl, one_line_errors, script_words
+from training.checkpoint import checkpoints, read_state
 
 # -----------------------------------------------------------------------------
 out_dir = ''             # folder of the study
-base = ''                # model folder, or hf://OWNER/NAME[@REVISION]: trained in the runs, and the base of adapters in `models`
-models = ()              # not trained here: 'NAME FOLDER' or 'NAME hf://OWNER/NAME[@REVISION]'; 'base' is base itself
+base = ''                # of runs and adapters: a model folder, or hf://OWNER/NAME[@REVISION]
+models = ()              # not trained here: 'NAME FOLDER' or 'NAME hf://...'; 'base' is base itself
 runs = ()                # trained here: 'NAME config/x.py --knob=value ...', what train.py takes
-train = ''               # what train.py takes in every run, such as '--data=data/gsm8k --global_batch=64'
+train = ''               # what train.py takes in every run: '--data=data/gsm8k --global_batch=64'
 evals = ()               # 'eval_gsm8k.py --limit=200', ...: without model, which is filled in
 spectrum = ''            # what spectrum.py takes, such as '--subspaces=1,16'; 'none' = no spectra
 plot = ''                # what paper/plot.py takes; 'none' = no figures
 expected = ()            # 'NAME METRIC=VALUE ...': numbers to print beside one's own
 checkpoint = 'last'      # of each run, to evaluate: last | all that were kept
-only = ()                # names of models and runs, or their numbers from 0; none = all, and then the figures
+only = ()                # names of models and runs, or numbers from 0; none = all, and the figures
 launch = ''              # before train.py and the evaluations: 'torchrun --nproc_per_node=8'
 dry_run = False          # only check, and print the table
+
 _choices = {'checkpoint': ('last', 'all')}
 
 
-# ----------------------------------------------------------------------------- what there is to do
+@dataclass
+class Study:
+    """What there is to do, read from the knobs of the same names."""
+    out_dir: Path
+    base: str         # a folder, or hf://... that is not downloaded yet
+    models: dict      # {name: [folder or hf://..., more knobs of its evaluations]}
+    runs: dict        # {name: what train.py takes}
+    train: list
+    evals: list       # [[script, knobs ...]]
+    spectrum: list    # None = no spectra
+    plot: list        # None = no figures
+    checkpoint: str
+    launch: list
+
+
+# ----------------------------------------------------------------------------- reading the knobs
 def read_list(entries, knob):
-    """'NAME words ...' -> {NAME: words}; raises ValueError for an empty entry or a name that stands twice."""
+    """'NAME words ...' -> {NAME: words}; ValueError for an empty entry or a name used twice."""
     named = {}
     for entry in entries:
         name, *words = shlex.split(entry) or [""]
@@ -55,22 +78,43 @@ def read_list(entries, knob):
     return named
 
 
-def chosen(names):
-    """The names that `only` asks for."""
-    if unknown := [n for n in only if n not in names and not (n.isdigit() and int(n) < len(names))]:
-        raise ValueError(f"only: {', '.join(unknown)} not found; there are {', '.join(f'{i} {n}' for i, n in enumerate(names))}")
-    wanted = {n if n in names else names[int(n)] for n in only}
-    return [n for n in names if n in wanted or not wanted]
+def read_words(text):
+    """The words of a command line; None for 'none'."""
+    return None if text == "none" else shlex.split(text)
 
 
-def is_run(name):
-    """Whether a name is of `runs`, so trained here, and not of `models`."""
-    return any(shlex.split(entry)[0] == name for entry in runs)
+def check_names(study, expected):
+    """ValueError for a study without names, with one name for two things, or with unknown ones."""
+    # there is something to do, each name means one thing, and numbers belong to a name
+    names = [*study.models, *study.runs]
+    if not study.base or not names:
+        raise ValueError("out_dir, base and models or runs have to be set; see --help")
+    both = set(study.models) & set(study.runs)
+    if both:
+        raise ValueError(f"models and runs share the name {', '.join(sorted(both))}")
+    unknown = [name for name in expected if name not in names]
+    if unknown:
+        raise ValueError(f"expected: no model or run is named {', '.join(unknown)}")
+
+
+def chosen(names, only):
+    """Those of the names that `only` asks for, by name or by number; all if it is empty."""
+    wanted = set()
+    for asked in only:
+        if asked in names:
+            wanted.add(asked)
+        elif asked.isdigit() and int(asked) < len(names):
+            wanted.add(names[int(asked)])
+        else:
+            there = ", ".join(f"{i} {name}" for i, name in enumerate(names))
+            raise ValueError(f"only: {asked} not found; there are {there}")
+    return [name for name in names if name in wanted or not wanted]
 
 
 def fetch(where, download=True):
-    """A folder as it stands; hf://OWNER/NAME[@REVISION] is downloaded to the hub's cache, or None if it is not there yet
-    and is not to be downloaded."""
+    """A model's folder: as it stands, or that of hf://OWNER/NAME[@REVISION] in the hub's cache.
+
+    None if it is not there yet and is not to be downloaded; ValueError if it cannot be."""
     if not where.startswith("hf://"):
         return where
     from huggingface_hub import errors, snapshot_download
@@ -78,170 +122,289 @@ def fetch(where, download=True):
     try:
         return snapshot_download(repo, revision=revision or None, local_files_only=not download,
                                  allow_patterns=["*.json", "*.safetensors", "tokenizer.model"])
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as e:
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError,
+            OSError) as error:
         if not download:
             return None
-        raise ValueError(f"{where} cannot be fetched ({type(e).__name__}: {e}); for gated models set HF_TOKEN, without a "
-                         f"network download {repo} elsewhere and name its folder") from None
+        raise ValueError(
+            f"{where} cannot be fetched ({type(error).__name__}: {error}); for gated models set "
+            f"HF_TOKEN, without a network download {repo} elsewhere and name its folder") from None
 
 
-def train_command(name, words, base, launch):
-    """train.py for a run, going on from its newest checkpoint if there is one."""
-    return [*shlex.split(launch), "train.py", *words, *shlex.split(train), f"--base={base}", f"--out_dir={Path(out_dir) / name}",
-            "--auto_resume=True"]
+# ----------------------------------------------------------------------------- what there is to do
+def train_command(study, name, launch):
+    """train.py for a run; it resumes from its newest checkpoint if there is one."""
+    return [*launch, "train.py", *study.runs[name], *study.train, f"--base={study.base}",
+            f"--out_dir={study.out_dir / name}", "--auto_resume=True"]
 
 
-def is_complete(name):
-    """Whether the newest checkpoint of a run is its last: train.py ends with status 0 when it is asked to stop."""
-    if not (found := checkpoints(Path(out_dir) / name)):
+def is_complete(run_dir):
+    """Is a run's newest checkpoint its last? train.py ends with status 0 when it is stopped."""
+    found = checkpoints(run_dir)
+    if not found:
         return False
     state = read_state(found[-1][1])
     return state["step"] >= state["steps"]
 
 
-def trained_of(name):
-    """[(step, folder)] of the checkpoints of a run that are looked at."""
-    found = checkpoints(Path(out_dir) / name)
-    return found if checkpoint == "all" else found[-1:]
+def trained_of(study, name):
+    """The folders of those checkpoints of a run that are evaluated, oldest first."""
+    found = [folder for _, folder in checkpoints(study.out_dir / name)]
+    return found if study.checkpoint == "all" else found[-1:]
 
 
-def judged(name, words, base, download=True):
-    """The knobs that tell an evaluation what to judge: [[knob, ...]], one list for each evaluation of a model or run."""
-    if is_run(name):
-        return [[f"--model={folder}"] for _, folder in trained_of(name)]
-    if (folder := fetch(words[0], download) if words else base) is None:
+def model_words(study, name, download):
+    """[the knobs that tell an evaluation what to judge], one list for each checkpoint or model."""
+    if name in study.runs:
+        return [[f"--model={folder}"] for folder in trained_of(study, name)]
+    # an adapter is judged with its base
+    where, *more = study.models[name] or [study.base]
+    folder = fetch(where, download)
+    if folder is None:
         return []
-    which = [f"--model={base}", f"--adapter={folder}"] if is_adapter(folder) else [f"--model={folder}"]
-    return [[*which, *words[1:], f"--out_dir={Path(out_dir) / name}"]]
+    model = [f"--model={folder}"]
+    if is_adapter(folder):
+        model = [f"--model={study.base}", f"--adapter={folder}"]
+    return [[*model, *more, f"--out_dir={study.out_dir / name}"]]
 
 
-def commands(name, words, base, download=True):
-    """Yield (stage, command line) of a model or a run, in order; evaluations are known once it is trained or downloaded."""
-    if is_run(name):
-        yield "train", train_command(name, words, base, launch)
-    for what in judged(name, words, base, download):
-        for text in evals:
-            yield text.split()[0], [*shlex.split(launch), *shlex.split(text), *what]
-    if spectrum != "none" and (trained := [path for _, path in trained_of(name)]):
-        yield "spectrum.py", ["spectrum.py", f"--base={base}", f"--tuned={','.join(map(str, trained))}",
-                              f"--out={Path(out_dir) / name / 'spectrum.json'}", *shlex.split(spectrum)]
+def commands(study, name, download=True):
+    """Yield (stage, command line) of a model or a run, in order.
+
+    What follows a run's training is known only when it is trained: run each before the next."""
+    if name in study.runs:
+        yield "train", train_command(study, name, study.launch)
+    for model in model_words(study, name, download):
+        for evaluation in study.evals:
+            yield evaluation[0], [*study.launch, *evaluation, *model]
+    trained = trained_of(study, name)
+    if study.spectrum is not None and trained:
+        tuned = ",".join(map(str, trained))
+        out = study.out_dir / name / "spectrum.json"
+        yield "spectrum.py", ["spectrum.py", f"--base={study.base}", f"--tuned={tuned}",
+                              f"--out={out}", *study.spectrum]
 
 
 # ----------------------------------------------------------------------------- doing it
-def done_before():
-    """{command line: seconds} of study.jsonl, without what was done to a run that has been deleted or trained anew since."""
-    is_there = lambda name: is_complete(name) if is_run(name) else (Path(out_dir) / name).is_dir()
-    path, done = Path(out_dir) / "study.jsonl", {}
-    for record in map(json.loads, path.read_text().splitlines() if path.is_file() else []):
-        of_run = {} if record["stage"] == "train" else done.get(record["run"], {})
-        done[record["run"]] = of_run | {record["command"]: record["seconds"]}
-    return {command: seconds for name, of_run in done.items() if is_there(name) for command, seconds in of_run.items()}
+def done_before(study):
+    """{command line: seconds} of study.jsonl.
+
+    Without what was done to a run that is deleted, is not complete, or was trained again since."""
+    # in the order in which it was done: training makes what came before it void
+    path = study.out_dir / "study.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    done = {}  # {run: {command line: seconds}}
+    for line in lines:
+        record = json.loads(line)
+        if record["stage"] == "train":
+            done[record["run"]] = {}
+        done.setdefault(record["run"], {})[record["command"]] = record["seconds"]
+
+    # only of what is still there
+    still_done = {}
+    for name, of_run in done.items():
+        folder = study.out_dir / name
+        if is_complete(folder) if name in study.runs else folder.is_dir():
+            still_done.update(of_run)
+    return still_done
 
 
-def run(command, quiet=False):
-    """Run one of our scripts; SIGTERM and Ctrl-C reach it, and it is waited for. Returns status, stderr."""
-    launched = shlex.split(launch) if launch and not quiet and command[0] == shlex.split(launch)[0] else []
-    script, *words = command[len(launched):]
-    python = launched or [sys.executable]
-    child = subprocess.Popen([*python, *script_words(script), *words], text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                             **dict.fromkeys(("stdout", "stderr"), subprocess.PIPE) if quiet else {})
+def run_command(command, launch=(), quiet=False):
+    """Run one of our scripts and wait for it; returns (status, what it wrote to stderr if quiet).
+
+    command begins with the words of `launch`, such as torchrun's, or with the script. SIGTERM and
+    Ctrl-C reach the script."""
+    # torchrun and its like start Python themselves
+    python = [sys.executable]
+    if launch and command[:len(launch)] == launch:
+        python = launch
+        command = command[len(launch):]
+    script, *words = command
+    output = subprocess.PIPE if quiet else None
+    child = subprocess.Popen([*python, *script_words(script), *words], text=True, stdout=output,
+                             stderr=output, env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
-        _, err = child.communicate()
+        _, errors = child.communicate()
     except KeyboardInterrupt:  # train.py saves a checkpoint and ends
         child.terminate()
         child.wait()
         raise
-    return child.returncode, err
+    return child.returncode, errors
 
 
-def check_all(entries, base):
-    """Refuse a study one of whose commands has an impossible combination of knobs, before any of them starts."""
-    for knob, where in [("base", base), *((f"models: {name}", words[0]) for name, words in entries.items()
-                                          if words and not is_run(name))]:
-        if not where.startswith("hf://") and not any((Path(where) / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
-            raise ValueError(f"{knob}: {where} holds neither config.json nor adapter_config.json")
-    if unknown := [text for text in evals if not (ROOT / text.split()[0]).is_file()]:
-        raise ValueError(f"evals: no script named {unknown[0].split()[0]}")
-    if base.startswith("hf://"):
-        print(f"{base} is not downloaded yet, so runs that train it are not checked")
-    planned = {f"runs: {name}: {shlex.join(words)}": [*train_command(name, words, base, launch=""), "--dry_run=True"]
-               for name, words in entries.items()
-               if is_run(name) and not base.startswith("hf://") and not checkpoints(Path(out_dir) / name)}
-    others = [f"{script} {words}" for script, words in (("spectrum.py", spectrum), ("paper/plot.py", plot)) if words != "none"]
-    planned |= {text: [*shlex.split(text), "--help"] for text in [*evals, *others]}
+def check_files(study, names):
+    """ValueError for a model that is no model folder, and for an evaluation without a script."""
+    # model folders, by the knob that names them
+    folders = {"base": study.base}
+    for name in names:
+        if study.models.get(name):
+            folders[f"models: {name}"] = study.models[name][0]
+    for knob, folder in folders.items():
+        if folder.startswith("hf://"):
+            continue
+        configs = [Path(folder) / "config.json", Path(folder) / "adapter_config.json"]
+        if not any(path.is_file() for path in configs):
+            raise ValueError(f"{knob}: {folder} holds neither config.json nor adapter_config.json")
+    # scripts
+    for script, *_ in study.evals:
+        if not (ROOT / script).is_file():
+            raise ValueError(f"evals: no script named {script}")
+
+
+def check_commands(study, names):
+    """Refuse a study one of whose commands has impossible knobs, before any of them starts."""
+    # runs are planned, other scripts only read their knobs
+    planned = {}  # {what the user wrote: command}
+    downloaded = not study.base.startswith("hf://")
+    if not downloaded:
+        print(f"{study.base} is not downloaded yet, so runs that train it are not checked")
+    for name in names:
+        if name in study.runs and downloaded and not checkpoints(study.out_dir / name):
+            text = f"runs: {name}: {shlex.join(study.runs[name])}"
+            planned[text] = [*train_command(study, name, launch=[]), "--dry_run=True"]
+    others = list(study.evals)
+    if study.spectrum is not None:
+        others.append(["spectrum.py", *study.spectrum])
+    if study.plot is not None:
+        others.append(["paper/plot.py", *study.plot])
+    for command in others:
+        planned[shlex.join(command)] = [*command, "--help"]
+
+    # a few at a time, as each spends most of its seconds on imports
     with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
-        for text, (status, err) in zip(planned, pool.map(partial(run, quiet=True), planned.values())):
+        checks = {}
+        for text, command in planned.items():
+            checks[text] = pool.submit(run_command, command, quiet=True)
+        for text, check in checks.items():
+            status, errors = check.result()
             if status:
-                raise ValueError(f"{text}: {err.strip()}")
+                raise ValueError(f"{text}: {errors.strip()}")
             print("checked", text)
 
 
-def progress(entries, done, now=()):
-    """The table: a line a model or run, a column a stage, with minutes where it is done."""
-    judging = dict.fromkeys(text.split()[0] for text in evals)
-    stages = ["train", *judging, *([] if spectrum == "none" else ["spectrum.py"])]
+def do_all(study, names):
+    """Do and record every step that is not done yet; ValueError where one fails or is stopped."""
+    for name in names:
+        for stage, command in commands(study, name):
+            done = done_before(study)
+            if shlex.join(command) in done:
+                continue
+            # do it, with the table above what it prints
+            print(f"\n{progress(study, names, done, now=(name, stage))}")
+            print(f"\n{shlex.join(command)}", flush=True)
+            study.out_dir.mkdir(parents=True, exist_ok=True)
+            started = time.time()
+            status, _ = run_command(command, study.launch)
+            seconds = round(time.time() - started, 1)
+
+            # what failed or was stopped is not recorded
+            how = ""
+            if status:
+                how = f"ended with status {status}"
+            elif stage == "train" and not is_complete(study.out_dir / name):
+                how = "was stopped"
+            if how:
+                raise ValueError(f"{name}: {stage} {how}; run the same command again to resume")
+            append_jsonl(study.out_dir / "study.jsonl", {"run": name, "stage": stage,
+                                                         "command": shlex.join(command),
+                                                         "seconds": seconds})
+
+
+# ----------------------------------------------------------------------------- tables
+def progress(study, names, done, now=()):
+    """The table: a line for each model or run, a column for each stage.
+
+    done {command line: seconds}; now: the (name, stage) that is running."""
+    # the columns
+    judging = list(dict.fromkeys(script for script, *_ in study.evals))
+    stages = ["train", *judging]
+    if study.spectrum is not None:
+        stages.append("spectrum.py")
     rows = [["", *(stage.removesuffix(".py") for stage in stages)]]
-    for name, words in entries.items():
-        times = {stage: [] for stage in stages}  # of its commands: an evaluation with several settings, of several checkpoints
-        for stage, command in commands(name, words, base, download=False):
+    for name in names:
+        # a stage has several commands where an evaluation has several settings or checkpoints
+        times = {stage: [] for stage in stages}
+        for stage, command in commands(study, name, download=False):
             times[stage].append(done.get(shlex.join(command)))
-        rows.append([name, *(f"{sum(found) / 60:.1f} min" if found and None not in found else "running" if (name, stage) == now
-                             else "to do" if is_run(name) or stage in judging else "-" for stage, found in times.items())])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+        # what to say of each stage; what cannot be done to this name is '-'
+        row = [name]
+        for stage, seconds in times.items():
+            if seconds and None not in seconds:
+                row.append(f"{sum(seconds) / 60:.1f} min")
+            elif (name, stage) == now:
+                row.append("running")
+            elif name in study.runs or stage in judging:
+                row.append("to do")
+            else:
+                row.append("-")
+        rows.append(row)
 
-
-def results(entries):
-    """The last value of every metric of each model and run as a table, with what was expected beside it."""
-    wanted = {name: dict(word.split("=", 1) for word in words) for name, words in read_list(expected, "expected").items()}
+    # columns as wide as their longest cell
+    widths = []
+    for column in zip(*rows):
+        widths.append(max(len(cell) for cell in column))
     lines = []
-    for name in entries:
-        path = Path(out_dir) / name / "results.jsonl"
-        found = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        latest = {record["metric"]: record for record in sorted(found, key=lambda record: record["step"])}
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def results_table(study, names, expected):
+    """The last value of every metric of each model and run, and what was expected beside it."""
+    lines = []
+    for name in names:
+        wanted = dict(word.split("=", 1) for word in expected.get(name, []))
+        path = study.out_dir / name / "results.jsonl"
+        found = path.read_text().splitlines() if path.is_file() else []
+        # of each metric the record of the last step
+        records = sorted(map(json.loads, found), key=lambda record: record["step"])
+        latest = {record["metric"]: record for record in records}
         for metric, record in latest.items():
-            beside = f"   expected {wanted[name][metric]}" if metric in wanted.get(name, {}) else ""
-            lines.append(f"{name:24} step {record['step']:<7} {metric:28} {record['value']:.4f} +- {record['stderr']:.4f}"
-                         f"  n={record['n']}{beside}")
+            line = (f"{name:24} step {record['step']:<7} {metric:28} "
+                    f"{record['value']:.4f} +- {record['stderr']:.4f}  n={record['n']}")
+            if metric in wanted:
+                line += f"   expected {wanted[metric]}"
+            lines.append(line)
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     with one_line_errors():
         configure(globals())
-        everything = read_list(models, "models") | read_list(runs, "runs")
-        if not out_dir or not base or not everything:
+        if not out_dir:
             raise ValueError("out_dir, base and models or runs have to be set; see --help")
-        if twice := set(read_list(models, "models")) & set(read_list(runs, "runs")):
-            raise ValueError(f"models and runs share the name {', '.join(twice)}")
-        if stray := [name for name in read_list(expected, "expected") if name not in everything]:
-            raise ValueError(f"expected: no model or run is named {', '.join(stray)}")
-        entries = {name: everything[name] for name in chosen(list(everything))}
-        base = fetch(base, not dry_run) or base
+        # what there is to do
+        expected = read_list(expected, "expected")
+        study = Study(
+            Path(out_dir), base, read_list(models, "models"), read_list(runs, "runs"),
+            shlex.split(train), [shlex.split(text) for text in evals], read_words(spectrum),
+            read_words(plot), checkpoint, shlex.split(launch))
+        check_names(study, expected)
+        names = chosen([*study.models, *study.runs], only)
+        study.base = fetch(base, download=not dry_run) or base
+
+        # before anything starts
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        check_all(entries, base)
+        check_files(study, names)
+        check_commands(study, names)
         if dry_run:
-            print(progress(entries, done_before()))
+            print(progress(study, names, done_before(study)))
             raise SystemExit
+
+        # train, evaluate, take spectra
         try:
-            for name, words in entries.items():
-                for stage, command in commands(name, words, base):
-                    if shlex.join(command) in (done := done_before()):
-                        continue
-                    print(f"\n{progress(entries, done, (name, stage))}\n\n{shlex.join(command)}", flush=True)
-                    Path(out_dir).mkdir(parents=True, exist_ok=True)
-                    started = time.time()
-                    status, _ = run(command)
-                    if status or stage == "train" and not is_complete(name):
-                        how = f"ended with status {status}" if status else "was stopped"
-                        raise ValueError(f"{name}: {stage} {how}; the same command goes on from there")
-                    append_jsonl(Path(out_dir) / "study.jsonl", {"run": name, "stage": stage, "command": shlex.join(command),
-                                                                 "seconds": round(time.time() - started, 1)})
+            do_all(study, names)
         except KeyboardInterrupt:
-            raise ValueError("stopped; the same command goes on from there") from None
-        print(f"\n{progress(entries, done_before())}\n\n{results(entries)}")
-        if not only and plot != "none":
-            folders = ",".join(str(Path(out_dir) / name) for name in entries)
-            status, _ = run(["paper/plot.py", f"--runs={folders}", f"--out_dir={Path(out_dir) / 'figures'}", *shlex.split(plot)])
+            raise ValueError("stopped; run the same command again to resume") from None
+        print(f"\n{progress(study, names, done_before(study))}")
+        print(f"\n{results_table(study, names, expected)}")
+
+        # draw, once everything is there
+        if not only and study.plot is not None:
+            folders = ",".join(str(study.out_dir / name) for name in names)
+            status, _ = run_command(["paper/plot.py", f"--runs={folders}",
+                                     f"--out_dir={study.out_dir / 'figures'}", *study.plot])
             if status:
-                raise ValueError(f"plot.py ended with status {status}; the same command draws again")
+                raise ValueError(f"plot.py ended with status {status}; "
+                                 "run the same command again to draw")

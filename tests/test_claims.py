@@ -226,6 +226,7 @@ def test_methods():
     assert method_of({"lora_rank": 4, "lora_targets": "gate_proj,up_proj,down_proj"}) == Method(4, "mlp")
     assert method_of({"attention_dropout": 0.1}) == Method(0, "attention dropout") and str(Method(0, "")) == "full"
     assert method_of({"weight_decay": 1e-4, "attention_dropout": 0.1}) is None
+    assert method_of({"lora_rank": 4, "a_newer_knob": False}) == method_of({"lora_rank": 4}) == Method(4, "")
 
 
 @pytest.mark.parametrize("break_it, message", [

@@ -12,22 +12,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 
-from paper import plot
-from paper.plot import BASE, FULL, RANKS, spread
-from paper.results import ends_of, main_settings, mean_of_seeds, points_of, read_run, targets_name
+import train
+from configurator import find_knobs
+from paper.looks import BASE, FULL, PAGE, RANKS, STYLE, place_names, plt, spread_apart
+from paper.plot_curves import Metrics, draw_curves, draw_pareto, draw_regularisers, draw_story
+from paper.plot_samples import draw_diversity, draw_pass_at_k
+from paper.plot_spectra import draw_directions, draw_effective_ranks, draw_spectra, ranks_of_changes
+from paper.plot_speed import draw_throughput, draw_training
+from paper.plot_sweeps import draw_alphas, draw_learning_rates, draw_ranks, draw_targets
+from paper.results import (LORA_SETTING, SETTING, ends_of, main_settings, mean_of_seeds, points_of, problems, read_run,
+                           targets_name)
 
 BASE_CONFIG = {"base": "models/base", "data": "data/gsm8k", "lora_rank": 0, "lora_alpha": None, "lora_targets": "all",
                "learning_rate": 1e-5, "weight_decay": 0.0, "lora_dropout": 0.05, "optimizer": "lionw", "seed": 1, "max_steps": 10}
 LEARN, FORGET = "gsm8k_strict_match", "forgetting"
+LEARNING = (LEARN, "humaneval_pass@1", "loss val")
+METRICS = Metrics(LEARNING, (FORGET,), {}, "auto")
 
 
 # ----------------------------------------------------------------------------- helpers
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    plot.problems.clear()
-    matplotlib.rcParams.update(plot.STYLE)
+def fresh():
+    problems.clear()
+    matplotlib.rcParams.update(STYLE)
     yield
-    plot.plt.close("all")
+    plt.close("all")
 
 
 def write_run(folder, results=(), log=(), **changes):
@@ -70,7 +79,7 @@ def line_with(ax, colour):
 
 def names_in(fig):
     """The names beside lines as placed: [(text, box)]."""
-    plot.place_names(fig)
+    place_names(fig)
     fig.canvas.draw()
     extent = matplotlib.text.Text.get_window_extent  # an annotation's own would count the line that leads to it
     return [(t.get_text(), extent(t)) for ax in fig.axes for t in ax.texts]
@@ -84,7 +93,7 @@ def run_plot(out, *argv, **knobs):
 @settings(deadline=None)
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=12).map(sorted), st.floats(0.01, 2))
 def test_names_are_spread_no_more_than_needed(wanted, gap):
-    got = spread(wanted, gap)
+    got = spread_apart(wanted, gap)
     assert all(b - a >= gap - 1e-9 for a, b in zip(got, got[1:]))
     assert np.mean(got) == pytest.approx(np.mean(wanted), abs=1e-6)  # the least-squares answer moves no centre
     if all(b - a >= gap for a, b in zip(wanted, wanted[1:])):
@@ -128,7 +137,7 @@ def test_colours_are_told_apart(matrix):
 # ----------------------------------------------------------------------------- what is drawn
 def test_learning_curve_shows_the_files_numbers(tmp_path):
     points, bases = load(study(tmp_path / "runs"))
-    fig = plot.curves(points, bases, plot.learning)
+    fig = draw_curves(points, bases, LEARNING, METRICS)
     ax, = fig.axes
     assert line_with(ax, FULL) == ([1, 2, 4], pytest.approx([0.1, 0.2, 0.4]))  # epochs
     assert line_with(ax, RANKS[1]) == ([1, 2, 4], pytest.approx([0.164, 0.264, 0.464]))
@@ -141,11 +150,11 @@ def test_names_do_not_overlap_and_are_large_enough(tmp_path):
     for rank in (0, 2, 4, 8, 16, 64, 256):
         write_run(tmp_path / "runs" / f"r{rank}", [(n, LEARN, 0.5 + rank * 1e-6) for n in (1, 10)], lora_rank=rank)
     write_base(tmp_path / "runs" / "base")
-    fig = plot.curves(*load(tmp_path / "runs"), plot.learning)
+    fig = draw_curves(*load(tmp_path / "runs"), LEARNING, METRICS)
     boxes = [box for _, box in names_in(fig)]
     assert len(boxes) == 8
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
-    assert fig.get_figwidth() <= plot.PAGE
+    assert fig.get_figwidth() <= PAGE
     assert all(t.get_fontsize() >= 7 for t in fig.findobj(matplotlib.text.Text) if t.get_text())
 
 
@@ -155,10 +164,10 @@ def test_one_run_of_many_checkpoints_is_a_curve_and_val_losses_are_metrics(tmp_p
     log += [{"step": s, "tokens": s * 100, "val": {"val": 2 - s / 10, "stories": 1 + s / 10}} for s in (0, 2, 4)]
     write_run(tmp_path / "runs" / "a", log=log)
     points, bases = load(tmp_path / "runs")
-    ax, = plot.curves(points, bases, plot.learning).axes
+    ax, = draw_curves(points, bases, LEARNING, METRICS).axes
     assert line_with(ax, FULL) == ([200, 400], pytest.approx([1.8, 1.6])) and bases["gsm8k", "base", "loss val"][0] == 2
     assert [p.place["epoch"] for p in points] == [0.02, 0.04] and "less is better" in ax.get_ylabel()
-    fig = plot.training([read_run(tmp_path / "runs" / "a")])
+    fig = draw_training([read_run(tmp_path / "runs" / "a")])
     assert list(fig.axes[0].lines[0].get_ydata()) == [2.9, 2.8, 2.7, 2.6]
 
 
@@ -167,7 +176,7 @@ def test_seeds_become_one_point_with_an_interval(tmp_path):
         write_run(tmp_path / "runs" / f"s{seed}", ((10, LEARN, value),), seed=seed)
     points, _ = load(tmp_path / "runs")
     assert len(points) == 1 and points[0].values[LEARN] == (pytest.approx(0.2), pytest.approx(4.303 * 0.1 / 3 ** 0.5, rel=1e-3))
-    assert plot.curves(points, {}, plot.learning).axes[0].collections  # the bar
+    assert draw_curves(points, {}, LEARNING, METRICS).axes[0].collections  # the bar
 
 
 def test_main_setting_is_the_one_with_most_lengths_then_the_papers(tmp_path):
@@ -182,7 +191,7 @@ def test_main_setting_is_the_one_with_most_lengths_then_the_papers(tmp_path):
 
 def test_pareto_is_better_further_up_and_right(tmp_path):
     points, bases = load(study(tmp_path / "runs"))
-    ax, = plot.pareto(points, bases).axes
+    ax, = draw_pareto(points, bases, METRICS).axes
     offsets = {tuple(np.round(o, 4)) for c in ax.collections if hasattr(c, "get_offsets") for o in np.asarray(c.get_offsets())}
     assert {(0.49, 0.1), (0.48, 0.2), (0.46, 0.4), (0.6, 0.1)} <= offsets  # full, and the base's star
     sizes = next(c.get_sizes() for c in ax.collections if len(np.asarray(c.get_offsets())) == 3)
@@ -190,11 +199,7 @@ def test_pareto_is_better_further_up_and_right(tmp_path):
     for run in ("a", "b"):
         write_run(tmp_path / "losses" / run, log=[
             {"step": s, "tokens": s, "val": {"val": 2.0 - s / 9, "stories": 1.0 + s / 9}} for s in (0, 1, 2)])
-    plot.forgetting = ("loss stories",)
-    try:
-        ax, = plot.pareto(*load(tmp_path / "losses")).axes
-    finally:
-        plot.forgetting = ("forgetting",)
+    ax, = draw_pareto(*load(tmp_path / "losses"), Metrics(LEARNING, ("loss stories",), {}, "auto")).axes
     assert ax.xaxis_inverted() and ax.yaxis_inverted()
 
 
@@ -218,19 +223,19 @@ def test_ranks_targets_rates_alphas_and_regularisers(tmp_path):
     more(0.35, weight_decay=1e-3)
     points, bases = load(runs)
 
-    learn, forget = plot.ranks(points, bases).axes
+    learn, forget = draw_ranks(points, bases, METRICS).axes
     xs = next(list(line.get_xdata()) for line in learn.lines if list(line.get_ydata()) == pytest.approx([0.216, 0.264]))
     assert xs == [0, 1] and [t.get_text() for t in learn.get_xticklabels()] == ["16", "64", "full"]
     assert any(list(line.get_xdata()) == [2] and list(line.get_ydata()) == pytest.approx([0.2]) for line in learn.lines)
 
-    learn, forget = plot.targets(points, bases).axes
+    learn, forget = draw_targets(points, bases, METRICS).axes
     assert line_with(learn, RANKS[0]) == ([0, 1, 2], pytest.approx([0.1, 0.2, 0.216]))
-    learn, forget = plot.learning_rates(points, bases).axes
+    learn, forget = draw_learning_rates(points, bases, METRICS).axes
     assert line_with(learn, FULL) == ([1e-5, 1e-4, 1e-3], pytest.approx([0.2, 0.4, 0.4]))
-    learn, forget = plot.alphas(points, bases).axes
+    learn, forget = draw_alphas(points, bases, METRICS).axes
     found = {tuple(np.round(line.get_ydata(), 3)) for line in learn.lines}
     assert {(0.16, 0.16), (0.64, 0.64), (0.216, 0.3, 0.3)} <= found and learn.get_xscale() == "log"
-    fig = plot.regularisers(points, bases)
+    fig = draw_regularisers(points, bases, METRICS)
     assert "full, weight decay 0.001" in [t.get_text() for t in fig.legends[0].get_texts()]
 
 
@@ -241,13 +246,13 @@ def test_pass_at_k_and_diversity(tmp_path):
         unique = [(20, "humaneval_unique_passed", 3.0, 0.1), (20, "humaneval_unique_failed", 20.0, 1.0)]
         write_run(tmp_path / "runs" / f"r{rank}", passed + unique, lora_rank=rank)
     runs = [read_run(f) for f in sorted((tmp_path / "runs").iterdir())]
-    ax, = plot.pass_at_k(runs).axes
+    ax, = draw_pass_at_k(runs).axes
     assert line_with(ax, FULL) == ([1, 4, 16], pytest.approx([0.1, 0.2, 0.3]))
-    passed, failed = plot.diversity(runs).axes
+    passed, failed = draw_diversity(runs).axes
     assert [bar.get_width() for bar in failed.patches] == [20, 20]
     assert [t.get_text() for t in passed.get_yticklabels()] == ["full", "LoRA r=64"]
     none = [run._replace(metrics={m: {20: (0.0, 0.0)} for m in run.metrics}) for run in runs]
-    assert plot.diversity(none).axes[0].get_xlim() == (0, 1)
+    assert draw_diversity(none).axes[0].get_xlim() == (0, 1)
 
 
 def spectrum_json(layers=3, checkpoints=((None, 100), (16, 100))):
@@ -265,17 +270,17 @@ def spectrum_json(layers=3, checkpoints=((None, 100), (16, 100))):
 
 def test_spectra_show_the_files_numbers():
     content = spectrum_json()
-    fig = plot.effective_rank(content)
+    fig = draw_effective_ranks(content)
     assert line_with(fig.axes[0], FULL) == ([0, 1, 2], [40, 41, 42])
     assert line_with(fig.axes[0], RANKS[0]) == ([0, 1, 2], [16, 17, 18])
     assert fig.axes[0].get_title() == "q, 64x64" and fig.axes[0].get_ylim()[0] == 0
-    fig = plot.spectra_of_one(content)
+    fig = draw_spectra(content, block=-1)
     assert list(fig.axes[1].lines[0].get_ydata()) == content["matrices"][0]["singular_values"]
-    lost, ratio, _, of_lora = plot.directions(content).axes
+    lost, ratio, _, of_lora = draw_directions(content).axes
     assert of_lora.get_title().startswith("LoRA r=16")
     assert list(ratio.lines[0].get_ydata()) == pytest.approx([10, 5])
     assert list(lost.lines[0].get_ydata()) == pytest.approx([0.1, 0.2])
-    several = plot.effective_rank(spectrum_json(checkpoints=((None, 100), (None, 200), (None, 400))))
+    several = draw_effective_ranks(spectrum_json(checkpoints=((None, 100), (None, 200), (None, 400))))
     assert len({line.get_color() for line in several.axes[0].lines[:3]}) == 3  # light to dark by length
 
 
@@ -284,23 +289,23 @@ def test_story_is_the_four_panels_with_the_files_numbers(tmp_path):
     full, r16 = (next(p.setting for p in points if p.rank == rank) for rank in (0, 16))
     changes = {r16: [(50, 99, 9, "0.9"), (100, 5, 8, "0.9")],  # the longest is shown, and of full the mean of two seeds
                full: [(100, 20, 30, "0.9"), (100, 40, 30, "0.9")], ("mlp",): [(200, 70, 30, "0.9")]}
-    learned, forgot, both, ranks = plot.story(points, bases, changes).axes
+    learned, forgot, both, ranks = draw_story(points, bases, changes, METRICS).axes
     assert line_with(learned, FULL) == ([1, 2, 4], pytest.approx([0.1, 0.2, 0.4]))
     assert len(both.collections) >= 3 and [t.get_text() for t in ranks.get_xticklabels()] == ["LoRA\nr=16", "full"]
     assert [bar.get_height() for bar in sorted(ranks.patches, key=lambda bar: bar.get_x())] == [5, 30]
-    assert plot.story(points, bases, {}) is None
+    assert draw_story(points, bases, {}, METRICS) is None
     without = [p._replace(values={"gsm8k_strict_match": p.values["gsm8k_strict_match"]}) if p.rank else p for p in points]
-    assert len(plot.story(without, bases, changes).axes[2].collections) < len(both.collections)  # LoRA's are not on the plane
+    assert len(draw_story(without, bases, changes, METRICS).axes[2].collections) < len(both.collections)  # LoRA's are not on the plane
 
 
 def test_ranks_of_changes_belong_to_the_run_they_were_taken_of():
     content, settings = spectrum_json(checkpoints=((None, 100), (16, 100))), {Path("out/a"): "A", Path("f"): "F"}
     content["checkpoints"][1]["folder"] = "elsewhere/step_9"
     for where, expected in (("out/a/spectrum.json", {"A": [41, 17]}), ("x.json", {None: [41, 17]})):
-        found = plot.ranks_of_changes([(Path(where), content)], settings)
+        found = ranks_of_changes([(Path(where), content)], settings)
         assert {s: [mean for _, mean, _, _ in rows] for s, rows in found.items()} == expected
     content["checkpoints"][0]["folder"] = "f/step_1"
-    found = plot.ranks_of_changes([(Path("x.json"), content)], settings)
+    found = ranks_of_changes([(Path("x.json"), content)], settings)
     assert found["F"] == [(100, 41, 33, "0.9")] and found[None] == [(100, 17, 33, "0.9")]
 
 
@@ -347,7 +352,7 @@ def test_plain_full_finetuning_is_the_one_without_a_regulariser(tmp_path):
         write_run(tmp_path / name, ((10, LEARN, 0.2),), **more)
     points, _ = load(tmp_path)
     (_, setting), = main_settings(points)
-    assert dict(setting[5])["weight_decay"] == "1e-06" and "attention_dropout" not in dict(setting[5])
+    assert dict(setting[5])["weight_decay"] == "1e-06" and dict(setting[5])["attention_dropout"] == "0.0"
 
 
 def test_one_seed_twice_is_one_and_another_seeds_base_is_another(tmp_path):
@@ -355,7 +360,7 @@ def test_one_seed_twice_is_one_and_another_seeds_base_is_another(tmp_path):
         write_run(tmp_path / name, ((10, LEARN, value),), [{"step": 0, "val": {"source": 3.0 + seed}}], seed=seed)
     points, bases = load(tmp_path)
     (point,) = (p for p in points if p.place["step"] == 10)
-    assert point.values[LEARN][0] == pytest.approx(0.3) and "b: a second run" in "".join(plot.problems)
+    assert point.values[LEARN][0] == pytest.approx(0.3) and "b: a second run" in "".join(problems)
     assert bases["gsm8k", "base", "loss source"][0] == pytest.approx(4.5)
     (tmp_path / "base").mkdir()  # what was evaluated goes before what a log says
     (tmp_path / "base/results.jsonl").write_text(json.dumps({"step": 0, "metric": "loss source", "value": 7.0, "stderr": 0.1}))
@@ -372,7 +377,7 @@ def training_records():
 
 
 def test_throughput_has_a_line_for_each_method_and_side_and_a_row_for_each_setting():
-    fig = plot.throughput([{"device": "a GPU", "results": {"training": list(training_records()), "full": None}}])
+    fig = draw_throughput([{"device": "a GPU", "results": {"training": list(training_records()), "full": None}}])
     assert len(fig.axes) == 4 and fig.axes[0].get_title() == "64 tokens a row, checkpointing none"
     for ax, label in zip(fig.axes, ("tokens a second", "peak memory, GB") * 2):
         lines = {text: line for line, (_, _, text, _) in zip(ax.lines, ax.ends)}
@@ -380,8 +385,8 @@ def test_throughput_has_a_line_for_each_method_and_side_and_a_row_for_each_setti
         assert list(lines["full"].get_xdata()) == [8, 16, 64] and list(lines["peer full"].get_xdata()) == [8, 16]
     assert list(fig.axes[0].lines[1].get_ydata()) == pytest.approx([1.4 * (b + 40) for b in (8, 16, 64)])
     assert "3 of 32 blocks of 7b" in fig.get_suptitle()
-    assert any("peer full, batch 64, 64 tokens, checkpointing none: out of memory" in p for p in plot.problems)
-    assert plot.throughput([{"results": {"training": []}}, {}]) is None
+    assert any("peer full, batch 64, 64 tokens, checkpointing none: out of memory" in p for p in problems)
+    assert draw_throughput([{"results": {"training": []}}, {}]) is None
 
 
 def test_figures_survive_bad_input(tmp_path):
@@ -435,6 +440,30 @@ def test_a_trunk_and_its_branches_are_one_setting(tmp_path):
     write_run(tmp_path / "branch", ((10, LEARN, 0.4),), resume_from="trunk/step_8", auto_resume=True, shard="full", max_steps=10)
     points, _ = load(tmp_path)
     assert len({p.setting for p in points}) == 1 and sorted(p.place["step"] for p in points) == [10, 20]
+
+
+def test_old_and_new_seeds_are_one_setting_where_the_new_knobs_are_at_their_defaults(tmp_path):
+    """A run made before train.py had a knob counts as one with its default; a knob that makes no setting is not looked at."""
+    defaults = {name: knob.default for name, knob in find_knobs(vars(train)).items()}
+    added = {**defaults, "rank_of_the_future": 3}
+    write_run(tmp_path / "old", ((10, LEARN, 0.2),), seed=1)
+    write_run(tmp_path / "new", ((10, LEARN, 0.4),), **{**added, **BASE_CONFIG, "seed": 2})
+    write_run(tmp_path / "other", ((10, LEARN, 0.9),), **{**added, **BASE_CONFIG, "seed": 3, "schedule": "constant"})
+    for seed in (1, 2):
+        newer = added if seed == 2 else {}
+        write_run(tmp_path / f"lora{seed}", ((10, LEARN, 0.3),), **{**newer, **BASE_CONFIG, "seed": seed, "lora_rank": 16})
+    points, _ = load(tmp_path)
+    values = {(point.rank, dict(point.other).get("schedule", "cosine")): point.values[LEARN][0] for point in points}
+    assert values == {(0, "cosine"): pytest.approx(0.3), (0, "constant"): 0.9, (16, "cosine"): pytest.approx(0.3)}
+
+
+def test_it_is_decided_of_every_knob_of_training_whether_it_makes_a_setting():
+    """A new knob of train.py fails here until it stands in SETTING, or in this list of what runs of one setting may differ in."""
+    apart = {"base", "data", "lora_rank", "lora_alpha", "lora_targets"}  # which Point has under their own names
+    no_setting = set("""out_dir resume auto_resume resume_from val_data seed max_steps max_epochs max_tokens warmup_steps
+        cooldown_steps microbatch log_interval eval_interval eval_rows save_interval keep_last async_save checkpoint_at max_skipped
+        device compile lora_kernel shard shard_ranks activation_checkpointing memory_gb dry_run gpus gpu mfu data_rows""".split())
+    assert set(find_knobs(vars(train))) == {*SETTING, *LORA_SETTING} | apart | no_setting
 
 
 def test_ends_of_takes_the_length_most_settings_share(tmp_path):

@@ -5,11 +5,11 @@ import shlex
 
 import pytest
 
-import quickstart as script
 from paper.claims import Method, method_of
 from configurator import configure
 from conftest import ROOT, need, run_here, run_stage
-from quickstart import compare, compare_at_equal_learning, last_values, lines_to_finish, pystdlib, toy_math
+from quickstart import (compare_at_equal_learning, compare_methods, finetuning_runs, last_values, lines_to_finish, pystdlib,
+                        study_file, toy_math, training_words)
 
 TINY = {"max_modules": 60, "source_problems": 40, "target_problems": 60, "held_out_problems": 8, "vocab_size": 400, "hidden_size": 16,
         "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "seq_len": 192, "base_steps": 4, "base_batch": 2,
@@ -87,11 +87,11 @@ def test_other_knobs_on_the_same_folders_are_refused(finished):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_runs_for_the_claims_are_the_papers_methods(tmp_path, monkeypatch):
+def test_runs_for_the_claims_are_the_papers_methods(tmp_path):
     """Each with the seed, a plain LoRA beside every special one, and nothing that train.py would refuse."""
-    monkeypatch.setattr(script, "claims", True)
-    monkeypatch.setattr(script, "seed", 5)
-    (tmp_path / "runs.py").write_text(script.list_of_runs(need("data/stories260k"), tmp_path))
+    runs = finetuning_runs((150, 450), (1, 4, 16), 4e-4, 4e-3, claims=True)
+    train = training_words(tmp_path, batch=2, eval_rows=100, seed=5)
+    (tmp_path / "runs.py").write_text(study_file("out", need("data/stories260k"), runs, train, evals=[]))
     knobs = {"out_dir": "", "base": "", "models": (), "runs": (), "train": "", "evals": ("x",), "spectrum": "", "plot": ""}
     configure(knobs, [str(tmp_path / "runs.py")])
     assert knobs["evals"] == () and "--seed=5" in knobs["train"]
@@ -140,13 +140,13 @@ def test_lines_to_finish_have_one_right_end():
     (2.0, {16: 2.5}, "LoRA did not learn less than full finetuning in this run, unlike the paper."),
     (2.0, {16: 2.0}, "LoRA did not learn less than full finetuning in this run, unlike the paper.")])
 def test_verdicts(full, loras, verdict):
-    assert compare("learned", full, loras).endswith(verdict)
-    assert compare("forgot", full, loras).endswith(verdict.replace("learned", "forgot").replace("learn ", "forget "))
+    assert compare_methods("learned", full, loras).endswith(verdict)
+    assert compare_methods("forgot", full, loras).endswith(verdict.replace("learned", "forgot").replace("learn ", "forget "))
 
 
 def test_shares_only_of_a_positive_change():
-    assert compare("forgot", 0.5, {2: 0.1}).startswith("Forgot (nats a token): full 0.500, LoRA r=2 0.100 (20%). ")
-    assert compare("forgot", -0.5, {2: -0.6}).startswith("Forgot (nats a token): full -0.500, LoRA r=2 -0.600. ")
+    assert compare_methods("forgot", 0.5, {2: 0.1}).startswith("Forgot (nats a token): full 0.500, LoRA r=2 0.100 (20%). ")
+    assert compare_methods("forgot", -0.5, {2: -0.6}).startswith("Forgot (nats a token): full -0.500, LoRA r=2 -0.600. ")
 
 
 def test_at_equal_learning():

@@ -1,10 +1,11 @@
 """study.py and config/: the paper's runs in miniature through train, evaluation and plot; what is done is skipped."""
 import json
+import shlex
 
 import pytest
 from conftest import ROOT, need, run_here, run_stage
 
-import paper.study as script
+from paper.study import Study, commands, done_before, progress
 
 CONFIGS = ("math_cpt", "code_cpt", "math_ift", "code_ift", "tulu_ift")
 
@@ -23,7 +24,13 @@ def tokens(tmp_path_factory):
     return folder
 
 
-def study(path, text, *argv):
+def study_of(out_dir, models=(), runs=(), evals=(), launch=()):
+    """A Study without spectra and figures."""
+    return Study(out_dir=out_dir, base="b", models=dict(models), runs=dict(runs), train=[], evals=list(evals), spectrum=None,
+                 plot=None, checkpoint="last", launch=list(launch))
+
+
+def run_study(path, text, *argv):
     path.write_text(text)
     return run_stage("-m", "paper.study", path, *argv, timeout=900)
 
@@ -87,35 +94,33 @@ evals = ('eval_gsm8k.py {' '.join(gsm8k())}',)
 spectrum = plot = 'none'
 expected = ('base gsm8k_strict_match=.5',)
 """
-    result = study(tmp_path / "mini.py", text, "--only=0")
+    result = run_study(tmp_path / "mini.py", text, "--only=0")
     assert result.returncode == 0 and "expected .5" in result.stdout and "again" not in result.stdout, result.stderr
     before = (tmp_path / "out" / "study.jsonl").read_text()
-    again = study(tmp_path / "mini.py", text, "--only=base")
+    again = run_study(tmp_path / "mini.py", text, "--only=base")
     assert again.returncode == 0 and (tmp_path / "out" / "study.jsonl").read_text() == before, again.stderr
     assert "to do" not in again.stdout and json.loads(before)["stage"] == "eval_gsm8k.py"
 
 
-def test_what_was_done_to_a_run_that_is_gone_or_trained_anew_does_not_count(tmp_path, monkeypatch):
+def test_what_was_done_to_a_run_that_is_gone_or_trained_anew_does_not_count(tmp_path):
     did = [("a", "train", "train a"), ("a", "eval.py", "eval a"), ("b", "train", "train b"), ("b", "eval.py", "eval b"),
            ("a", "train", "train a again"), ("gone", "train", "train gone"), ("base", "eval.py", "eval base")]
     (tmp_path / "study.jsonl").write_text("".join(
         json.dumps({"run": run, "stage": stage, "command": command, "seconds": 1.0}) + "\n" for run, stage, command in did))
     for run in ("a", "b", "base"):
         (tmp_path / run).mkdir()
-    monkeypatch.setattr(script, "out_dir", str(tmp_path))
-    assert set(script.done_before()) == {"train b", "eval b", "train a again", "eval base"}
-    monkeypatch.setattr(script, "runs", ("a", "b"))
+    assert set(done_before(study_of(tmp_path))) == {"train b", "eval b", "train a again", "eval base"}
     for run, step in (("a", 5), ("b", 10)):  # a was started once more and stopped half way
         (tmp_path / run / f"step_{step}/state").mkdir(parents=True)
         (tmp_path / run / f"step_{step}/state/state.json").write_text(json.dumps({"step": step, "steps": 10}))
-    assert set(script.done_before()) == {"train b", "eval b", "eval base"}
+    assert set(done_before(study_of(tmp_path, runs={"a": [], "b": []}))) == {"train b", "eval b", "eval base"}
 
 
 def test_an_impossible_run_is_refused_before_the_first_one_starts(tmp_path, tokens):
     text = (f"out_dir={str(tmp_path / 'out')!r}\nbase={str(need('data/stories260k'))!r}\nspectrum=plot='none'\n"
             f"train='--data={tokens}/cpt --max_steps=1 --global_batch=2 --microbatch=2'\n"
             "runs=('good --lora_rank=1', 'bad --lora_rank=1 --scratch=True')\n")
-    result = study(tmp_path / "x.py", text)
+    result = run_study(tmp_path / "x.py", text)
     assert result.returncode == 2 and "bad" in result.stderr and "scratch" in result.stderr
     assert not (tmp_path / "out").exists()
 
@@ -125,24 +130,35 @@ def test_an_impossible_run_is_refused_before_the_first_one_starts(tmp_path, toke
     ("models=('base',)\nbase='nowhere'", "base: nowhere holds neither"),
     ("models=('base',)\nevals=('eval_gsm8.py',)", "evals: no script named eval_gsm8.py")])
 def test_what_is_not_there_is_refused_before_the_first_run(tmp_path, text, message):
-    result = study(tmp_path / "x.py", f"out_dir={str(tmp_path / 'out')!r}\nbase={str(need('data/stories260k'))!r}\n{text}")
+    result = run_study(tmp_path / "x.py", f"out_dir={str(tmp_path / 'out')!r}\nbase={str(need('data/stories260k'))!r}\n{text}")
     assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_stage_is_done_when_all_its_commands_are(tmp_path, monkeypatch):
-    for knob, value in {"out_dir": str(tmp_path), "evals": ("eval_loss.py --a=1", "eval_loss.py --a=2"), "spectrum": "none",
-                        "base": "b"}.items():
-        monkeypatch.setattr(script, knob, value)
-    both = [command for _, command in script.commands("base", [], "b")]
-    row = lambda *done: script.progress({"base": []}, {script.shlex.join(c): 60.0 for c in done}).splitlines()[1].split()
-    assert row(*both) == ["base", "-", "2.0", "min"] and row(both[0]) == row() == ["base", "-", "to", "do"]
+def test_a_stage_is_done_when_all_its_commands_are(tmp_path):
+    study = study_of(tmp_path, models={"base": []}, evals=[["eval_loss.py", "--a=1"], ["eval_loss.py", "--a=2"]])
+    both = [shlex.join(command) for _, command in commands(study, "base")]
+
+    def cells(*done):
+        return progress(study, ["base"], dict.fromkeys(done, 60.0)).splitlines()[1].split()
+    assert cells(*both) == ["base", "-", "2.0", "min"] and cells(both[0]) == cells() == ["base", "-", "to", "do"]
+
+
+def test_evaluations_are_those_of_the_checkpoints_that_training_left(tmp_path):
+    """commands() goes on after the training: what it yields then is of the checkpoint that was made meanwhile."""
+    study = study_of(tmp_path, runs={"a": ["--lora_rank=1"]}, evals=[["eval_loss.py"]], launch=["torchrun", "-n2"])
+    steps = commands(study, "a")
+    assert next(steps) == ("train", ["torchrun", "-n2", "train.py", "--lora_rank=1", "--base=b", f"--out_dir={tmp_path}/a",
+                                     "--auto_resume=True"])
+    (tmp_path / "a/step_5/state").mkdir(parents=True)
+    (tmp_path / "a/step_5/state/state.json").write_text("{}")
+    assert list(steps) == [("eval_loss.py", ["torchrun", "-n2", "eval_loss.py", f"--model={tmp_path}/a/step_5"])]
 
 
 def test_figures_that_cannot_be_drawn_fail_the_study(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/figures").write_text("in the way")
-    result = study(tmp_path / "x.py", f"out_dir={str(tmp_path / 'out')!r}\nbase={str(need('data/stories260k'))!r}\n"
+    result = run_study(tmp_path / "x.py", f"out_dir={str(tmp_path / 'out')!r}\nbase={str(need('data/stories260k'))!r}\n"
                                       "models=('base',)\nspectrum='none'")
     assert result.returncode == 2 and "plot.py ended with status" in result.stderr, result.stderr
 
