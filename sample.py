@@ -5,7 +5,7 @@ Try a model: prompt in, text out, printed while it is generated.
     python sample.py --model=models/llama2-7b --adapter=out/gsm8k-r16/step_200 --prompt='Question: ...\nAnswer:'
     python sample.py --model=out/gsm8k-full/step_200 --temperature=0.8 --n=3 < prompt.txt
 
-    'Once upon a time'  ->  [1, 403, 407, 261, 378]  ->  [31, 285, 432, ...]  ->  ', there was a little girl ...'
+    'Once upon a time'  ->  [1, 403, 407, 261, 378]  ->  [432, 383, 286, ...]  ->  ', there was a little girl ...'
 """
 import sys
 import time

@@ -27,7 +27,8 @@ from training.checkpoint import checkpoints as checkpoints_of
 from training.checkpoint import read_state
 from configurator import configure
 from lora import fingerprint_of, is_adapter, open_adapter_weights, read_adapter_config, resolve_targets
-from model import PROJECTIONS, LlamaConfig, compare_names, open_weights
+from llama.weights import PROJECTIONS, compare_names, open_weights
+from model import LlamaConfig
 from runtime import device_name, one_line_errors, peak_memory, pick_device, versions, write_whole
 
 # -----------------------------------------------------------------------------

@@ -27,8 +27,10 @@ import torch
 from training.checkpoint import checkpoint_state, checkpoints, load_optimizer, lock, newest_checkpoint, save_checkpoint, start_log
 from configurator import configure, knob_table
 from lion import DecoupledAdamW, DecoupledLionW
-from lora import apply_lora, apply_saved_lora, choose_kernel, init_adapters, load_adapter_weights
-from model import IGNORE, Llama, LlamaConfig, full_tensor
+from llama.lora_matmul import choose_kernel
+from llama.weights import full_tensor
+from lora import apply_lora, apply_saved_lora, init_adapters, load_adapter_weights
+from model import IGNORE, Llama, LlamaConfig
 from training.parallel import all_reduce, all_reduce_gradients, check_replicas, is_sharded, destroy_process_group, shard_model
 from training.plan import compare_with_paper, flops_of_batch, predict_memory, shape_of
 from training.rows import PlannedRows, TokenRows, held_out, rows_of_step, evenly_spaced, stack

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from bench.train import alternate
 from configurator import configure, knob_table
-from lora import lora_matmul, milliseconds
+from llama.lora_matmul import lora_matmul, milliseconds
 from runtime import device_name, one_line_errors, pick_device, versions, write_whole
 
 # -----------------------------------------------------------------------------

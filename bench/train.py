@@ -36,7 +36,8 @@ import torch
 
 from configurator import configure, knob_table
 from lion import DecoupledLionW
-from lora import LoRAProjection, apply_lora, choose_kernel
+from llama.lora_matmul import choose_kernel
+from lora import LoRAProjection, apply_lora
 from model import IGNORE, Llama, LlamaConfig
 from training.plan import PUBLISHED, flops_of_batch, predict_memory
 from runtime import device_name, one_line_errors, peak_flops, peak_memory, pick_device, versions, write_whole

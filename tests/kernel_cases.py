@@ -11,7 +11,8 @@ from conftest import ROOT  # noqa: F401  puts the repo on the path
 from llama import lora_kernels
 from lion import DecoupledLionW
 from llama.lion_kernel import lion_step
-from lora import apply_lora, choose_kernel, keep_mask, lora_matmul
+from llama.lora_matmul import choose_kernel, keep_mask, lora_matmul
+from lora import apply_lora
 from model import Llama, LlamaConfig
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")

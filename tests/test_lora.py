@@ -14,9 +14,11 @@ from test_model import one_thread  # noqa: F401 (a fixture of the whole file)
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from lora import (LoRAMatmul, LoRAProjection, adapter_tensors, apply_lora, fingerprint, init_adapters, keep_mask,
-                  load_adapter, merge_folders, merge_lora, resolve_targets, save_adapter)
-from model import PROJECTIONS, Llama, LlamaConfig
+from llama.lora_matmul import LoRAMatmul, keep_mask
+from llama.weights import PROJECTIONS
+from lora import (LoRAProjection, adapter_tensors, apply_lora, fingerprint, init_adapters, load_adapter, merge_folders,
+                  merge_lora, resolve_targets, save_adapter)
+from model import Llama, LlamaConfig
 
 GOLDEN_ADAPTERS = ["stories260k-r4-all", "gqa-r8-rslora", "gqa-r16-qv"]
 CONFIG, ADAPTER, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -404,7 +406,7 @@ def test_the_same_seed_drops_the_same_and_eval_drops_nothing():
 
 def test_layers_and_groups_draw_their_own_masks(monkeypatch):
     seeds = []
-    monkeypatch.setattr("lora.keep_mask", lambda seed, *rest: seeds.append(tuple(seed.tolist())) or keep_mask(seed, *rest))
+    monkeypatch.setattr("llama.lora_matmul.keep_mask", lambda seed, *rest: seeds.append(tuple(seed.tolist())) or keep_mask(seed, *rest))
     with_adapters(dropout=0.3).train()(TOKENS)
     assert len(set(seeds)) == len(seeds) == 2 * 7
 

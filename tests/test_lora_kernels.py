@@ -15,7 +15,8 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, compile as triton_compile  # noqa: E402
 from triton.knobs import nvidia  # noqa: E402
 
-from lora import apply_lora, choose_kernel, time_kernel  # noqa: E402
+from llama.lora_matmul import choose_kernel, time_kernel  # noqa: E402
+from lora import apply_lora  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 
 SHARED_KB = {80: 163, 90: 227, 100: 227}
@@ -62,7 +63,7 @@ def test_the_fastest_is_chosen_for_each_group_by_itself(kernel, names, monkeypat
         assert (rank, p, rows, dtype, compiled) == (4, 0.05, 18, torch.bfloat16, True)
         return {"torch": 2.0 if shape == (64, 32) else 0.5, "fused": 1.0, "added": 3.0 - len(spans)}[name]
 
-    monkeypatch.setattr("lora.time_kernel", clock)
+    monkeypatch.setattr("llama.lora_matmul.time_kernel", clock)
     monkeypatch.setattr(lk, "check", lambda dtype, device: None)
     lines = choose_kernel(model, kernel, 18, torch.bfloat16, torch.device("cuda"), True)
     assert sorted(asked) == sorted((n, s) for n in names for s in [(64, 32), (32, 32), (96, 32), (32, 48)])
@@ -74,7 +75,7 @@ def test_the_fastest_is_chosen_for_each_group_by_itself(kernel, names, monkeypat
 
 def test_every_variant_is_measured_compiled(monkeypatch):
     """Groups and kernels are variants of one function to the compiler, which runs the ninth uncompiled unless told anew."""
-    monkeypatch.setattr("lora.milliseconds", lambda run: len(run()))
+    monkeypatch.setattr("llama.lora_matmul.milliseconds", lambda run: len(run()))
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for N, K, n in itertools.product((12, 24, 36), (8, 10), (1, 2)):

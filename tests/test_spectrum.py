@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import spectrum
 from lora import apply_lora, load_adapter, save_adapter
-from model import PROJECTIONS, Llama, LlamaConfig
+from llama.weights import PROJECTIONS
+from model import Llama, LlamaConfig
 from spectrum import (analyse, compare_directions, describe, effective_rank, gram, leading_vectors, lora_singular_values,
                       noise_experiment, open_model, overlap, random_edge, random_lora_singular_values,
                       random_singular_values, rounding_share, singular_values)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lora import known_by, save_adapter
-from model import fill, full_tensor
+from llama.weights import fill, full_tensor
 from training.parallel import barrier, is_sharded, own_group
 from runtime import RANK, fsync_folder, print0, read_object, write_whole
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from lora import apply_lora
-from model import IGNORE, ChunkedCrossEntropy, Llama, LlamaConfig
+from llama.functions import ChunkedCrossEntropy
+from model import IGNORE, Llama, LlamaConfig
 
 _LLAMA3 = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072, rope_theta=500000.0,
                rope_scaling={"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
