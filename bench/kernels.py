@@ -84,8 +84,8 @@ def measure(name, N, K, spans, rank, T):
 def variants():
     """Names of the variants that can run here."""
     try:
-        from llama import lora_kernels
-        lora_kernels.check(getattr(torch, dtype), torch.device(device))
+        from llama import lora_operators
+        lora_operators.check(getattr(torch, dtype), torch.device(device))
         return "plain", "peft", "torch", "fused", "added"
     except (ImportError, ValueError) as e:
         print(f"without fused and added: {e}")

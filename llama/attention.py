@@ -55,7 +55,7 @@ class BlockAttention(torch.autograd.Function):
     def backward(ctx, dout):
         q, k, v, out, *kept = ctx.saved_tensors
         groups, _, T, hd = q.shape
-        B = len(dout)
+        B = dout.shape[0]
         shape_q = dout.shape
         shape_kv = (B, groups // B, T, hd)
         dout = dout.reshape(q.shape)

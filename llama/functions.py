@@ -125,7 +125,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, h, weight, targets):
         want_dh, want_dw, _ = ctx.needs_input_grad
         w = weight.to(h.dtype)
-        vocab = len(weight)
+        vocab = weight.shape[0]
         sum_dtype = torch.promote_types(h.dtype, torch.float32)
         loss = torch.zeros((), device=h.device, dtype=sum_dtype)
         dh = torch.empty_like(h) if want_dh else None
@@ -137,7 +137,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         rows = max(1, chunk_bytes // (vocab * h.itemsize))
         piece = max(1, piece_bytes // (vocab * loss.itemsize))
 
-        for start in range(0, len(h), rows):
+        for start in range(0, h.shape[0], rows):
             chunk = slice(start, start + rows)
             logits = h[chunk] @ w.T
             for z, target in zip(logits.split(piece), targets[chunk].split(piece)):

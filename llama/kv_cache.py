@@ -73,7 +73,7 @@ class KVCache:
         k = self.k_held[layer]
         v = self.v_held[layer]
         # query heads that share a key head stand where a longer sequence's queries would stand
-        grouped = q.reshape(len(k), -1, q.shape[-1])
+        grouped = q.reshape(k.shape[0], -1, q.shape[-1])
         if q.device.type != "cpu":  # the fused kernels want four dimensions
             out = F.scaled_dot_product_attention(grouped[None], k[None], v[None], attn_mask=self.bias[None])
             return out.view(q.shape)

@@ -56,7 +56,7 @@ def matmul_add(x: torch.Tensor, W: torch.Tensor, P: torch.Tensor, B: torch.Tenso
 
 @matmul_add.register_fake
 def _(x, W, P, B, starts, ends, scale):
-    return x.new_empty((len(x), len(W)))
+    return x.new_empty((x.shape[0], W.shape[0]))
 
 
 class LoRAMatmul(torch.autograd.Function):

@@ -11,6 +11,7 @@ from conftest import ROOT, run_stage
 
 pytest.importorskip("triton", reason="needs Triton")
 from llama import lora_kernels as lk  # noqa: E402
+from llama import lora_operators  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, compile as triton_compile  # noqa: E402
 from triton.knobs import nvidia  # noqa: E402
@@ -64,7 +65,7 @@ def test_the_fastest_is_chosen_for_each_group_by_itself(kernel, names, monkeypat
         return {"torch": 2.0 if shape == (64, 32) else 0.5, "fused": 1.0, "added": 3.0 - len(spans)}[name]
 
     monkeypatch.setattr("llama.lora_matmul.time_kernel", clock)
-    monkeypatch.setattr(lk, "check", lambda dtype, device: None)
+    monkeypatch.setattr(lora_operators, "check", lambda dtype, device: None)
     lines = choose_kernel(model, kernel, 18, torch.bfloat16, torch.device("cuda"), True)
     assert sorted(asked) == sorted((n, s) for n in names for s in [(64, 32), (32, 32), (96, 32), (32, 48)])
     block, other = model.layers[2], "torch" if kernel == "auto" else "fused"
@@ -140,12 +141,12 @@ def test_small_kernels_compile_without_spills(name, arch, tmp_path):
 @pytest.mark.parametrize("arch", SHARED_KB)
 def test_fp32_kernels_compile_without_spills_and_round_nothing_to_tf32(arch, G, R, tmp_path):
     """Every config that fp32 is given, with the pieces of the rank that it is given."""
-    chunk = lk.piece_of(lk.padded_rank(R)[1], torch.float32)
+    chunk = lora_operators.piece_of(lora_operators.padded_rank(R)[1], torch.float32)
     whole = dict(G=G, R=R, **{**QKV, "HALF": False, "TMA_FITS": False})
-    cases = [(lk.down_kernel, lk.DOWN_FP32, dict(G=G, R=R, DROP=True, BM=lk.ROWS, BN=chunk)),
-             (lk.reduce_kernel, lk.RIGHT_FP32, dict(G=G, R=R, DROP=True, LEFT=False, BN=lk.COLUMNS, BR=chunk))]
-    if R <= lk.FUSED_RANK:
-        cases.append((lk.reduce_kernel, lk.BOTH_FP32, dict(G=1, R=R, DROP=False, LEFT=True, BN=lk.COLUMNS, BR=R)))
+    cases = [(lk.down_kernel, lk.DOWN_FP32, dict(G=G, R=R, DROP=True, BM=lora_operators.ROWS, BN=chunk)),
+             (lk.reduce_kernel, lk.RIGHT_FP32, dict(G=G, R=R, DROP=True, LEFT=False, BN=lora_operators.COLUMNS, BR=chunk))]
+    if R <= lora_operators.FUSED_RANK:
+        cases.append((lk.reduce_kernel, lk.BOTH_FP32, dict(G=1, R=R, DROP=False, LEFT=True, BN=lora_operators.COLUMNS, BR=R)))
     cases += [(lk.gemm_kernel, lk.FP32, dict(whole, BR=chunk, BACK=back, DROP=drop, ADD=add))
               for back, drop in ((False, False), (True, False), (True, True)) for add in (False, True)]
     for kernel, configs, constants in cases:
