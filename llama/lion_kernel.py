@@ -1,4 +1,7 @@
-"""Lion's step as one Triton kernel: parameter, gradient and momentum are read once and written once."""
+"""Lion's step as one Triton kernel: parameter, gradient and momentum are read once and written once.
+
+    numel   [ program 0 | program 1 | program 2 .. ]      2,048 entries each, the last one masked
+"""
 import triton
 import triton.language as tl
 
@@ -10,6 +13,8 @@ def lion_kernel(p, g, m, numel, decay, lr, weight1, weight2, BLOCK: tl.constexpr
     inside = i < numel
     old = tl.load(m + i, mask=inside, other=0.0).to(tl.float32)
     away = tl.load(g + i, mask=inside, other=0.0).to(tl.float32) - old
+
+    # the sign of the mix of momentum and gradient, 0 where it is 0
     direction = old + weight1 * away
     sign = tl.where(direction > 0, 1.0, 0.0) - tl.where(direction < 0, 1.0, 0.0)
     new = tl.load(p + i, mask=inside, other=0.0).to(tl.float32) * decay - lr * sign
@@ -19,7 +24,9 @@ def lion_kernel(p, g, m, numel, decay, lr, weight1, weight2, BLOCK: tl.constexpr
 
 def lion_step(p, g, m, decay, lr, betas):
     """One step on contiguous tensors of one shape, in place; momentum and parameter of fp32 or less."""
-    p, g, m = p.view(-1), g.view(-1), m.view(-1)
-    if p.numel():
-        lion_kernel[(triton.cdiv(p.numel(), 2048),)](p, g, m, p.numel(), decay, lr, 1 - betas[0], 1 - betas[1], BLOCK=2048,
-                                                     num_warps=8)
+    if not p.numel():
+        return
+    beta1, beta2 = betas
+    programs = triton.cdiv(p.numel(), 2048)
+    lion_kernel[(programs,)](p.view(-1), g.view(-1), m.view(-1), p.numel(), decay, lr,
+                             1 - beta1, 1 - beta2, BLOCK=2048, num_warps=8)
