@@ -6,9 +6,9 @@
 
     python lora.py --base=FOLDER --adapter=FOLDER --out=FOLDER      # writes a merged model folder
 
-Projections that read the same input are one matrix W (GROUPS in llama/weights.py); their adapters act on
-row slices of it, so x is read once. A and B are fp32 and are rounded to x's dtype where they are used.
-The product, its hand-written backward pass and what that keeps: llama/lora_matmul.py.
+Projections that read the same input are one matrix W (GROUPS in llama/weights.py); their adapters
+act on row slices of it, so x is read once. A and B are fp32 and are rounded to x's dtype where they
+are used. The product, its backward pass and what that keeps are in llama/lora_matmul.py.
 """
 import hashlib
 import json
@@ -30,9 +30,10 @@ from runtime import read_object
 base = ""           # model folder the adapter was trained on
 adapter = ""        # PEFT adapter folder
 out = ""            # folder to write the merged model to
-dtype = "float32"   # dtype of the merged weights; bf16 rounds away small updates, the share lost is printed
+dtype = "float32"   # of the merged weights; bf16 rounds away small updates, the share lost is printed
 _choices = {"dtype": ("float32", "bfloat16", "float16")}
 
+COPIED = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 TARGETS = {"all": PROJECTIONS, "attention": PROJECTIONS[:4], "mlp": PROJECTIONS[4:]}
 
 
@@ -49,62 +50,80 @@ class LoRAProjection(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self.kernel = "torch"  # see choose_kernel
+
         # (start, end) of the adapted parts' rows in the weight
         spans = []
         end = 0
         for name, rows in self.parts.items():
+            start = end
             end += rows
             if name in adapted:
-                spans.append((end - rows, end))
+                spans.append((start, end))
         self.spans = tuple(spans)
-        rows_of_B = sum(end - start for start, end in spans)
-        like = dict(device=self.weight.device, dtype=torch.promote_types(self.weight.dtype, torch.float32))
-        self.lora_A = nn.Parameter(torch.empty(len(adapted) * rank, self.weight.shape[1], **like))
-        self.lora_B = nn.Parameter(torch.empty(rows_of_B, rank, **like))
+
+        # A_i [rank, K] and B_i [rows of its part, rank] of all adapters, one under the other
+        device = self.weight.device
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        columns = self.weight.shape[1]
+        rows = sum(end - start for start, end in spans)
+        A = torch.empty(len(adapted) * rank, columns, device=device, dtype=dtype)
+        B = torch.empty(rows, rank, device=device, dtype=dtype)
+        self.lora_A = nn.Parameter(A)
+        self.lora_B = nn.Parameter(B)
 
     def forward(self, x):
         dropout = self.dropout if self.training else 0.0
         seeds = None
         if dropout:
-            seeds = torch.randint(-2 ** 31, 2 ** 31, (len(self.adapted), 2), dtype=torch.int32)
-        y = lora_matmul(self.kernel, x.flatten(0, -2), self.weight.to(x.dtype), self.lora_A, self.lora_B,
+            # the masks of this call: two numbers an adapter, on the CPU
+            shape = (len(self.adapted), 2)
+            seeds = torch.randint(-2 ** 31, 2 ** 31, shape, dtype=torch.int32)
+        weight = self.weight.to(x.dtype)
+        y = lora_matmul(self.kernel, x.flatten(0, -2), weight, self.lora_A, self.lora_B,
                         self.spans, self.scale, dropout, seeds)
         return y.view(*x.shape[:-1], -1)
 
     def init_weights(self):
-        """PEFT's: A kaiming_uniform(a=sqrt(5)), which is U(-1, 1) / sqrt(K); B = 0, so the start is the base."""
+        """PEFT's: A kaiming_uniform(a=sqrt(5)), which is U(-1, 1) / sqrt(K); B = 0: the base itself."""
         bound = self.lora_A.shape[1] ** -0.5
         # drawn whole on the CPU: the same for any device and sharding
-        A = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype).uniform_(-bound, bound)
+        A = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype)
+        B = torch.zeros(self.lora_B.shape, dtype=self.lora_B.dtype)
+        A.uniform_(-bound, bound)
         fill(self.lora_A, A)
-        fill(self.lora_B, torch.zeros(self.lora_B.shape, dtype=self.lora_B.dtype))
+        fill(self.lora_B, B)
 
     def deltas(self):
         """Projection name -> its weight change scale * B A, [rows, K], in the dtype of A and B."""
         a, b = adapter_parts(self.lora_A, self.lora_B, self.spans, self.lora_A.dtype)
-        return {name: self.scale * (b_i @ a_i) for name, a_i, b_i in zip(self.adapted, a, b)}
+        deltas = {}
+        for name, a_i, b_i in zip(self.adapted, a, b):
+            deltas[name] = self.scale * (b_i @ a_i)
+        return deltas
 
 
 # ----------------------------------------------------------------------------- models with adapters
 def resolve_targets(targets):
-    """'all', 'attention', 'mlp', or projection names (a list, or text with commas) -> tuple of names."""
+    """'all', 'attention', 'mlp', or projection names (a list, or text with commas) -> their tuple."""
     if isinstance(targets, str):
-        names = tuple(name.strip() for name in targets.split(","))
-        targets = TARGETS.get(targets, names)
+        if targets in TARGETS:
+            return TARGETS[targets]
+        targets = [name.strip() for name in targets.split(",")]
     unknown = [name for name in targets if name not in PROJECTIONS]
     if unknown or not targets:
-        raise ValueError(f"lora_targets: found {', '.join(unknown) or 'none'}; "
-                         f"expected {', '.join(TARGETS)} or some of {', '.join(PROJECTIONS)}")
+        found = ", ".join(unknown) or "none"
+        raise ValueError(f"lora_targets: found {found}; expected {', '.join(TARGETS)} "
+                         f"or some of {', '.join(PROJECTIONS)}")
     return tuple(targets)
 
 
 def apply_lora(model, rank, alpha, dropout=0.0, targets="all", rslora=False):
-    """Freeze the model and put new adapters on the targets of every block, in place; returns the model.
+    """Freeze a model and put new adapters on the targets of every block, in place; returns the model.
 
-    The scale is alpha / rank, or alpha / sqrt(rank) with rslora. On a model on meta, init_adapters must
-    follow once it has memory. Raises ValueError for impossible values."""
+    The scale is alpha / rank, or alpha / sqrt(rank) with rslora. On a model on meta, init_adapters
+    must follow once it has memory. Raises ValueError for impossible values."""
     add_adapters(model, rank, alpha, dropout, resolve_targets(targets), rslora)
-    if not model.device.type == "meta":
+    if model.device.type != "meta":
         init_adapters(model)
     return model
 
@@ -112,23 +131,25 @@ def apply_lora(model, rank, alpha, dropout=0.0, targets="all", rslora=False):
 def add_adapters(model, rank, alpha, dropout, names, rslora, chosen=None):
     """apply_lora without values: A and B are yet to be filled, and no random number is drawn.
 
-    `chosen(layer, name)` may leave out some of the targets (adapters on a part of the blocks)."""
+    chosen(layer, name) may leave out some of the targets (adapters on a part of the blocks)."""
     if rank < 1 or not alpha > 0 or not 0 <= dropout <= 0.99:
         raise ValueError("LoRA needs rank >= 1, alpha > 0 and 0 <= dropout <= 0.99, "
                          f"found {rank}, {alpha}, {dropout}")
     if any(isinstance(module, LoRAProjection) for module in model.modules()):
         raise ValueError("the model already has adapters")
     model.requires_grad_(False)
-    scale = alpha / (rank ** 0.5 if rslora else rank)
+    scale = alpha / rank
+    if rslora:
+        scale = alpha / rank ** 0.5
     for layer, block in enumerate(model.layers):
         for parent in (block.self_attn, block.mlp):
             for group, plain in list(parent.named_children()):
-                adapted = []
-                for name in GROUPS[group]:
-                    if name in names and (chosen is None or chosen(layer, name)):
-                        adapted.append(name)
+                adapted = [name for name in GROUPS[group] if name in names]
+                if chosen is not None:
+                    adapted = [name for name in adapted if chosen(layer, name)]
                 if adapted:
-                    setattr(parent, group, LoRAProjection(plain, adapted, rank, scale, dropout))
+                    module = LoRAProjection(plain, adapted, rank, scale, dropout)
+                    setattr(parent, group, module)
     model.lora = dict(rank=rank, alpha=alpha, dropout=dropout, targets=names, rslora=rslora)
     return model
 
@@ -141,7 +162,7 @@ def init_adapters(model):
 
 
 def merge_lora(model):
-    """Add every adapter to its weight in fp32 (or better), round once, and drop the adapters; in place."""
+    """Add each adapter to its weight in fp32 (or better), round once, drop the adapters; in place."""
     for path, module in list(model.named_modules()):
         if not isinstance(module, LoRAProjection):
             continue
@@ -172,7 +193,7 @@ def fingerprint(model, get=full_tensor):
 
 
 def fingerprint_of(norm, embedding, qkv):
-    """sha256 of the last norm, and of the first 64 rows of the embedding and of the first block's qkv_proj, in bf16."""
+    """sha256 of the last norm, 64 rows of the embedding and 64 of the first qkv_proj, in bf16."""
     digest = hashlib.sha256()
     for w in (norm, embedding[:64], qkv[:64]):
         w = w.detach().to("cpu", torch.bfloat16).contiguous()
@@ -200,30 +221,52 @@ def adapter_tensors(model):
 def save_adapter(model, folder, base_name="", get=full_tensor):
     """Write adapter_config.json and adapter_model.safetensors as peft 0.11.1 names them.
 
-    get(parameter) is the tensor to write, by default the parameter as it is now. Under FSDP all ranks must
-    call it: all gather, rank 0 writes."""
-    lora = model.lora
+    get(parameter) is the tensor to write, by default the parameter as it is now. Under FSDP all
+    ranks must call it: all gather, rank 0 writes."""
     places = adapter_tensors(model)
-    # the targets, or one by one the modules if some blocks have no adapters
-    paths = [name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-             for name in places if name.endswith(".lora_A.weight")]
-    everywhere = len(paths) == len(lora["targets"]) * len(model.layers)
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
-              "r": lora["rank"], "lora_alpha": lora["alpha"], "lora_dropout": lora["dropout"],
-              "target_modules": list(lora["targets"]) if everywhere else paths,
-              "use_rslora": lora["rslora"], "use_dora": False, "bias": "none", "fan_in_fan_out": False,
-              "inference_mode": True, "init_lora_weights": True, "modules_to_save": None,
-              "layers_to_transform": None, "rank_pattern": {}, "alpha_pattern": {}}
     tensors = {}
     for name, (p, first, rows) in places.items():
         tensors[name] = get(p)[first:first + rows].to("cpu", copy=True)
     metadata = {"format": "pt", "base_fingerprint": fingerprint(model, get)}
     if dist.is_initialized() and dist.get_rank() != 0:
         return
+
+    config = peft_config(model, places, base_name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     save_file(tensors, folder / "adapter_model.safetensors", metadata)
+
+
+def peft_config(model, places, base_name):
+    """The dict that peft reads as its LoraConfig; places: the adapters' tensors, by name."""
+    lora = model.lora
+    # the targets' names, or one by one the modules if some blocks have no adapters
+    paths = []
+    for name in places:
+        if name.endswith(".lora_A.weight"):
+            path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            paths.append(path)
+    targets = paths
+    if len(paths) == len(lora["targets"]) * len(model.layers):
+        targets = list(lora["targets"])
+    return {"peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_name,
+            "r": lora["rank"],
+            "lora_alpha": lora["alpha"],
+            "lora_dropout": lora["dropout"],
+            "target_modules": targets,
+            "use_rslora": lora["rslora"],
+            "use_dora": False,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "modules_to_save": None,
+            "layers_to_transform": None,
+            "rank_pattern": {},
+            "alpha_pattern": {}}
 
 
 # ----------------------------------------------------------------------------- PEFT folders: in
@@ -232,27 +275,36 @@ def is_adapter(folder):
     return (Path(folder) / "adapter_config.json").is_file()
 
 
-# key of adapter_config.json -> values that change nothing; the last one is named in the message
-SUPPORTED = {"peft_type": ("LORA",), "use_dora": (None, False), "fan_in_fan_out": (None, False),
-             "bias": (None, "none"), "modules_to_save": (None, []), "rank_pattern": (None, {}),
-             "alpha_pattern": (None, {}), "layer_replication": (None, []),
-             "exclude_modules": (None, []), "alora_invocation_tokens": (None, []),
+# key of adapter_config.json -> the values that this LoRA computes; messages name the last one
+SUPPORTED = {"peft_type": ("LORA",),
+             "use_dora": (None, False),
+             "fan_in_fan_out": (None, False),
+             "bias": (None, "none"),
+             "modules_to_save": (None, []),
+             "rank_pattern": (None, {}),
+             "alpha_pattern": (None, {}),
+             "layer_replication": (None, []),
+             "exclude_modules": (None, []),
+             "alora_invocation_tokens": (None, []),
              # the other inits (pissa, olora, loftq ...) change the base's weights as well
              "init_lora_weights": (None, False, "gaussian", "eva", "orthogonal", True)}
 
 
 def read_adapter_config(folder):
-    """(rank, alpha, dropout, rslora, chosen) of a PEFT folder; chosen(layer, projection) -> adapted?
+    """(rank, alpha, dropout, rslora, chosen) of a PEFT folder; chosen(layer, projection) -> bool.
 
     Raises FileNotFoundError, or ValueError for what this LoRA does not compute."""
     path = Path(folder) / "adapter_config.json"
     config = read_object(path, "an adapter folder holds it and adapter_model.safetensors")
     for key, allowed in SUPPORTED.items():
-        if config.get(key) not in allowed:
-            raise ValueError(f"{path}: {key} is {config.get(key)!r}; only {allowed[-1]!r} is supported")
+        found = config.get(key)
+        if found not in allowed:
+            raise ValueError(f"{path}: {key} is {found!r}; only {allowed[-1]!r} is supported")
     missing = [key for key in ("r", "lora_alpha", "target_modules") if not config.get(key)]
     if missing:
         raise ValueError(f"{path}: missing {', '.join(missing)}")
+
+    # which blocks' projections have an adapter
     wanted = config["target_modules"]
     if isinstance(wanted, list):
         unknown = [name for name in wanted if name.split(".")[-1] not in PROJECTIONS]
@@ -272,7 +324,9 @@ def read_adapter_config(folder):
             return wanted == "all-linear" or re.fullmatch(wanted, full) is not None
         return any(full == name or full.endswith(f".{name}") for name in wanted)
 
-    return config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0), config.get("use_rslora", False), chosen
+    dropout = config.get("lora_dropout", 0.0)
+    rslora = config.get("use_rslora", False)
+    return config["r"], config["lora_alpha"], dropout, rslora, chosen
 
 
 def load_adapter(model, folder):
@@ -287,19 +341,23 @@ def apply_saved_lora(model, folder):
 
     Raises ValueError when the settings are not supported or fit nothing."""
     rank, alpha, dropout, rslora, chosen = read_adapter_config(folder)
-    layers = range(len(model.layers))
-    names = [name for name in PROJECTIONS if any(chosen(layer, name) for layer in layers)]
+    names = []
+    for name in PROJECTIONS:
+        if any(chosen(layer, name) for layer in range(len(model.layers))):
+            names.append(name)
     if not names:
-        raise ValueError(f"{folder}: target_modules of adapter_config.json match no projection of this model")
+        raise ValueError(f"{folder}: target_modules of adapter_config.json match no projection "
+                         "of this model")
     return add_adapters(model, rank, alpha, dropout, tuple(names), rslora, chosen)
 
 
 def open_adapter_weights(folder, expected, base_fingerprint):
-    """{name: open file} of a PEFT folder; expected {name: shape}, base_fingerprint() of the base in hand.
+    """{name: open file} of a PEFT folder; expected {name: shape}, base_fingerprint() of the base.
 
-    Raises ValueError when a tensor is missing, unexpected or misshaped, or was trained on another base."""
+    Raises ValueError when a tensor is missing, unexpected or misshaped, or was trained on another
+    base. An adapter of peft's names no base; then base_fingerprint is not called."""
     shapes, where = open_weights(folder, "adapter_model.safetensors")
-    for file in list(where.values())[:1]:
+    for file in list(where.values())[:1]:  # one file holds them all
         trained_on = (file.metadata() or {}).get("base_fingerprint")
         if trained_on and trained_on != base_fingerprint():
             raise ValueError(f"{folder}: this adapter was trained on another base model")
@@ -311,7 +369,7 @@ def open_adapter_weights(folder, expected, base_fingerprint):
 
 @torch.no_grad()
 def load_adapter_weights(model, folder):
-    """Fill the adapters of a model from a PEFT folder; returns the model. Raises as open_adapter_weights."""
+    """Fill a model's adapters from a PEFT folder; returns the model. Raises as open_adapter_weights."""
     places = adapter_tensors(model)
     expected = {name: (rows, p.shape[1]) for name, (p, _, rows) in places.items()}
     where = open_adapter_weights(Path(folder), expected, lambda: fingerprint(model))
@@ -326,8 +384,9 @@ def load_adapter_weights(model, folder):
 
 # ----------------------------------------------------------------------------- the script
 def lost_to_rounding(model, dtype):
-    """Share |round(W + D) - (W + D)| / |D| of the adapters' change D that storing in `dtype` rounds away."""
-    lost = total = 0.0
+    """Share |round(W + D) - (W + D)| / |D| of the adapters' change D that rounding to dtype loses."""
+    lost = 0.0
+    total = 0.0
     for module in model.modules():
         if not isinstance(module, LoRAProjection):
             continue
@@ -351,25 +410,29 @@ def merge_folders(base, adapter, out, dtype):
     # logits of some tokens before and after merging
     model = load_adapter(Llama.from_pretrained(base), adapter).eval()
     length = min(64, model.config.max_position_embeddings)
-    tokens = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator)
     want, _ = model(tokens)
     largest = want.abs().max().item()
     lost = lost_to_rounding(model, dtype)
     merge_lora(model)
-    in_fp32 = (model(tokens)[0] - want).abs().max().item()
+    merged, _ = model(tokens)
+    in_fp32 = (merged - want).abs().max().item()
 
     # written under another name, and read again
     partial = Path(f"{out}.tmp")
     model.save_pretrained(partial, dtype)
-    written = (Llama.from_pretrained(partial)(tokens)[0] - want).abs().max().item()
+    again, _ = Llama.from_pretrained(partial)(tokens)
+    written = (again - want).abs().max().item()
 
     # the bound on fp32 is on arithmetic; 16-bit weights are off by their rounding as well
     bound = 1e-4 if dtype == torch.float32 else 0.1
     if in_fp32 > 1e-4 * largest or written > bound * largest:
         shutil.rmtree(partial)
-        raise ValueError(f"merged and unmerged logits differ by {written:.3g} (largest logit {largest:.3g}, "
-                         f"{in_fp32:.3g} before rounding to {dtype}): nothing was written")
-    for file in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        raise ValueError(f"merged and unmerged logits differ by {written:.3g} "
+                         f"(largest logit {largest:.3g}, {in_fp32:.3g} before rounding to {dtype}): "
+                         "nothing was written")
+    for file in COPIED:
         if (Path(base) / file).is_file():
             shutil.copyfile(Path(base) / file, partial / file)
     partial.rename(out)
@@ -385,5 +448,6 @@ if __name__ == "__main__":
             if not value:
                 raise ValueError(f"{name} is not set; see --help")
         difference, largest, lost = merge_folders(base, adapter, out, getattr(torch, dtype))
-        print(f"{out}: merged and unmerged logits agree to {difference:.3g} (largest logit {largest:.3g}); "
+        print(f"{out}: merged and unmerged logits agree to {difference:.3g} "
+              f"(largest logit {largest:.3g}); "
               f"{lost:.2%} of the change was lost to rounding to {dtype}")

@@ -1,28 +1,31 @@
-"""Llama in plain PyTorch: the definition. Weights, generation and hand-written backward passes are in llama/.
+"""Llama in plain PyTorch: the definition. Weights, generation and backward passes written by hand
+are in llama/.
 
-    tokens [B, T] -> embed_tokens -> x [B, T, D] -> blocks -> norm -> head -> logits [B, T, V], or the loss
+    tokens [B, T] -> embed_tokens -> x [B, T, D] -> blocks -> norm -> head -> logits [B, T, V]
 
-    Block   x --+--> norm --> q k v --> rotary --> attention --> o_proj --> + --+--> norm --> gate up --> SwiGLU --> down_proj --> +
-                |                                                           ^   |                                                  ^
-                +-----------------------------------------------------------+   +--------------------------------------------------+
+    a block:  x -+-> norm -> qkv_proj -> rotary -> attention -> o_proj -> + -+->  x of the next one
+                 +------------------------------------------------------->+
+              and the same with   norm -> gate_up_proj -> SwiGLU -> down_proj
+
+    qkv_proj [q + k + v rows, D] is q_proj, k_proj and v_proj in one matrix, so that x is read once
 
     model = Llama.from_pretrained(folder, dtype=torch.bfloat16, device="cuda")
     logits, _ = model(tokens)                      # [B, T] -> [B, T, V]
     _, loss = model(tokens, targets)               # scalar; the [B, T, V] logits never exist
     new_ids = model.generate([[1, 15043]], 64)     # new_ids[0][0] is a list of ids
 
-Every dtype is written out, there is no autocast: each projection casts its weight to the dtype of its
-input, so fp32 master weights compute in bf16 when the model's `compute_dtype` says so. Norms, rotary
-angles and the loss are computed in fp32 at least.
+Every dtype is written out, there is no autocast: each projection casts its weight to the dtype of
+its input, so fp32 master weights compute in bf16 when the model's `compute_dtype` says so. Norms,
+rotary angles and the loss are computed in fp32 at least.
 """
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
+                                    create_selective_checkpoint_contexts)
 
 from llama.attention import causal_attention, document_attention, document_positions
 from llama.functions import ChunkedCrossEntropy, RMSNorm, Rotary, SwiGLU, rotary_frequencies
@@ -32,7 +35,8 @@ from llama.weights import GROUPS, fill, full_tensor, load_weights, read_config, 
 IGNORE = -100  # a target with this value is not predicted
 
 # operators whose results selective activation checkpointing keeps
-KEPT_PRODUCTS = {"aten.mm.default", "aten.addmm.default", "lora.matmul_add.default", "lora.matmul.default"}
+KEPT_PRODUCTS = {"aten.mm.default", "aten.addmm.default",
+                 "lora.matmul_add.default", "lora.matmul.default"}
 
 
 @dataclass
@@ -48,7 +52,7 @@ class LlamaConfig:
     max_position_embeddings: int = 4096
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: dict = None  # None, or the llama3 form: factor, low/high_freq_factor, original_max_...
+    rope_scaling: dict = None  # None, or the llama3 form: factor, low_freq_factor ...
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     bos_token_id: int = 1
@@ -56,7 +60,7 @@ class LlamaConfig:
 
     @classmethod
     def from_json(cls, folder):
-        """Of FOLDER/config.json; raises FileNotFoundError, or ValueError for what this model does not compute."""
+        """Of FOLDER/config.json; raises as llama.weights.read_config."""
         return cls(**read_config(folder, cls.__dataclass_fields__))
 
     @property
@@ -66,8 +70,13 @@ class LlamaConfig:
         inner = self.intermediate_size
         q = self.num_attention_heads * self.head_dim
         kv = self.num_key_value_heads * self.head_dim
-        return {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q),
-                "gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        return {"q_proj": (q, hidden),
+                "k_proj": (kv, hidden),
+                "v_proj": (kv, hidden),
+                "o_proj": (hidden, q),
+                "gate_proj": (inner, hidden),
+                "up_proj": (inner, hidden),
+                "down_proj": (hidden, inner)}
 
 
 # ----------------------------------------------------------------------------- modules
@@ -87,7 +96,7 @@ class Projection(nn.Module):
 
 
 def linear(x, weight, packed=None):
-    """x weight^T for x [..., K]; by `packed`, the weight in oneDNN's own order, if that is given."""
+    """x weight^T for x [..., K]; by `packed`, the weight in oneDNN's own order, if given."""
     if packed is not None:
         return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     return F.linear(x, weight.to(x.dtype))
@@ -102,6 +111,8 @@ def projection(config, group):
 
 
 class Norm(nn.Module):
+    """x / rms(x) times a weight, over the last dimension."""
+
     def __init__(self, config):
         super().__init__()
         self.eps = config.rms_norm_eps
@@ -112,6 +123,8 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
+    """Causal attention with rotary positions: x [B, T, D] -> [B, T, D]."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.layer = layer
@@ -128,21 +141,22 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), 2)
         q, k = Rotary.apply(qk, cos, sin).split((self.heads, self.kv_heads), 2)
+        dropout = self.dropout if self.training else 0.0
+        if cache is not None and not cache.decoding:
+            cache.prefill(self.layer, k, v)
         # one new token a row against the cache, or whole sequences
         if cache is not None and cache.decoding:
             out = cache.attend(self.layer, q, k, v)
+        elif docs is None:
+            out = causal_attention(q, k, v, dropout)
         else:
-            if cache is not None:
-                cache.prefill(self.layer, k, v)
-            dropout = self.dropout if self.training else 0.0
-            if docs is None:
-                out = causal_attention(q, k, v, dropout)
-            else:
-                out = document_attention(q, k, v, docs, dropout)
+            out = document_attention(q, k, v, docs, dropout)
         return self.o_proj(out.reshape(B, T, -1))
 
 
 class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)): x [B, T, D] -> [B, T, D]."""
+
     def __init__(self, config):
         super().__init__()
         self.gate_up_proj = projection(config, "gate_up_proj")
@@ -153,6 +167,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP, each added to the residual stream x [B, T, D]."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = Norm(config)
@@ -166,27 +182,35 @@ class Block(nn.Module):
 
 
 def keep_products(ctx, operator, *args, **kwargs):
-    """Policy of selective activation checkpointing: big products are kept for backward, all else is computed again."""
+    """Policy of selective checkpointing: keep big products, compute all else again in backward."""
     if str(operator) in KEPT_PRODUCTS:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def selective():
+    return create_selective_checkpoint_contexts(keep_products)
+
+
 # ----------------------------------------------------------------------------- the network
 class Llama(nn.Module):
-    """The network; see the head of this file for use. `compute_dtype` is the dtype of activations."""
+    """The network; see the head of this file for use. compute_dtype: the dtype of activations.
+
+    activation_checkpointing: 'none', 'block' (a block keeps its input alone for backward) or
+    'selective' (and its big products)."""
     packed = None  # the head's, see packed_weights in llama/generate.py
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        blocks = [Block(config, layer) for layer in range(config.num_hidden_layers)]
+        self.layers = nn.ModuleList(blocks)
         self.norm = Norm(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compute_dtype = self.embed_tokens.weight.dtype
-        self.activation_checkpointing = "none"  # block: keep only the input of each | selective: and its big products
+        self.activation_checkpointing = "none"
 
     @property
     def head_weight(self):
@@ -197,10 +221,11 @@ class Llama(nn.Module):
         return self.embed_tokens.weight.device
 
     def init_weights(self, seed=0):
-        """Fresh weights for pretraining: N(0, initializer_range), norms 1, outputs of blocks scaled as GPT-2."""
+        """Fresh weights: N(0, initializer_range), norms 1, outputs of blocks scaled as in GPT-2."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            full = torch.ones(p.shape, dtype=p.dtype)  # drawn whole on the CPU: the same for any device and sharding
+            # drawn whole on the CPU: the same for any device and sharding
+            full = torch.ones(p.shape, dtype=p.dtype)
             if p.dim() > 1:
                 std = self.config.initializer_range
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
@@ -210,36 +235,42 @@ class Llama(nn.Module):
         return self
 
     def rotary_tables(self, B, T, docs, start, device):
-        """cos and sin [B or 1, T, 1, hd] of each token's position, in its document if `docs` are given."""
+        """cos and sin [B or 1, T, 1, hd] of each token's position, in its document if any."""
         if docs is not None:
             positions = document_positions(docs, B * T).view(B, T)
         else:
             positions = torch.arange(T, device=device)[None]
             if start is not None:
                 positions = positions + start[:, None]
+        # angles in fp32 at least: bf16 cannot count beyond 256
         dtype = torch.promote_types(self.compute_dtype, torch.float32)
         freq = rotary_frequencies(self.config, dtype).to(device)
         angles = positions[..., None].to(dtype) * freq
         return Rotary.tables(angles[:, :, None])
 
     def hidden(self, tokens, docs=None, cache=None, start=None):
-        """Last hidden states [B, T, D], before the final norm. `start` [B]: position of each row's first token."""
+        """Last hidden states [B, T, D], before the final norm.
+
+        start [B]: the position of each row's first token, 0 if it is not given."""
         B, T = tokens.shape
         if cache is None and T > self.config.max_position_embeddings:
             raise ValueError(f"sequence of {T} tokens is longer than the model's "
                              f"max_position_embeddings={self.config.max_position_embeddings}")
+
+        # what all blocks share
         cos, sin = self.rotary_tables(B, T, docs, start, tokens.device)
         if docs is not None:
-            torch._dynamo.maybe_mark_dynamic(docs, 0)  # or every new number of documents would compile again
-        redo = {}
-        if self.activation_checkpointing == "selective":
-            redo["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products)
+            # else every new number of documents would compile again
+            torch._dynamo.maybe_mark_dynamic(docs, 0)
+
         x = F.embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
         for block in self.layers:
-            if self.activation_checkpointing != "none" and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, docs, use_reentrant=False, **redo)
-            else:
+            if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
                 x = block(x, cos, sin, docs, cache)
+            elif self.activation_checkpointing == "selective":
+                x = checkpoint(block, x, cos, sin, docs, use_reentrant=False, context_fn=selective)
+            else:
+                x = checkpoint(block, x, cos, sin, docs, use_reentrant=False)
         return x
 
     def head(self, x):
@@ -248,9 +279,10 @@ class Llama(nn.Module):
     def forward(self, tokens, targets=None, docs=None, reduction="mean"):
         """(logits [B, T, V], None), or with targets (None, loss).
 
-        tokens [B, T] int64. targets [B, T]: the id that follows each token, IGNORE where not predicted.
-        docs [n + 1] int64: borders of documents in the flattened B*T tokens, 0 first and B*T last, a
-        border at each row's start; documents then do not see each other and count positions from 0.
+        tokens [B, T] int64. targets [B, T]: the id that follows each token, IGNORE where there is
+        none to predict. docs [n + 1] int64: borders of documents in the flattened B*T tokens, 0
+        first and B*T last, a border at each row's start; documents then do not see each other and
+        count positions from 0.
         reduction: 'mean' over predicted tokens, or 'sum' (0 when there are none)."""
         x = self.hidden(tokens, docs)
         if targets is None:
@@ -264,25 +296,35 @@ class Llama(nn.Module):
             loss = loss / len(predicted)
         return None, loss
 
-    # ------------------------------------------------------------------------- generation: llama/generate.py
-    def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, n=1, stop=None, seed=0, batch_size=64):
-        """n continuations of each prompt: list (prompts) of lists (n) of lists of new ids; see generate_tokens."""
-        return generate(self, prompts, max_new_tokens, temperature, top_p, n, stop, seed, batch_size)
+    # ------------------------------------------------------------- generation: llama/generate.py
+    def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0,
+                 n=1, stop=None, seed=0, batch_size=64):
+        """n continuations of each prompt: list (prompts) of lists (n) of lists of new ids.
 
-    def generate_each(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, n=1, stop=None, seed=0, batch_size=64):
-        """Yield (index of a prompt, its n lists of new ids) as soon as the last of the n is complete."""
-        return generate_each(self, prompts, max_new_tokens, temperature, top_p, n, stop, seed, batch_size)
+        For the arguments see generate_tokens in llama/generate.py."""
+        return generate(self, prompts, max_new_tokens, temperature, top_p,
+                        n, stop, seed, batch_size)
 
-    def generate_tokens(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0, n=1, stop=None, seed=0, batch_size=64):
+    def generate_each(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0,
+                      n=1, stop=None, seed=0, batch_size=64):
+        """Yield (index of a prompt, its n lists of new ids) as soon as the n are complete."""
+        return generate_each(self, prompts, max_new_tokens, temperature, top_p,
+                             n, stop, seed, batch_size)
+
+    def generate_tokens(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0,
+                        n=1, stop=None, seed=0, batch_size=64):
         """Yield (prompt, sample, new id, whether the row ends with it) as they come."""
-        return generate_tokens(self, prompts, max_new_tokens, temperature, top_p, n, stop, seed, batch_size)
+        return generate_tokens(self, prompts, max_new_tokens, temperature, top_p,
+                               n, stop, seed, batch_size)
 
-    # ------------------------------------------------------------------------- files: llama/weights.py
+    # ------------------------------------------------------------- files: llama/weights.py
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
-        """Load a published folder (config.json, *.safetensors); errors as in load_weights and from_json."""
+        """Load a published folder; errors as in load_weights and from_json."""
+        # without memory first, so that it is taken once and on the device alone
+        config = LlamaConfig.from_json(folder)
         with torch.device("meta"):
-            model = cls(LlamaConfig.from_json(folder)).to(dtype)
+            model = cls(config).to(dtype)
         model.compute_dtype = dtype
         return model.to_empty(device=device).load_weights(folder)
 
@@ -292,5 +334,5 @@ class Llama(nn.Module):
         return self
 
     def save_pretrained(self, folder, dtype=None, shard_bytes=5 * 10 ** 9, get=full_tensor):
-        """Write a folder that from_pretrained and transformers read; dtype None keeps the parameters'."""
+        """Write a folder that transformers reads too; dtype None keeps the parameters'."""
         save_pretrained(self, folder, dtype, shard_bytes, get)
