@@ -30,7 +30,7 @@ from runtime import read_object
 base = ""           # model folder the adapter was trained on
 adapter = ""        # PEFT adapter folder
 out = ""            # folder to write the merged model to
-dtype = "float32"   # of the merged weights; bf16 rounds away small updates, the share lost is printed
+dtype = "float32"   # of the merged weights; bf16 rounds small updates away, their share is printed
 _choices = {"dtype": ("float32", "bfloat16", "float16")}
 
 COPIED = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -84,7 +84,7 @@ class LoRAProjection(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
     def init_weights(self):
-        """PEFT's: A kaiming_uniform(a=sqrt(5)), which is U(-1, 1) / sqrt(K); B = 0: the base itself."""
+        """PEFT's: A kaiming_uniform(a=sqrt(5)), which is U(-1, 1) / sqrt(K); B = 0."""
         bound = self.lora_A.shape[1] ** -0.5
         # drawn whole on the CPU: the same for any device and sharding
         A = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype)
@@ -104,7 +104,7 @@ class LoRAProjection(nn.Module):
 
 # ----------------------------------------------------------------------------- models with adapters
 def resolve_targets(targets):
-    """'all', 'attention', 'mlp', or projection names (a list, or text with commas) -> their tuple."""
+    """'all', 'attention', 'mlp', or names (a list, or text with commas) -> tuple of names."""
     if isinstance(targets, str):
         if targets in TARGETS:
             return TARGETS[targets]
@@ -118,7 +118,7 @@ def resolve_targets(targets):
 
 
 def apply_lora(model, rank, alpha, dropout=0.0, targets="all", rslora=False):
-    """Freeze a model and put new adapters on the targets of every block, in place; returns the model.
+    """Freeze a model and put new adapters on the targets of every block; returns the model.
 
     The scale is alpha / rank, or alpha / sqrt(rank) with rslora. On a model on meta, init_adapters
     must follow once it has memory. Raises ValueError for impossible values."""
@@ -137,6 +137,8 @@ def add_adapters(model, rank, alpha, dropout, names, rslora, chosen=None):
                          f"found {rank}, {alpha}, {dropout}")
     if any(isinstance(module, LoRAProjection) for module in model.modules()):
         raise ValueError("the model already has adapters")
+
+    # only A and B are trained
     model.requires_grad_(False)
     scale = alpha / rank
     if rslora:
@@ -162,7 +164,7 @@ def init_adapters(model):
 
 
 def merge_lora(model):
-    """Add each adapter to its weight in fp32 (or better), round once, drop the adapters; in place."""
+    """Add each adapter to its weight in fp32 (or better), round once, and drop the adapters."""
     for path, module in list(model.named_modules()):
         if not isinstance(module, LoRAProjection):
             continue
@@ -304,7 +306,7 @@ def read_adapter_config(folder):
     if missing:
         raise ValueError(f"{path}: missing {', '.join(missing)}")
 
-    # which blocks' projections have an adapter
+    # the projections that have an adapter, and the blocks: None is all of them
     wanted = config["target_modules"]
     if isinstance(wanted, list):
         unknown = [name for name in wanted if name.split(".")[-1] not in PROJECTIONS]
@@ -369,7 +371,7 @@ def open_adapter_weights(folder, expected, base_fingerprint):
 
 @torch.no_grad()
 def load_adapter_weights(model, folder):
-    """Fill a model's adapters from a PEFT folder; returns the model. Raises as open_adapter_weights."""
+    """Fill a model's adapters from a PEFT folder; raises as open_adapter_weights."""
     places = adapter_tensors(model)
     expected = {name: (rows, p.shape[1]) for name, (p, _, rows) in places.items()}
     where = open_adapter_weights(Path(folder), expected, lambda: fingerprint(model))
@@ -384,7 +386,7 @@ def load_adapter_weights(model, folder):
 
 # ----------------------------------------------------------------------------- the script
 def lost_to_rounding(model, dtype):
-    """Share |round(W + D) - (W + D)| / |D| of the adapters' change D that rounding to dtype loses."""
+    """Share |round(W + D) - (W + D)| / |D| of the adapters' change D that dtype rounds away."""
     lost = 0.0
     total = 0.0
     for module in model.modules():
@@ -429,9 +431,11 @@ def merge_folders(base, adapter, out, dtype):
     bound = 1e-4 if dtype == torch.float32 else 0.1
     if in_fp32 > 1e-4 * largest or written > bound * largest:
         shutil.rmtree(partial)
-        raise ValueError(f"merged and unmerged logits differ by {written:.3g} "
-                         f"(largest logit {largest:.3g}, {in_fp32:.3g} before rounding to {dtype}): "
+        raise ValueError(f"merged and unmerged logits differ by {written:.3g} (largest logit "
+                         f"{largest:.3g}, {in_fp32:.3g} before rounding to {dtype}): "
                          "nothing was written")
+
+    # the tokenizer, and only then the name that readers look for
     for file in COPIED:
         if (Path(base) / file).is_file():
             shutil.copyfile(Path(base) / file, partial / file)

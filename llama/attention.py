@@ -9,8 +9,8 @@
                     3          | x
                     4          | x  x
 
-Shapes: q [B, T, H, hd], k and v [B, T, KV, hd], where H / KV query heads share a key head. One token at a
-time against the keys of earlier ones: llama/kv_cache.py.
+Shapes: q [B, T, H, hd], k and v [B, T, KV, hd], where H / KV query heads share a key head. One token
+at a time against the keys of earlier ones: llama/kv_cache.py.
 """
 import math
 
@@ -22,16 +22,17 @@ LONGEST = 2048   # sequences up to which it keeps its probabilities
 
 
 class BlockAttention(torch.autograd.Function):
-    """Causal attention in bf16 on a CPU, by plain matrix products over blocks of queries and the keys before them.
+    """Causal attention in bf16 on a CPU, by matrix products over blocks of queries and their keys.
 
     PyTorch's fused kernel takes 1.5 to 4 times as long there. Scores are rounded to bf16, as in
-    transformers' eager attention, softmax is fp32, and the probabilities are kept: H T / 2 numbers a
-    token. q [B, H, T, hd], k, v [B, KV, T, hd]."""
+    transformers' eager attention, softmax is fp32, and the probabilities are kept: H T / 2 numbers
+    a token. q [B, H, T, hd], k, v [B, KV, T, hd]."""
 
     @staticmethod
     def forward(ctx, q, k, v):
         B, H, T, hd = q.shape
-        groups = B * k.shape[1]  # a key head and the query heads that share it
+        # a group is a key head and the query heads that share it
+        groups = B * k.shape[1]
         q = q.reshape(groups, -1, T, hd)
         k = k.reshape(groups, T, hd)
         v = v.reshape(groups, T, hd)
@@ -39,14 +40,17 @@ class BlockAttention(torch.autograd.Function):
         kept = []
         for start in range(0, T, BLOCK):
             end = min(start + BLOCK, T)
-            # scores of a block of queries to the keys up to its end, the block's own future masked
+            size = end - start
+            # scores of the block's queries to all keys up to its end
             rows = q[:, :, start:end].reshape(groups, -1, hd) * hd ** -0.5
-            scores = torch.bmm(rows, k[:, :end].mT).view(groups, -1, end - start, end)
-            future = torch.ones(end - start, end - start, dtype=torch.bool).triu_(1)
+            scores = torch.bmm(rows, k[:, :end].mT)
+            scores = scores.view(groups, -1, size, end)
+            # none to keys that come after a query
+            future = torch.ones(size, size, dtype=torch.bool).triu_(1)
             scores[..., start:].masked_fill_(future, -math.inf)
             probs = torch.softmax(scores, -1).flatten(1, 2)
             mixed = torch.bmm(probs, v[:, :end])
-            out[:, :, start:end] = mixed.view(groups, -1, end - start, hd)
+            out[:, :, start:end] = mixed.view(groups, -1, size, hd)
             kept.append(probs)
         ctx.save_for_backward(q, k, v, out, *kept)
         return out.view(B, H, T, hd)
@@ -59,17 +63,19 @@ class BlockAttention(torch.autograd.Function):
         shape_q = dout.shape
         shape_kv = (B, groups // B, T, hd)
         dout = dout.reshape(q.shape)
-        # softmax's gradient: dscores = probs * (dprobs - sum of probs * dprobs), and that sum is dout . out
+        # softmax: dscores = probs * (dprobs - sum of probs * dprobs), and that sum is dout . out
         inner = (dout * out).sum(-1, keepdim=True, dtype=torch.float32).to(q.dtype)
         dq = torch.empty_like(q)
         dk = torch.zeros(k.shape)
         dv = torch.zeros(v.shape)
         for start, probs in zip(range(0, T, BLOCK), kept):
             end = min(start + BLOCK, T)
+            # the block's queries, all heads of a group one under the other
             q_rows = q[:, :, start:end].flatten(1, 2)
             dout_rows = dout[:, :, start:end].flatten(1, 2)
             inner_rows = inner[:, :, start:end].flatten(1, 2)
-            dscores = torch.bmm(dout_rows, v[:, :end].mT).sub_(inner_rows).mul_(probs)
+            dscores = torch.bmm(dout_rows, v[:, :end].mT)
+            dscores.sub_(inner_rows).mul_(probs)
             dq_rows = torch.bmm(dscores, k[:, :end]) * hd ** -0.5
             dq[:, :, start:end] = dq_rows.view(groups, -1, end - start, hd)
             dk[:, :end] += torch.bmm(dscores.mT, q_rows * hd ** -0.5)
@@ -80,41 +86,48 @@ class BlockAttention(torch.autograd.Function):
 
 
 def attend_causally(q, k, v, dropout=0.0):
-    """Causal attention of q [B, H, T, hd] to k and v [B, KV, T, hd], by the kernel that is fastest for it.
+    """Causal attention of q [B, H, T, hd] to k and v [B, KV, T, hd], by the fastest kernel for it.
 
     dropout: share of the probabilities that is set to zero."""
     T = q.shape[2]
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not dropout and T <= LONGEST:
         if torch.is_grad_enabled() or T >= BLOCK:
             return BlockAttention.apply(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=True)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout,
+                                          is_causal=True, enable_gqa=True)
 
 
 def causal_attention(q, k, v, dropout=0.0):
     """Causal attention along T."""
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    q = q.transpose(1, 2)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
     return attend_causally(q, k, v, dropout).transpose(1, 2)
 
 
 def document_positions(docs, n):
-    """Position of each of n flattened tokens in its own document; docs [n_docs + 1] are the borders."""
+    """Position of each of n flattened tokens in its document; docs [n_docs + 1] are the borders."""
     starts = docs[:-1].repeat_interleave(docs.diff(), output_size=n)
     return torch.arange(n, device=docs.device) - starts
 
 
 @torch.compiler.disable  # the number of documents changes from batch to batch
 def document_attention(q, k, v, docs, dropout=0.0):
-    """Causal attention inside each document; docs are their borders in the flattened B * T tokens."""
+    """Causal attention inside each document; docs are their borders in the flattened tokens."""
     shape = q.shape
     shared = q.shape[2] // k.shape[2]  # query heads of a key head
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    q = q.flatten(0, 1)
+    k = k.flatten(0, 1)
+    v = v.flatten(0, 1)
+
+    # one kernel for all documents; it has no dropout
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and not dropout:
-        # one kernel for all documents; it has no dropout
         from torch.nn.attention.varlen import varlen_attn
         k = k.repeat_interleave(shared, 1)
         v = v.repeat_interleave(shared, 1)
         borders = docs.int()
-        longest = shape[1]  # no document is longer than a row, and asking for the longest would sync
+        # no document is longer than a row, and asking for the longest would sync
+        longest = shape[1]
         out = varlen_attn(q, k, v, borders, borders, longest, longest, window_size=(-1, 0))
         return out.view(shape)
 
@@ -127,4 +140,5 @@ def document_attention(q, k, v, docs, dropout=0.0):
     for q_doc, k_doc, v_doc in zip(q_parts, k_parts, v_parts):
         out = attend_causally(q_doc[None], k_doc[None], v_doc[None], dropout)
         outs.append(out[0])
-    return torch.cat(outs, 1).transpose(0, 1).reshape(shape)
+    out = torch.cat(outs, 1)
+    return out.transpose(0, 1).reshape(shape)

@@ -1,15 +1,15 @@
-"""The pieces of Llama whose backward pass is written by hand: norm, rotation, gated activation, loss.
+"""The pieces of Llama with a backward pass written by hand: norm, rotation, activation, loss.
 
 Eager PyTorch would keep several full-size fp32 intermediates of each for the backward pass. These
-functions keep their input and compute the rest again; torch.compile traces through them and fuses them.
+functions keep their input and compute the rest again; torch.compile traces and fuses them.
 
     rotary     pair i of a head is (x[i], x[i + hd/2]), turned by angle = position * frequency[i]
                    x  = [ a0 a1 .. | b0 b1 .. ]
                    y  = [ a cos - b sin | b cos + a sin ]
 
-    loss       h [n, D] --chunk of rows--> logits [chunk, V] --> softmax - one_hot, in the same memory
-                                                                     |--> dh of the chunk
-                                                                     |--> dw, summed over chunks
+    loss       h [n, D] --a chunk of rows--> logits [chunk, V] --> softmax - one_hot, in their place
+                                                                       |--> dh of the chunk
+                                                                       |--> dw, summed over chunks
 """
 import math
 
@@ -22,13 +22,14 @@ def at_least_fp32(x):
 
 
 class RMSNorm(torch.autograd.Function):
-    """y = w * (x / rms(x)); x [..., D], w [D]. The normalised x is rounded to x's dtype before w."""
+    """y = weight * (x / rms(x)); x [..., D], weight [D]."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         normed = F.rms_norm(at_least_fp32(x), x.shape[-1:], eps=eps)
+        # rounded as in transformers, before the weight
         return normed.to(x.dtype) * weight.to(x.dtype)
 
     @staticmethod
@@ -36,13 +37,18 @@ class RMSNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         x32 = at_least_fp32(x)
         dy32 = at_least_fp32(dy)
-        rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + ctx.eps)
+        # x / rms(x) again
+        mean_square = x32.square().mean(-1, keepdim=True)
+        rstd = torch.rsqrt(mean_square + ctx.eps)
         xhat = x32 * rstd
+        # a frozen weight needs no gradient
         dw = None
         if ctx.needs_input_grad[1]:
             dw = (dy32 * xhat).flatten(0, -2).sum(0).to(weight.dtype)
+        # the part of the gradient along xhat is lost in the norm
         dxhat = dy32 * weight
-        dx = rstd * (dxhat - xhat * (dxhat * xhat).mean(-1, keepdim=True))
+        along = (dxhat * xhat).mean(-1, keepdim=True)
+        dx = rstd * (dxhat - xhat * along)
         return dx.to(x.dtype), dw, None
 
 
@@ -51,8 +57,9 @@ class Rotary(torch.autograd.Function):
 
     @staticmethod
     def tables(angles):
-        """Angles [..., hd/2] -> cos and sin [..., hd], of both halves, with the signs of a rotation."""
-        cos, sin = angles.cos(), angles.sin()
+        """Angles [..., hd/2] -> cos and sin [..., hd] of both halves, with a rotation's signs."""
+        cos = angles.cos()
+        sin = angles.sin()
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     @staticmethod
@@ -68,30 +75,32 @@ class Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        # the gradient is turned back
         cos, sin = ctx.saved_tensors
         return Rotary.rotate(dy, cos, -sin), None, None
 
 
 def rotary_frequencies(config, dtype=torch.float32):
-    """Angle per position of each pair, [hd/2]; Llama-3 slows the slow ones further for a longer context.
+    """Angle per position of each pair, [hd/2]; Llama-3 slows the slow ones for a longer context.
 
-    As transformers' modeling_rope_utils (llama3): waves longer than the old context / low_freq_factor are
-    slowed by `factor`, those shorter than the old context / high_freq_factor are kept, between them is a
-    linear blend."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).to(dtype) / config.head_dim
-    freq = 1.0 / config.rope_theta ** exponent
+    As transformers' modeling_rope_utils (llama3): waves longer than the old context /
+    low_freq_factor are slowed by `factor`, those shorter than the old context / high_freq_factor
+    are kept, between them is a linear blend."""
+    even = torch.arange(0, config.head_dim, 2, dtype=torch.int64).to(dtype)
+    freq = 1.0 / config.rope_theta ** (even / config.head_dim)
     scaling = config.rope_scaling
     if not scaling:
         return freq
     low = scaling["low_freq_factor"]
     high = scaling["high_freq_factor"]
+    # turns of a pair within the old context
     turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return (1 - keep) * freq / scaling["factor"] + keep * freq
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, for gate and up side by side in gu [..., 2F]; keeps gu, not silu(gate) nor the result."""
+    """silu(gate) * up, for gate and up side by side in gu [..., 2F]; keeps gu alone."""
 
     @staticmethod
     def forward(ctx, gu):
@@ -105,6 +114,7 @@ class SwiGLU(torch.autograd.Function):
         gate, up = gu.chunk(2, -1)
         gate32 = at_least_fp32(gate)
         dh32 = at_least_fp32(dh)
+        # silu(x) = x sigmoid(x), silu'(x) = sigmoid(x) + silu(x) (1 - sigmoid(x))
         sigmoid = torch.sigmoid(gate32)
         silu = gate32 * sigmoid
         dgate = dh32 * up * (sigmoid + silu * (1 - sigmoid))
@@ -113,8 +123,9 @@ class SwiGLU(torch.autograd.Function):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum over rows of cross-entropy(h @ weight.T, targets): h [n, D], weight [V, D], targets [n] -> scalar.
+    """Sum over rows of cross-entropy(h @ weight.T, targets), a scalar.
 
+    h [n, D], weight [V, D], targets [n].
     Gradients are made in the forward pass, a chunk of rows at a time, and the logits of a chunk are
     overwritten by their gradient: nothing of size [n, V] exists. The weight's gradient is summed in
     fp32 over the chunks, and not computed at all when the head is frozen."""
@@ -124,8 +135,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, targets):
         want_dh, want_dw, _ = ctx.needs_input_grad
-        w = weight.to(h.dtype)
         vocab = weight.shape[0]
+        w = weight.to(h.dtype)
         sum_dtype = torch.promote_types(h.dtype, torch.float32)
         loss = torch.zeros((), device=h.device, dtype=sum_dtype)
         dh = torch.empty_like(h) if want_dh else None
