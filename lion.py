@@ -16,12 +16,12 @@ import torch
 
 
 def local(tensors):
-    """What this rank holds of FSDP's tensors: an update is elementwise, so each rank's part is updated alone."""
+    """What this rank holds of FSDP's tensors: an update is elementwise, so that is enough."""
     return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
 
 
 def buckets(columns):
-    """Columns (p, grad, state tensors ...) of all parameters -> lists of p, of grad ..., of bounded size.
+    """Columns (p, grad, state tensors ...) of all parameters -> lists of bounded size of each kind.
 
     All operations of an update run on one list before the next: on a CPU a list fits the cache, so
     memory is read and written once an update; on a GPU it bounds the temporaries."""
@@ -50,8 +50,9 @@ class Decoupled(torch.optim.Optimizer):
         if not all(0 <= beta <= 1 for beta in betas):
             raise ValueError(f"betas must lie in [0, 1], found {betas}")
         if weight_decay >= 1e-3:
-            warnings.warn(f"weight_decay={weight_decay} is not multiplied by the learning rate: it shrinks "
-                          "weights by that share at every step; values far below 1e-3 are usual")
+            warnings.warn(f"weight_decay={weight_decay} is not multiplied by the learning rate: "
+                          "it shrinks weights by that share at every step; "
+                          "values far below 1e-3 are usual")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay))
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
@@ -72,7 +73,7 @@ class Decoupled(torch.optim.Optimizer):
 class DecoupledLionW(Decoupled):
     """Lion (Chen et al. 2023): p -= lr * sign(b1 m + (1 - b1) g), then m = b2 m + (1 - b2) g.
 
-    sign(0) = 0: an entry whose gradient and momentum are zero does not move. One Triton kernel on a GPU."""
+    sign(0) = 0: an entry whose gradient and momentum are zero does not move."""
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
         super().__init__(params, lr, betas, weight_decay)
@@ -87,14 +88,16 @@ class DecoupledLionW(Decoupled):
                 state["exp_avg"] = torch.zeros_like(p)
             columns.append((p, p.grad, state["exp_avg"]))
 
-        # on a GPU one kernel a parameter
-        if params and params[0].is_cuda and params[0].dtype != torch.float64 and find_spec("triton"):
+        # one Triton kernel a parameter
+        on_gpu = params and params[0].is_cuda and params[0].dtype != torch.float64
+        if on_gpu and find_spec("triton"):
             from llama.lion_kernel import lion_step
             for tensors in columns:
                 lion_step(*local(tensors), decay, lr, (beta1, beta2))
             return
 
         for p, g, m in buckets(columns):
+            # one operation of all p, g and m in a bucket after the other
             if decay != 1:
                 torch._foreach_mul_(p, decay)
             direction = torch._foreach_lerp(m, g, 1 - beta1)
@@ -104,7 +107,7 @@ class DecoupledLionW(Decoupled):
 
 
 class DecoupledAdamW(Decoupled):
-    """AdamW (Loshchilov & Hutter 2019) with bias correction; for the comparison of the paper's figure S2."""
+    """AdamW (Loshchilov & Hutter 2019) with bias correction, as in the paper's figure S2."""
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-5, eps=1e-8):
         super().__init__(params, lr, betas, weight_decay)
@@ -114,7 +117,7 @@ class DecoupledAdamW(Decoupled):
     def update(self, params, decay, group):
         lr = group["lr"]
         beta1, beta2 = group["betas"]
-        # parameters by the number of their steps, almost always one number: it sets the bias correction
+        # by the number of their steps, which sets the bias correction and is almost always one
         columns_at = {}
         for p in params:
             state = self.state[p]
@@ -130,10 +133,12 @@ class DecoupledAdamW(Decoupled):
             for p, g, m, v in buckets(columns):
                 if decay != 1:
                     torch._foreach_mul_(p, decay)
+                # running means of g and g^2
                 torch._foreach_mul_(m, beta1)
                 torch._foreach_add_(m, g, alpha=1 - beta1)
                 torch._foreach_mul_(v, beta2)
                 torch._foreach_addcmul_(v, g, g, value=1 - beta2)
+                # p -= lr * m / (sqrt(v) + eps), both without their start at zero
                 scale = torch._foreach_sqrt(v)
                 torch._foreach_div_(scale, math.sqrt(1 - beta2 ** step))
                 torch._foreach_add_(scale, group["eps"])

@@ -2,10 +2,10 @@ r"""
 Try a model: prompt in, text out, printed while it is generated.
 
     python sample.py --model=models/llama2-7b --prompt='Once upon a time'
-    python sample.py --model=models/llama2-7b --adapter=out/gsm8k-r16/step_200 --prompt='Question: ...\nAnswer:'
+    python sample.py --model=models/llama2-7b --adapter=out/gsm8k/step_200 --prompt='Q: ...\nA:'
     python sample.py --model=out/gsm8k-full/step_200 --temperature=0.8 --n=3 < prompt.txt
 
-    'Once upon a time'  ->  [1, 403, 407, 261, 378]  ->  [432, 383, 286, ...]  ->  ', there was a little girl ...'
+    'Once upon a time'  ->  [1, 403, 407, 261, 378]  ->  [432, 383, 286, ...]  ->  ', there was ...'
 """
 import sys
 import time
@@ -17,7 +17,7 @@ from text.records import unescape
 from text.tokenizer import StreamDecoder, text_stopper
 
 # -----------------------------------------------------------------------------
-model = ''               # model folder, checkpoint folder (out/RUN/step_N), or adapter folder that names its base
+model = ''               # folder of a model, a checkpoint, or an adapter that names its base
 adapter = ''             # adapter folder to put on `model`
 tokenizer = ''           # tokenizer file or folder; '' = the model's folder
 prompt = ''              # text; \n, \t and \\ mean what they mean in templates; '' = standard input

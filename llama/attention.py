@@ -9,8 +9,8 @@
                     3          | x
                     4          | x  x
 
-Shapes: q [B, T, H, hd], k and v [B, T, KV, hd], where H / KV query heads share a key head. One token
-at a time against the keys of earlier ones: llama/kv_cache.py.
+Shapes: q [B, T, H, hd], k and v [B, T, KV, hd], where H / KV query heads share a key head.
+One token at a time against the keys of earlier ones: llama/kv_cache.py.
 """
 import math
 

@@ -188,7 +188,7 @@ def check_prompts(config, prompts, most, keys):
 
 
 def start_rows(rows, admitted, read, cache, keys, most):
-    """Append a Row for each sample, with its prompt in the cache; returns their logits [samples, V]."""
+    """Append a Row for each sample, its prompt in the cache; returns their logits [samples, V]."""
     first_logits = []
     for prompt, sample in admitted:
         k, v, logits = read[prompt]

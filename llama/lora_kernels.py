@@ -1,10 +1,11 @@
-"""LoRA's products as Triton kernels, with fewer passes over memory; llama/lora_operators.py calls them.
+"""LoRA's products as Triton kernels, with fewer passes over memory; lora_operators.py calls them.
 
-    P_i = dropout_i(x) A_i^T                         down_kernel: one read of x for all adapters of a group
-    y = x W^T + scale P B^T                          gemm_kernel: P B^T starts the fp32 accumulator of x W^T
-    Q_i = scale dy_i B_i,  dB_i = scale dy_i^T P_i   reduce_kernel: one read of dy (ranks over 32: plain products)
-    dA_i = Q_i^T dropout_i(x)                        reduce_kernel: one read of x for all adapters of a group
-    dx = dy W + sum of mask_i * (Q_i A_i)            gemm_kernel
+    down_kernel     P_i = dropout_i(x) A_i^T            one read of x for all adapters of a group
+    gemm_kernel     y = x W^T + scale P B^T             P B^T starts the accumulator of x W^T
+    reduce_kernel   Q_i = scale dy_i B_i,
+                    dB_i = scale dy_i^T P_i             one read of dy
+    reduce_kernel   dA_i = Q_i^T dropout_i(x)           one read of x for all adapters of a group
+    gemm_kernel     dx = dy W + sum of mask_i * (Q_i A_i)
 
 A program of gemm_kernel makes one tile of the result, in one accumulator:
 
@@ -15,10 +16,10 @@ A program of gemm_kernel makes one tile of the result, in one accumulator:
            times W^T,           times B^T,                 BN
            BK at a time         BR ranks at a time
 
-The rank is padded to R, a multiple of its chunk (16, 32 or 64), with zeros; the B_i stand in a block-diagonal
-[N, G R], so that a tile may straddle q, k and v, and rows without an adapter are zeros. A tile skips the ranks
-it has no part in. A dropout mask is a hash of the element's index (lora_matmul.keep_mask, bit for bit) and is
-drawn where it is used.
+The rank is padded to R, a multiple of its chunk (16, 32 or 64), with zeros; the B_i stand in a
+block-diagonal [N, G R], so that a tile may straddle q, k and v, and rows without an adapter are
+zeros. A tile skips the ranks it has no part in. A dropout mask is a hash of the element's index
+(lora_matmul.keep_mask, bit for bit) and is drawn where it is used.
 """
 import torch
 import triton
@@ -31,7 +32,7 @@ INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run 
 # ----------------------------------------------------------------------------- pieces
 @triton.jit
 def keep(tile, rows, cols, K, seeds, i, limit, DROP: tl.constexpr):
-    """The tile at rows x cols of a matrix with K columns, with what adapter i drops set to 0: lora_matmul.keep_mask."""
+    """The tile at rows x cols of a matrix with K columns, what adapter i drops set to 0."""
     if DROP:
         first = tl.load(seeds + 2 * i).to(tl.uint32, bitcast=True)
         second = tl.load(seeds + 2 * i + 1).to(tl.uint32, bitcast=True)
@@ -39,6 +40,7 @@ def keep(tile, rows, cols, K, seeds, i, limit, DROP: tl.constexpr):
         of_row = rows.to(tl.uint32) * K * 0x9E3779B9 + first
         of_col = cols.to(tl.uint32) * 0x9E3779B9
         h = of_row[:, None] + of_col[None, :]
+        # as in lora_matmul.keep_mask, whose int32 has the same bits
         h = ((h ^ (h >> 16)) + second) * 0x21F0AAAD
         h = (h ^ (h >> 15)) * 0x735A2D97
         h = h ^ (h >> 15)
@@ -69,17 +71,39 @@ def store(out, acc, rows, cols, row_limit, col_limit, row_stride, col_stride):
 
 
 @triton.jit
-def block(source, row, col, rows, cols, stride, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
-    """Tile [HEIGHT, WIDTH] at (row, col) of a matrix [rows, cols], zeros outside; source: descriptor or pointer."""
+def block(source, row, col, rows, cols, stride,
+          HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
+    """Tile [HEIGHT, WIDTH] at (row, col) of a matrix [rows, cols], zeros outside.
+
+    source: a descriptor with TMA, else a pointer."""
     if TMA:
         tile = source.load([row, col])
     else:
-        tile = load(source, row + tl.arange(0, HEIGHT), col + tl.arange(0, WIDTH), rows, cols, stride)
+        at_rows = row + tl.arange(0, HEIGHT)
+        at_cols = col + tl.arange(0, WIDTH)
+        tile = load(source, at_rows, at_cols, rows, cols, stride)
     return tile
 
 
+@triton.jit
+def multiply(acc, left, right, m0, n0, start, end, M, N, K, stride,
+             BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+             TRANSPOSED: tl.constexpr):
+    """acc [BM, BN] + the tile at (m0, n0) of left [M, K] times right, over k from start to end.
+
+    right is [K, N], or [N, K] if TRANSPOSED. stride: of left's rows."""
+    for k in range(start, end, BK):
+        left_tile = block(left, m0, k, M, K, stride, BM, BK, TMA)
+        if TRANSPOSED:
+            right_tile = block(right, n0, k, N, K, K, BN, BK, TMA).T
+        else:
+            right_tile = block(right, k, n0, K, N, N, BK, BN, TMA)
+        acc = dot(left_tile, right_tile, acc)
+    return acc
+
+
 def tuned(configs, key, choose, **how):
-    """Choose a kernel's config by measurement, once for each key and kept in Triton's cache on disk.
+    """Choose a kernel's config by measurement, once a key, and keep it in Triton's cache on disk.
 
     choose(configs, named arguments, **others) leaves those that fit a call."""
     if INTERPRETED:
@@ -94,8 +118,8 @@ def is_half(named):
 
 
 # ----------------------------------------------------------------------------- down: P
-# What spills registers on one of the chips is left out; fp32 has no tensor cores here, so its operands
-# take registers.
+# What spills registers on one of the chips is left out; fp32 has no tensor cores here, so its
+# operands take registers.
 DOWN = [Config(dict(BK=64), num_warps=8, num_stages=4),
         Config(dict(BK=32), num_warps=4, num_stages=4),
         Config(dict(BK=32), num_warps=4, num_stages=2)]
@@ -111,9 +135,10 @@ def down_configs(configs, named, **others):
 def down_kernel(x, a, out, seeds, T, K, sx, span, limit, bucket,
                 G: tl.constexpr, R: tl.constexpr, DROP: tl.constexpr,
                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    """out [parts, T, G R]: dropout_i(x) A_i^T side by side, over `span` columns of x [T, K] a part; a is [G R, K].
+    """out [parts, T, G R]: dropout_i(x) A_i^T side by side, over `span` columns of x a part.
 
-    A program makes BM rows and BN ranks of every adapter, from one tile of x. sx: stride of x's rows."""
+    x [T, K], its rows sx apart; a [G R, K]. A program makes BM rows and BN ranks of every adapter,
+    from one tile of x."""
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     ranks = tl.program_id(1) * BN + tl.arange(0, BN)
     part = tl.program_id(2)
@@ -143,7 +168,7 @@ def down_kernel(x, a, out, seeds, T, K, sx, span, limit, bucket,
         store(out + 2 * R, acc2, rows, ranks, T, R, G * R, 1)
 
 
-# ----------------------------------------------------------------------------- reduce: dA, or Q and dB
+# ----------------------------------------------------------------------------- reduce: dA; Q, dB
 RIGHT = [Config(dict(BT=32), num_warps=8, num_stages=4),
          Config(dict(BT=32), num_warps=8, num_stages=2)]
 RIGHT_FP32 = [Config(dict(BT=16), num_warps=8, num_stages=3)]
@@ -159,17 +184,18 @@ def reduce_configs(configs, named, LEFT, **others):
     return RIGHT if is_half(named) else RIGHT_FP32
 
 
-@tuned([*RIGHT, *RIGHT_FP32, *BOTH, *BOTH_FP32], ["bucket", "K", "J", "G", "DROP", "LEFT", "BN"], reduce_configs)
+@tuned([*RIGHT, *RIGHT_FP32, *BOTH, *BOTH_FP32],
+       ["bucket", "K", "J", "G", "DROP", "LEFT", "BN"], reduce_configs)
 @triton.jit
 def reduce_kernel(x, u, v, out, left, seeds, strips, T, K, J, sx, span, limit, scale, bucket,
                   G: tl.constexpr, R: tl.constexpr, DROP: tl.constexpr, LEFT: tl.constexpr,
                   BN: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr):
-    """Sums over rows t of x [T, ..], `span` rows a part, for a strip of BN columns of x and BR ranks; u is [T, J].
+    """Sums over rows of x [T, ..], `span` rows a part, for a strip of BN columns of x and BR ranks.
 
-    LEFT False: out [parts, J, K] = u_i^T dropout_i(x), for G adapters from one tile of x.
-    LEFT True: strips of x belong to one adapter each, in a table [.., 4] of first column, end, adapter, row of out:
-    out [parts, K, R] = scale x_i^T u_i, and of every strip left [strips, T, R] = its part of scale x_i v_i;
-    v is [.., J]."""
+    LEFT False: out [parts, J, K] = u_i^T dropout_i(x), for G adapters from one tile of x; u [T, J].
+    LEFT True: a strip of x belongs to one adapter; strips, a table [.., 4], has its first column,
+    end, adapter, and row of out: out [parts, K, R] = scale x_i^T u_i, and left [strips, T, R] = the
+    strip's part of scale x_i v_i; v [.., J]."""
     strip = tl.program_id(0)
     part = tl.program_id(2)
     ranks = tl.program_id(1) * BR + tl.arange(0, BR)
@@ -187,7 +213,8 @@ def reduce_kernel(x, u, v, out, left, seeds, strips, T, K, J, sx, span, limit, s
         row = 0
     cols = first + tl.arange(0, BN)
     if LEFT:
-        v_strip = tl.load(v + cols[:, None] * J + column[None, :], mask=(cols < end)[:, None], other=0.0)
+        of_strip = (cols < end)[:, None]
+        v_strip = tl.load(v + cols[:, None] * J + column[None, :], mask=of_strip, other=0.0)
 
     acc0 = tl.zeros([BR, BN], tl.float32)
     acc1 = tl.zeros([BR, BN], tl.float32)
@@ -198,7 +225,8 @@ def reduce_kernel(x, u, v, out, left, seeds, strips, T, K, J, sx, span, limit, s
         # u_i^T [BR, BT], R columns of u further for each adapter
         at = u + rows[None, :] * J + column[:, None]
         inside = (rows < T)[None, :]
-        acc0 = dot(tl.load(at, mask=inside, other=0.0), keep(tile, rows, cols, K, seeds, 0, limit, DROP), acc0)
+        u_0 = tl.load(at, mask=inside, other=0.0)
+        acc0 = dot(u_0, keep(tile, rows, cols, K, seeds, 0, limit, DROP), acc0)
         if G > 1:
             u_1 = tl.load(at + R, mask=inside, other=0.0)
             acc1 = dot(u_1, keep(tile, rows, cols, K, seeds, 1, limit, DROP), acc1)
@@ -210,7 +238,8 @@ def reduce_kernel(x, u, v, out, left, seeds, strips, T, K, J, sx, span, limit, s
             store(left + strip.to(tl.int64) * T * R, q * scale, rows, ranks, T, R, R, 1)
 
     if LEFT:
-        store(out + (part * K + row) * R, acc0 * scale, ranks, tl.arange(0, BN), R, end - first, 1, R)
+        out += (part * K + row) * R
+        store(out, acc0 * scale, ranks, tl.arange(0, BN), R, end - first, 1, R)
     else:
         out += part.to(tl.int64) * J * K
         store(out, acc0, ranks, cols, R, K, K, 1)
@@ -260,7 +289,8 @@ def gemm_configs(configs, named, G, DROP, ADD, HALF, TMA_FITS, **others):
 
 
 @tuned([*ADDED, *PLAIN, *PERSISTENT, *FP32],
-       ["bucket", "N", "K", "G", "R", "BACK", "DROP", "ADD", "HALF", "TMA_FITS"], gemm_configs, restore_value=["out"])
+       ["bucket", "N", "K", "G", "R", "BACK", "DROP", "ADD", "HALF", "TMA_FITS"], gemm_configs,
+       restore_value=["out"])
 @triton.jit
 def gemm_kernel(x, w, u, v, out, seeds, M, N, K, sx, limit, scale, bucket,
                 G: tl.constexpr, R: tl.constexpr,
@@ -269,13 +299,13 @@ def gemm_kernel(x, w, u, v, out, seeds, M, N, K, sx, limit, scale, bucket,
                 BACK: tl.constexpr, DROP: tl.constexpr, ADD: tl.constexpr, HALF: tl.constexpr,
                 TMA_FITS: tl.constexpr, BR: tl.constexpr,
                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr):
-    """out [M, N] = x [M, K] times W, plus the low-rank term, in one fp32 accumulator; u is [M, G R].
+    """out [M, N] = x [M, K] times W, plus the low-rank term, in one fp32 accumulator; u [M, G R].
 
-    Forward: w [N, K], v [N, G R], out = x w^T + scale u v^T; adapter i acts on columns Si to Ei, the rest of
-    v is zero.
+    Forward: w [N, K], v [N, G R], out = x w^T + scale u v^T; adapter i acts on columns Si to Ei,
+    the rest of v is zero.
     BACK: w [K, N], v [G R, N], out = x w + sum of mask_i * (u_i v_i), without masks if not DROP.
-    ADD: out already holds the product with W. TMA: tiles move by descriptors; there the grid is what fits on
-    the GPU at once, one program a multiprocessor or two, each taking tile after tile."""
+    ADD: out already holds the product with W. TMA: tiles move by descriptors; there the grid is
+    what fits on the GPU at once, one program a multiprocessor or two, each with many tiles."""
     J: tl.constexpr = G * R
     if TMA:
         xs = tl.make_tensor_descriptor(x, [M, K], [sx, 1], [BM, BK])
@@ -304,16 +334,11 @@ def gemm_kernel(x, w, u, v, out, seeds, M, N, K, sx, limit, scale, bucket,
         if BACK and DROP:
             for i in range(G):
                 term = tl.zeros([BM, BN], tl.float32)
-                for j in range(i * R, i * R + R, BR):
-                    u_tile = block(us, m0, j, M, J, J, BM, BR, TMA)
-                    v_tile = block(vs, j, n0, J, N, N, BR, BN, TMA)
-                    term = dot(u_tile, v_tile, term)
+                term = multiply(term, us, vs, m0, n0, i * R, i * R + R, M, N, J, J,
+                                BM, BN, BR, TMA, False)
                 acc += keep(term, m, n, N, seeds, i, limit, True)
         elif BACK:
-            for j in range(0, J, BR):
-                u_tile = block(us, m0, j, M, J, J, BM, BR, TMA)
-                v_tile = block(vs, j, n0, J, N, N, BR, BN, TMA)
-                acc = dot(u_tile, v_tile, acc)
+            acc = multiply(acc, us, vs, m0, n0, 0, J, M, N, J, J, BM, BN, BR, TMA, False)
         else:
             # the ranks, from low to high, of adapters that act on these columns
             hit0 = (n0 < E0) & (n0 + BN > S0)
@@ -321,23 +346,12 @@ def gemm_kernel(x, w, u, v, out, seeds, M, N, K, sx, limit, scale, bucket,
             hit2 = (n0 < E2) & (n0 + BN > S2)
             low = tl.where(hit0, 0, tl.where(hit1, R, tl.where(hit2, 2 * R, J)))
             high = tl.where(hit2, 3 * R, tl.where(hit1, 2 * R, tl.where(hit0, R, 0)))
-            for j in range(low, high, BR):
-                u_tile = block(us, m0, j, M, J, J, BM, BR, TMA)
-                v_tile = block(vs, n0, j, N, J, J, BN, BR, TMA)
-                acc = dot(u_tile, v_tile.T, acc)
+            acc = multiply(acc, us, vs, m0, n0, low, high, M, N, J, J, BM, BN, BR, TMA, True)
             acc *= scale
 
         # the product with W
         if ADD:
             acc += block(out, m0, n0, M, N, N, BM, BN, False).to(tl.float32)
-        elif BACK:
-            for k in range(0, K, BK):
-                x_tile = block(xs, m0, k, M, K, sx, BM, BK, TMA)
-                w_tile = block(ws, k, n0, K, N, N, BK, BN, TMA)
-                acc = dot(x_tile, w_tile, acc)
         else:
-            for k in range(0, K, BK):
-                x_tile = block(xs, m0, k, M, K, sx, BM, BK, TMA)
-                w_tile = block(ws, n0, k, N, K, K, BN, BK, TMA)
-                acc = dot(x_tile, w_tile.T, acc)
+            acc = multiply(acc, xs, ws, m0, n0, 0, K, M, N, K, sx, BM, BN, BK, TMA, not BACK)
         store(out, acc, m, n, M, N, N, 1)

@@ -1,16 +1,17 @@
-"""LoRA's product y = x W^T + scale dropout(x) A^T B^T: forward and backward in plain PyTorch, and which kernel computes it.
+"""LoRA's product y = x W^T + scale dropout(x) A^T B^T, forward and backward, in plain PyTorch.
 
-    forward                                             kept for backward: x, P, seeds (W, A, B are parameters)
-        P_i = dropout_i(x) A_i^T       [T, r]
-        y   = x W^T                    [T, N]           adapter i acts on the columns start..end of y,
-        y[:, start:end] += scale P_i B_i^T              its span; each adapter has its own mask
+    forward                                        saved for backward: x, P, seeds, and the
+        P_i = dropout_i(x) A_i^T       [T, r]      parameters W, A, B
+        y   = x W^T                    [T, N]
+        y[:, start:end] += scale P_i B_i^T         the span of adapter i, which has its own mask
 
     backward
-        dP_i = scale dy[:, start:end] B_i               dB_i = scale dy[:, start:end]^T P_i
-        dx   = dy W + sum of mask_i * (dP_i A_i)        dA_i = dP_i^T dropout_i(x)
+        dP_i = scale dy[:, start:end] B_i          dB_i = scale dy[:, start:end]^T P_i
+        dx   = dy W + sum of mask_i * (dP_i A_i)   dA_i = dP_i^T dropout_i(x)
 
-W is frozen: its gradient, as large as W, is never computed. The masks are not kept but drawn again from
-the seeds. llama/lora_operators.py computes the same with Triton kernels.
+W is frozen: its gradient, as large as W, is never computed. The masks are not saved but drawn again
+from the seeds. llama/lora_operators.py computes the same with Triton kernels; choose_kernel, at the
+end, measures which way is fastest.
 """
 import math
 
@@ -20,21 +21,24 @@ import torch.distributed as dist
 
 # ----------------------------------------------------------------------------- dropout
 def keep_mask(seed, like, drop, again=False):
-    """Boolean mask of like's shape, False with probability drop / 2^32: a function of the seed, int32 [2], alone.
+    """Boolean mask of like's shape, False with probability drop / 2^32, from a seed, int32 [2].
 
-    Each element hashes its index, by Wellons' lowbias32 (github.com/skeeto/hash-prospector) with the
-    second half of the seed mixed in after its first shift. Plain integer operators, so that torch.compile
-    draws a mask where it is used, without storing it, and every device draws the same. `again`, in
-    backward, gives the same mask by another way: else the compiler would see what it computed in forward
-    and keep all masks until then."""
+    Each element hashes its index, by Wellons' lowbias32 (github.com/skeeto/hash-prospector) with
+    the second half of the seed mixed in after its first shift. Plain integer operators, so that
+    torch.compile draws a mask where it is used, without storing it, and every device draws the
+    same. `again`, in backward, gives the same mask by another way: else the compiler would see what
+    it computed in forward and keep all masks until then."""
+    # index of each element
     h = torch.arange(again, again + like.numel(), dtype=torch.int32, device=like.device)
     h = h.view(like.shape)
     if again:
         h.sub_(1)
     h.mul_(-0x61C88647).add_(seed[0])
-    # >> keeps the sign: "and" with the remaining bits makes it a logical shift
-    h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF)).add_(seed[1]).mul_(0x21F0AAAD)
-    h.bitwise_xor_((h >> 15).bitwise_and_(0x1FFFF)).mul_(0x735A2D97)
+    # h ^= h >> n: torch's shift keeps the sign, "and" with the other bits makes it a logical one
+    h.bitwise_xor_((h >> 16).bitwise_and_(0xFFFF))
+    h.add_(seed[1]).mul_(0x21F0AAAD)
+    h.bitwise_xor_((h >> 15).bitwise_and_(0x1FFFF))
+    h.mul_(0x735A2D97)
     h.bitwise_xor_((h >> 15).bitwise_and_(0x1FFFF))
     return h >= drop - 2 ** 31
 
@@ -43,9 +47,10 @@ def keep_mask(seed, like, drop, again=False):
 @torch.library.custom_op("lora::matmul_add", mutates_args=())
 def matmul_add(x: torch.Tensor, W: torch.Tensor, P: torch.Tensor, B: torch.Tensor,
                starts: list[int], ends: list[int], scale: float) -> torch.Tensor:
-    """x W^T, plus scale P_i B_i^T on the columns of each span; P holds the P_i side by side, B the B_i stacked.
+    """x W^T, plus scale P_i B_i^T on the columns of each span.
 
-    An operator of its own because torch.compile would turn the additions in place into copies."""
+    P holds the P_i side by side, B the B_i one under the other. An operator of its own because
+    torch.compile would turn the additions in place into copies."""
     y = x @ W.T
     rank = B.shape[1]
     lengths = [end - start for start, end in zip(starts, ends)]
@@ -62,9 +67,9 @@ def _(x, W, P, B, starts, ends, scale):
 class LoRAMatmul(torch.autograd.Function):
     """y = x W^T, plus on the columns of each span: scale * dropout(x) A_i^T B_i^T.
 
-    x [T, K]; W [N, K] frozen; A [n r, K], B [rows of all spans, r]; spans ((start, end), ...) columns of y
-    in the order of A and B; dropout probability, an own mask for each span as PEFT, from seeds
-    int32 [spans, 2]."""
+    x [T, K]; W [N, K] frozen; A [n r, K], B [rows of all spans, r]; spans ((start, end), ...)
+    columns of y in the order of A and B; dropout probability, an own mask for each span as PEFT,
+    from seeds int32 [spans, 2]."""
 
     @staticmethod
     def forward(ctx, x, W, A, B, spans, scale, dropout, seeds):
@@ -93,10 +98,15 @@ class LoRAMatmul(torch.autograd.Function):
     def backward(ctx, dy):
         x, W, A, B, P, seeds = ctx.saved_tensors
         a, b = adapter_parts(A, B, ctx.spans, x.dtype)
-        dy_parts = [dy[:, start:end] for start, end in ctx.spans]
-        dP = [(dy_i @ b_i).mul_(ctx.scale) for dy_i, b_i in zip(dy_parts, b)]
-        dB = [dy_i.T @ P_i for dy_i, P_i in zip(dy_parts, P.split(B.shape[1], 1))]
+        # each adapter's rank gradients and B
+        dP = []
+        dB = []
+        for (start, end), b_i, P_i in zip(ctx.spans, b, P.split(B.shape[1], 1)):
+            dy_i = dy[:, start:end]
+            dP.append((dy_i @ b_i).mul_(ctx.scale))
+            dB.append(dy_i.T @ P_i)
         dB = torch.cat(dB).to(B.dtype).mul_(ctx.scale)
+        # the frozen weight's part of dx, then A and its part of dx
         dx = dy @ W if ctx.needs_input_grad[0] else None
         if ctx.drop:
             keep = [keep_mask(seed, x, ctx.drop, again=True) for seed in seeds]
@@ -170,10 +180,11 @@ def time_kernel(kernel, shape, spans, rank, dropout, rows, dtype, device, compil
 
 
 def choose_kernel(model, kernel, rows, dtype, device, compiled=False):
-    """Set what every adapter of a model computes with, for `rows` tokens at once; returns lines that say so.
+    """Set what a model's adapters compute with, for `rows` tokens at once; returns lines to print.
 
-    'torch'; 'triton': the kernels of llama/lora_operators.py, 'fused' or 'added' as measured; 'auto': the
-    fastest of the three. Raises ValueError when the kernels are asked for and cannot run."""
+    'torch'; 'triton': the kernels of llama/lora_operators.py, 'fused' or 'added' as measured;
+    'auto': the fastest of the three. Raises ValueError when the kernels are asked for and cannot
+    run."""
     if kernel == "torch" or kernel == "auto" and device.type == "cpu":
         return []
     try:
@@ -195,14 +206,18 @@ def choose_kernel(model, kernel, rows, dtype, device, compiled=False):
     names = ("fused", "added") if kernel == "triton" else ("torch", "fused", "added")
     times = {}
     for key in modules_of:
-        times[key] = {"fused": math.nan}  # Triton's interpreter has no times
-        if device.type == "cuda":
-            times[key] = {name: time_kernel(name, *key, rows, dtype, device, compiled) for name in names}
+        times[key] = {}
+        if device.type != "cuda":
+            times[key]["fused"] = math.nan  # Triton's interpreter has no times
+            continue
+        for name in names:
+            times[key][name] = time_kernel(name, *key, rows, dtype, device, compiled)
     if dist.is_initialized():  # rank 0's, so that all ranks do the same
         box = [times]
         dist.broadcast_object_list(box)
         times = box[0]
 
+    # the fastest for each group
     lines = []
     for key, modules in modules_of.items():
         found = times[key]

@@ -1,15 +1,16 @@
-"""Weights in and out: a published Hugging Face folder <-> the parameters of a Llama, whole or sharded.
+"""Weights in and out: a published Hugging Face folder <-> the parameters of a Llama.
 
-    in the files (rows x columns)               here                          under FSDP, 2 ranks
+    in the files [rows, columns]                here                          under FSDP, 2 ranks
     ...self_attn.q_proj.weight  [32, 32] --+                                  +- rank 0: rows  0..31
     ...self_attn.k_proj.weight  [16, 32] --+-> qkv_proj.weight  [64, 32] --> -+
     ...self_attn.v_proj.weight  [16, 32] --+                                  +- rank 1: rows 32..63
 
-Projections that read the same input are one matrix here and are split again only in files. A rank reads
-no more of a file than the rows that it holds. Functions take the model as an argument: this file lies
-below model.py.
+Projections that read the same input are one matrix here and are split again only in files. A rank
+reads no more of a file than the rows that it holds. Functions take the model as an argument: this
+file lies below model.py.
 """
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -25,20 +26,22 @@ GROUPS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",),
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-# ----------------------------------------------------------------------------- a parameter, whole or sharded
+# ----------------------------------------------------------------------------- whole or sharded
 def full_tensor(p):
-    """The whole of a parameter or gradient, detached; under FSDP all ranks must call it, as it is gathered."""
+    """The whole of a parameter or gradient, detached; under FSDP all ranks must call it."""
     p = p.detach()
     return p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
 def local_part(p):
-    """(tensor, first row) that this rank holds of a parameter: all of it, or under FSDP a chunk of rows."""
+    """(tensor, first row) that this rank holds of a parameter: all, or under FSDP some rows."""
     if not hasattr(p, "to_local"):
         return p, 0
-    shards = p.device_mesh.ndim - 1  # the mesh's last dimension shards, one before it replicates
-    chunk = -(-len(p) // p.device_mesh.size(shards))
-    first = chunk * p.device_mesh.get_local_rank(shards)
+    # the mesh's last dimension shards; one before it replicates
+    mesh = p.device_mesh
+    shards = mesh.ndim - 1
+    chunk = math.ceil(len(p) / mesh.size(shards))
+    first = chunk * mesh.get_local_rank(shards)
     return p.to_local(), min(len(p), first)
 
 
@@ -51,13 +54,13 @@ def fill(p, full):
 
 # ----------------------------------------------------------------------------- config.json
 def read_config(folder, fields):
-    """FOLDER/config.json, as transformers 4 or 5 write it -> {name: value} for those of `fields` that it sets.
+    """FOLDER/config.json, as transformers 4 or 5 write it -> {name: value} for `fields` it sets.
 
-    Raises FileNotFoundError without the file, ValueError for anything this model does not compute."""
+    Raises FileNotFoundError without the file, ValueError for what this model does not compute."""
     path = Path(folder) / "config.json"
     hf = read_object(path, "a model folder holds config.json and *.safetensors")
 
-    # rope: transformers 4 writes rope_theta and rope_scaling, transformers 5 both in rope_parameters
+    # transformers 4 writes rope_theta and rope_scaling, transformers 5 both in rope_parameters
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     theta = rope.pop("rope_theta", hf.get("rope_theta", 10000.0))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -69,12 +72,15 @@ def read_config(folder, fields):
     check_value(path, "mlp_bias", hf.get("mlp_bias", False), False)
     if rope_type == "llama3":
         check_keys(f"{path}: rope_type llama3 without", rope,
-                   ("factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings"))
+                   ("factor", "high_freq_factor", "low_freq_factor",
+                    "original_max_position_embeddings"))
     else:
         check_value(path, "rope_type", rope_type, "default")
     check_keys(f"{path}: missing", hf, ("vocab_size", "hidden_size", "intermediate_size",
                                         "num_hidden_layers", "num_attention_heads"))
 
+
+    # a key that is missing or null has LlamaConfig's default, but for these
     known = {key: hf[key] for key in fields if hf.get(key) is not None}
     known.setdefault("num_key_value_heads", hf["num_attention_heads"])
     known.setdefault("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
@@ -138,9 +144,9 @@ def compare_names(expected, found):
 
 # ----------------------------------------------------------------------------- reading
 def open_weights(folder, name="model.safetensors"):
-    """Shapes {name: shape} and open files {name: file} of all tensors in a folder, nothing read yet.
+    """Shapes {name: shape} and open files {name: file} of a folder's tensors, nothing read yet.
 
-    Raises FileNotFoundError without weights or shard, ValueError for files that are not safetensors."""
+    Raises FileNotFoundError without weights or shard, ValueError for what is not safetensors."""
     folder = Path(folder)
     shapes = {}
     where = {}
@@ -150,9 +156,11 @@ def open_weights(folder, name="model.safetensors"):
         try:
             opened = safe_open(folder / file, framework="pt")
         except (SafetensorError, OSError) as e:
-            raise ValueError(f"{folder / file}: truncated or not a safetensors file ({e})") from None
+            message = f"{folder / file}: truncated or not a safetensors file ({e})"
+            raise ValueError(message) from None
         for tensor in opened.keys():
-            if tensor.endswith("rotary_emb.inv_freq"):  # old checkpoints store this table; it is computed here
+            # old checkpoints store this table; it is computed here
+            if tensor.endswith("rotary_emb.inv_freq"):
                 continue
             if tensor in shapes:
                 raise ValueError(f"{folder / file}: holds {tensor}, which another shard holds too")
@@ -162,13 +170,15 @@ def open_weights(folder, name="model.safetensors"):
 
 
 def weight_files(folder, name):
-    """Names of the files that hold a folder's weights: `name`, or the shards that its index lists."""
+    """Names of the files that hold a folder's weights: `name`, or the shards in its index."""
     index = folder / f"{name}.index.json"
     if index.is_file():
         try:
-            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            weight_map = json.loads(index.read_text())["weight_map"]
+            return sorted(set(weight_map.values()))
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{index}: cut short, or not an index with a weight_map ({e!r})") from None
+            message = f"{index}: cut short, or not an index with a weight_map ({e!r})"
+            raise ValueError(message) from None
     if (folder / name).is_file():
         return [name]
 
@@ -186,7 +196,7 @@ def weight_files(folder, name):
 
 @torch.no_grad()
 def load_weights(model, folder):
-    """Fill a model's weights in place, tensor by tensor from mapped files; under FSDP each rank reads its rows only.
+    """Fill a model's weights in place, tensor by tensor from mapped files.
 
     Every tensor is used exactly once: missing, unexpected or misshaped names raise ValueError with
     the list; a folder without safetensors raises FileNotFoundError."""
@@ -205,6 +215,7 @@ def load_weights(model, folder):
     if problems:
         raise ValueError(f"{folder}: weights do not fit config.json: {problems}")
 
+    # of each tensor the rows that this rank holds
     for name, parts in table.items():
         mine, first = local_part(parameters[name])
         row = -first  # where the next tensor begins in what this rank holds
@@ -218,14 +229,15 @@ def load_weights(model, folder):
 
 
 def read_tied_head(folder, config, shapes, where, table):
-    """Tied embeddings stored under the head's name, alone or twice: adapt `table` or `shapes` to that."""
+    """Tied embeddings stored under the head's name, alone or twice: change table or shapes."""
     if "model.embed_tokens.weight" not in shapes:
         table["embed_tokens.weight"] = [("lm_head.weight", config.vocab_size)]
         return
     head = where["lm_head.weight"].get_tensor("lm_head.weight")
     embedding = where["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight")
     if not torch.equal(head, embedding):
-        raise ValueError(f"{folder}: config.json ties lm_head to embed_tokens, but their tensors differ")
+        raise ValueError(f"{folder}: config.json ties lm_head to embed_tokens, "
+                         "but their tensors differ")
     del shapes["lm_head.weight"]
 
 
@@ -233,8 +245,8 @@ def read_tied_head(folder, config, shapes, where, table):
 def save_pretrained(model, folder, dtype=None, shard_bytes=5 * 10 ** 9, get=full_tensor):
     """Write a folder that from_pretrained and transformers read; dtype None keeps the parameters'.
 
-    get(parameter) is the tensor to write, by default the parameter as it is now. Under FSDP all ranks
-    must call it: all gather, rank 0 writes."""
+    get(parameter) is the tensor to write, by default the parameter as it is now. Under FSDP all
+    ranks must call it: all gather, rank 0 writes."""
     folder = Path(folder)
     writes = not dist.is_initialized() or dist.get_rank() == 0
     if writes:
@@ -275,7 +287,9 @@ def save_pretrained(model, folder, dtype=None, shard_bytes=5 * 10 ** 9, get=full
 
 
 def plan_shards(model, dtype, shard_bytes):
-    """[[(published name, parameter, first row, rows)] of each file], no file over shard_bytes if one tensor is not."""
+    """A list [(published name, parameter, first row, rows)] for each file, in the files' order.
+
+    A file holds at most shard_bytes, or one tensor."""
     parameters = dict(model.named_parameters())
     shards = [[]]
     size = 0
@@ -284,10 +298,11 @@ def plan_shards(model, dtype, shard_bytes):
         row_bytes = p.numel() // len(p) * (dtype or p.dtype).itemsize
         first = 0
         for published, rows in parts:
-            if size + rows * row_bytes > shard_bytes and shards[-1]:
+            nbytes = rows * row_bytes
+            if size + nbytes > shard_bytes and shards[-1]:
                 shards.append([])
                 size = 0
             shards[-1].append((published, p, first, rows))
-            size += rows * row_bytes
+            size += nbytes
             first += rows
     return shards
