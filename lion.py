@@ -50,9 +50,8 @@ class Decoupled(torch.optim.Optimizer):
         if not all(0 <= beta <= 1 for beta in betas):
             raise ValueError(f"betas must lie in [0, 1], found {betas}")
         if weight_decay >= 1e-3:
-            warnings.warn(f"weight_decay={weight_decay} is not multiplied by the learning rate: "
-                          "it shrinks weights by that share at every step; "
-                          "values far below 1e-3 are usual")
+            warnings.warn(f"weight_decay={weight_decay} shrinks weights by that share at every step, "
+                          "whatever the learning rate; values far below 1e-3 are usual")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay))
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]

@@ -102,6 +102,30 @@ def multiply(acc, left, right, m0, n0, start, end, M, N, K, stride,
     return acc
 
 
+@triton.jit
+def place(number, tiles_m, tiles_n, BM: tl.constexpr, BN: tl.constexpr):
+    """(first row, first column) of a tile; eight rows of tiles at a time share the cache."""
+    band = number // (8 * tiles_n)
+    height = min(tiles_m - band * 8, 8)
+    row = (band * 8 + number % (8 * tiles_n) % height) * BM
+    column = number % (8 * tiles_n) // height * BN
+    return row, column
+
+
+@triton.jit
+def ranks_acting(n0, BN: tl.constexpr, R: tl.constexpr, J: tl.constexpr,
+                 S0: tl.constexpr, E0: tl.constexpr, S1: tl.constexpr, E1: tl.constexpr,
+                 S2: tl.constexpr, E2: tl.constexpr):
+    """(low, high): the ranks of adapters with a column, Si to Ei, among the BN from n0."""
+    hit0 = (n0 < E0) & (n0 + BN > S0)
+    hit1 = (n0 < E1) & (n0 + BN > S1)
+    hit2 = (n0 < E2) & (n0 + BN > S2)
+    low = tl.where(hit0, 0, tl.where(hit1, R, tl.where(hit2, 2 * R, J)))
+    high = tl.where(hit2, 3 * R, tl.where(hit1, 2 * R, tl.where(hit0, R, 0)))
+    return low, high
+
+
+# ----------------------------------------------------------------------------- tuning
 def tuned(configs, key, choose, **how):
     """Choose a kernel's config by measurement, once a key, and keep it in Triton's cache on disk.
 
@@ -139,6 +163,7 @@ def down_kernel(x, a, out, seeds, T, K, sx, span, limit, bucket,
 
     x [T, K], its rows sx apart; a [G R, K]. A program makes BM rows and BN ranks of every adapter,
     from one tile of x."""
+    # where this program's tile and part of the sum are
     rows = tl.program_id(0) * BM + tl.arange(0, BM)
     ranks = tl.program_id(1) * BN + tl.arange(0, BN)
     part = tl.program_id(2)
@@ -160,6 +185,7 @@ def down_kernel(x, a, out, seeds, T, K, sx, span, limit, bucket,
         if G > 2:
             kept = keep(tile, rows, cols, K, seeds, 2, limit, DROP)
             acc2 = dot(kept, tl.load(at + 2 * R * K, mask=inside, other=0.0), acc2)
+    # each adapter's ranks beside the others'
     out += part.to(tl.int64) * T * (G * R)
     store(out, acc0, rows, ranks, T, R, G * R, 1)
     if G > 1:
@@ -216,6 +242,7 @@ def reduce_kernel(x, u, v, out, left, seeds, strips, T, K, J, sx, span, limit, s
         of_strip = (cols < end)[:, None]
         v_strip = tl.load(v + cols[:, None] * J + column[None, :], mask=of_strip, other=0.0)
 
+    # sums over this part's rows, BT at a time
     acc0 = tl.zeros([BR, BN], tl.float32)
     acc1 = tl.zeros([BR, BN], tl.float32)
     acc2 = tl.zeros([BR, BN], tl.float32)
@@ -307,6 +334,7 @@ def gemm_kernel(x, w, u, v, out, seeds, M, N, K, sx, limit, scale, bucket,
     ADD: out already holds the product with W. TMA: tiles move by descriptors; there the grid is
     what fits on the GPU at once, one program a multiprocessor or two, each with many tiles."""
     J: tl.constexpr = G * R
+    # descriptors of x, u, w and v, or their pointers
     if TMA:
         xs = tl.make_tensor_descriptor(x, [M, K], [sx, 1], [BM, BK])
         us = tl.make_tensor_descriptor(u, [M, J], [J, 1], [BM, BR])
@@ -318,14 +346,12 @@ def gemm_kernel(x, w, u, v, out, seeds, M, N, K, sx, limit, scale, bucket,
             vs = tl.make_tensor_descriptor(v, [N, J], [J, 1], [BN, BR])
     else:
         xs, us, ws, vs = x, u, w, v
+
+    # this program's tiles
     tiles_m = tl.cdiv(M, BM)
     tiles_n = tl.cdiv(N, BN)
     for number in range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
-        # eight rows of tiles at a time share the cache
-        band = number // (8 * tiles_n)
-        height = min(tiles_m - band * 8, 8)
-        m0 = (band * 8 + number % (8 * tiles_n) % height) * BM
-        n0 = number % (8 * tiles_n) // height * BN
+        m0, n0 = place(number, tiles_m, tiles_n, BM, BN)
         m = m0 + tl.arange(0, BM)
         n = n0 + tl.arange(0, BN)
         acc = tl.zeros([BM, BN], tl.float32)
@@ -340,12 +366,7 @@ def gemm_kernel(x, w, u, v, out, seeds, M, N, K, sx, limit, scale, bucket,
         elif BACK:
             acc = multiply(acc, us, vs, m0, n0, 0, J, M, N, J, J, BM, BN, BR, TMA, False)
         else:
-            # the ranks, from low to high, of adapters that act on these columns
-            hit0 = (n0 < E0) & (n0 + BN > S0)
-            hit1 = (n0 < E1) & (n0 + BN > S1)
-            hit2 = (n0 < E2) & (n0 + BN > S2)
-            low = tl.where(hit0, 0, tl.where(hit1, R, tl.where(hit2, 2 * R, J)))
-            high = tl.where(hit2, 3 * R, tl.where(hit1, 2 * R, tl.where(hit0, R, 0)))
+            low, high = ranks_acting(n0, BN, R, J, S0, E0, S1, E1, S2, E2)
             acc = multiply(acc, us, vs, m0, n0, low, high, M, N, J, J, BM, BN, BR, TMA, True)
             acc *= scale
 

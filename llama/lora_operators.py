@@ -1,16 +1,16 @@
-"""LoRA's product by the kernels of llama/lora_kernels.py, as operators that autograd and torch.compile know.
+"""LoRA's product by Triton kernels (lora_kernels.py), as operators that torch.compile knows.
 
-    lora::matmul           x, W, A, B, seeds  ->  operands -> down (P) -> gemm            ->  y, P
-    lora::matmul_backward  dy, and what forward kept -> q_and_db -> gradient_of_a -> gemm ->  dx, dA, dB
+    lora::matmul            x, W, A, B, seeds -> operands -> down (P) -> gemm -> y, P
+    lora::matmul_backward   dy, saved tensors -> q_and_db -> gradient_of_a -> gemm -> dx, dA, dB
 
-Kept for backward: x, P and the seeds. Sums over many rows or columns are split in two stages, without atomics,
-so that a run repeats to the last bit:
+Saved for backward: x, P and the seeds. Sums over many rows or columns are split in two stages,
+without atomics, so that a run repeats to the last bit:
 
-    T rows  [ span | span | span ]  ->  one partial sum a span, by programs of their own  ->  .sum(0)
+    T rows  [ span | span | span ]  ->  a partial sum of each span, by its own programs  ->  .sum(0)
 
-G: adapters of a group; r: their rank; R: the rank padded with zeros; a [G R, K], b [N, G R] block-diagonal:
+G adapters of a group; r their rank; R the rank padded with zeros; a [G R, K]; b [N, G R]:
 
-    b =  q rows [ B_q  .    .  ]        A, B in x's dtype; columns r to R of each block are zeros
+    b =  q rows [ B_q  .    .  ]        in x's dtype; columns r to R of each block are zeros
          k rows [ .    B_k  .  ]
          v rows [ .    .    B_v]
 """
@@ -24,7 +24,7 @@ from triton import cdiv
 
 from llama.lora_kernels import INTERPRETED, down_kernel, gemm_kernel, reduce_kernel
 
-FUSED_RANK = 32  # up to here one kernel makes Q and dB; above, products of this width are at home in cuBLAS
+FUSED_RANK = 32  # up to here one kernel makes Q and dB; cuBLAS is as good at wider products
 ROWS = 64        # of a tile of down_kernel
 COLUMNS = 128    # of a tile of reduce_kernel
 
@@ -61,10 +61,14 @@ def check(dtype, device):
 
 # ----------------------------------------------------------------------------- shapes
 def split(length, programs, device, step):
-    """(parts, span): a sum of `length` cut so that `programs` a part fill the GPU; spans are multiples of `step`."""
+    """(parts, span): a sum of `length` cut so that `programs` a part fill the GPU.
+
+    span is a multiple of step."""
     wanted = cdiv(multiprocessors(device), programs)
-    parts = max(1, min(wanted, length // (2 * step)))
-    span = cdiv(cdiv(length, parts), step) * step
+    most = length // (2 * step)  # parts of two steps
+    parts = max(1, min(wanted, most))
+    steps = cdiv(cdiv(length, parts), step)
+    span = steps * step
     return cdiv(length, span), span
 
 
@@ -98,19 +102,23 @@ def operands(A, B, spans, N, dtype):
     G = len(spans)
     rank = B.shape[1]
     R, _ = padded_rank(rank)
+    # zeros under each A_i
     a = A.to(dtype)
     if R != rank:
         a = F.pad(a.view(G, rank, -1), (0, 0, 0, R - rank)).view(G * R, -1)
+    # each B_i in the rows of its span and the columns of its ranks
     b = torch.zeros(N, G * R, device=B.device, dtype=dtype)
     row = 0
     for i, (start, end) in enumerate(spans):
-        b[start:end, i * R:i * R + rank] = B[row:row + end - start]
-        row += end - start
+        rows = end - start
+        b[start:end, i * R:i * R + rank] = B[row:row + rows]
+        row += rows
     return a, b
 
 
 def mask_arguments(seeds, drop, x):
-    """What `keep` of the kernels needs: seeds on x's device (any pointer when nothing is dropped), limit, whether to drop."""
+    """What the kernels' `keep` needs: seeds on x's device, limit, whether to drop."""
+    # any pointer will do when nothing is dropped
     pointer = seeds.to(x.device, non_blocking=True) if drop else x
     return pointer, drop - 2 ** 31, drop > 0
 
@@ -124,7 +132,9 @@ def down(x, a, G, seeds, drop):
     if not drop and R > FUSED_RANK:
         return x @ a.T
     seeds, limit, drops = mask_arguments(seeds, drop, x)
-    chunk = piece_of(padded_rank(R)[1], x.dtype)
+    # tiles of ROWS x chunk; the sum over K in parts if there are few
+    _, chunk = padded_rank(R)
+    chunk = piece_of(chunk, x.dtype)
     tiles = cdiv(T, ROWS)
     parts, span = split(K, tiles * (R // chunk), x.device, 128)
     dtype = x.dtype if parts == 1 else torch.float32
@@ -137,7 +147,9 @@ def down(x, a, G, seeds, drop):
 
 @functools.lru_cache(maxsize=None)
 def strip_table(spans, device, half=True):
-    """(table for reduce_kernel, strips of each adapter, their width: wide where registers allow it, as each has its own Q)."""
+    """(table for reduce_kernel, number of strips of each adapter, their width).
+
+    Wide where registers allow it, as each strip has a Q of its own."""
     width = 2 * COLUMNS if has_tma(device) and half else COLUMNS
     table = []
     counts = []
@@ -151,9 +163,10 @@ def strip_table(spans, device, half=True):
 
 
 def q_and_db(dy, P, b, spans, scale):
-    """Q [T, G R] in dy's dtype, dB [rows of all spans, R] in fp32 (or rounded to dy's dtype on the way)."""
+    """Q [T, G R] in dy's dtype, dB [rows of all spans, R] in fp32 (large ranks: rounded before)."""
     T, J = P.shape
     R = J // len(spans)
+    # wide products, one after the other
     if R > FUSED_RANK:
         Q = torch.empty_like(P)
         dB = []
@@ -162,6 +175,7 @@ def q_and_db(dy, P, b, spans, scale):
             torch.mm(dy[:, start:end], b[start:end, ranks], out=Q[:, ranks])
             dB.append(dy[:, start:end].T @ P[:, ranks])
         return Q.mul_(scale), torch.cat(dB).float().mul_(scale)
+    # both from one read of dy, strip by strip
     table, counts, width = strip_table(spans, dy.device, dy.dtype != torch.float32)
     rows = sum(end - start for start, end in spans)
     parts, span = split(T, len(table), dy.device, 64)
@@ -177,14 +191,16 @@ def q_and_db(dy, P, b, spans, scale):
 
 
 def gradient_of_a(x, Q, G, seeds, drop):
-    """dA [G R, K] in fp32 (or rounded to x's dtype on the way)."""
+    """dA [G R, K] in fp32 (large ranks without dropout: rounded to x's dtype before)."""
     T, K = x.shape
     J = Q.shape[1]
     R = J // G
     if not drop and R > FUSED_RANK:
         return Q.T @ x
     seeds, limit, drops = mask_arguments(seeds, drop, x)
-    chunk = piece_of(padded_rank(R)[1], x.dtype)
+    # tiles of chunk x COLUMNS; the sum over T in parts if there are few
+    _, chunk = padded_rank(R)
+    chunk = piece_of(chunk, x.dtype)
     strips = cdiv(K, COLUMNS)
     parts, span = split(T, strips * (R // chunk), x.device, 64)
     out = torch.empty(parts, J, K, device=x.device, dtype=torch.float32)
@@ -195,7 +211,9 @@ def gradient_of_a(x, Q, G, seeds, drop):
 
 
 def gemm(x, W, u, v, spans, scale, seeds, drop, back, fused):
-    """y (or dx, if back): the product with W and the low-rank term, in one kernel, or the term added to a plain product."""
+    """y (or dx, if back): the product with W and the low-rank term.
+
+    fused: in one kernel; else a kernel adds the term to a plain product."""
     M, K = x.shape
     N = W.shape[1] if back else W.shape[0]
     G = len(spans)
@@ -206,11 +224,12 @@ def gemm(x, W, u, v, spans, scale, seeds, drop, back, fused):
     seeds, limit, drops = mask_arguments(seeds, drop, x)
     R, chunk = padded_rank(u.shape[1] // G)
 
-    # descriptors need half precision, a full tile of rows, and rows that begin at multiples of 16 bytes
+    # descriptors need half precision, a full tile of rows, and rows that begin at 16 bytes
     half = x.dtype != torch.float32
-    fits = fused and half and M >= 128 and has_tma(x.device) and all(map(is_aligned, (x, W, u, v)))
+    aligned = all(is_aligned(t) for t in (x, W, u, v))
+    fits = fused and half and M >= 128 and has_tma(x.device) and aligned
     if fits and x.is_cuda:
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=x.device))
+        triton.set_allocator(allocate_on(x.device))
 
     def grid(meta):
         tiles = cdiv(M, meta["BM"]) * cdiv(N, meta["BN"])
@@ -231,6 +250,13 @@ def is_aligned(t):
     return t.data_ptr() % 16 == 0 and t.stride(0) * t.itemsize % 16 == 0
 
 
+def allocate_on(device):
+    """Where Triton puts the descriptors that a kernel makes."""
+    def allocate(size, alignment, stream):
+        return torch.empty(size, dtype=torch.int8, device=device)
+    return allocate
+
+
 # ----------------------------------------------------------------------------- operators
 @torch.library.custom_op("lora::matmul", mutates_args=())
 def matmul(x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
@@ -238,8 +264,8 @@ def matmul(x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
            drop: int, fused: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(y [T, N], P [T, G R]): as lora_matmul.LoRAMatmul with spans (starts, ends).
 
-    drop / 2^32 is the dropout probability, whose 1 / (1 - p) is in scale; fused: the low-rank term inside the
-    product with W, or added to it in a second pass."""
+    drop / 2^32 is the dropout probability p, whose 1 / (1 - p) is in scale. fused: the low-rank
+    term inside the product with W, or added to it in a second pass."""
     check(x.dtype, x.device)
     x = rows_first(x)
     W = W.contiguous()
@@ -281,7 +307,7 @@ def matmul_backward(dy: torch.Tensor, x: torch.Tensor, W: torch.Tensor, A: torch
     dA = gradient_of_a(x, Q, G, seeds, drop)
     if x_needs_it:
         dx = gemm(dy, W, Q, a, spans, 1.0, seeds, drop, True, fused)
-    # without the zeros of the padded rank
+    # the padded rank's zeros are no gradients
     dA = dA.view(G, -1, dA.shape[1])[:, :rank].reshape(A.shape)
     dB = dB[:, :rank]
     return dx, dA.to(A.dtype), dB.to(B.dtype).contiguous()
