@@ -71,6 +71,17 @@ def store(out, acc, rows, cols, row_limit, col_limit, row_stride, col_stride):
 
 
 @triton.jit
+def store_each(out, step, acc0, acc1, acc2, rows, cols, row_limit, col_limit, stride,
+               G: tl.constexpr):
+    """The sums of G adapters to out, `step` entries apart."""
+    store(out, acc0, rows, cols, row_limit, col_limit, stride, 1)
+    if G > 1:
+        store(out + step, acc1, rows, cols, row_limit, col_limit, stride, 1)
+    if G > 2:
+        store(out + 2 * step, acc2, rows, cols, row_limit, col_limit, stride, 1)
+
+
+@triton.jit
 def block(source, row, col, rows, cols, stride,
           HEIGHT: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
     """Tile [HEIGHT, WIDTH] at (row, col) of a matrix [rows, cols], zeros outside.
@@ -187,11 +198,7 @@ def down_kernel(x, a, out, seeds, T, K, sx, span, limit, bucket,
             acc2 = dot(kept, tl.load(at + 2 * R * K, mask=inside, other=0.0), acc2)
     # each adapter's ranks beside the others'
     out += part.to(tl.int64) * T * (G * R)
-    store(out, acc0, rows, ranks, T, R, G * R, 1)
-    if G > 1:
-        store(out + R, acc1, rows, ranks, T, R, G * R, 1)
-    if G > 2:
-        store(out + 2 * R, acc2, rows, ranks, T, R, G * R, 1)
+    store_each(out, R, acc0, acc1, acc2, rows, ranks, T, R, G * R, G)
 
 
 # ----------------------------------------------------------------------------- reduce: dA; Q, dB
@@ -269,11 +276,7 @@ def reduce_kernel(x, u, v, out, left, seeds, strips, T, K, J, sx, span, limit, s
         store(out, acc0 * scale, ranks, tl.arange(0, BN), R, end - first, 1, R)
     else:
         out += part.to(tl.int64) * J * K
-        store(out, acc0, ranks, cols, R, K, K, 1)
-        if G > 1:
-            store(out + R * K, acc1, ranks, cols, R, K, K, 1)
-        if G > 2:
-            store(out + 2 * R * K, acc2, ranks, cols, R, K, K, 1)
+        store_each(out, R * K, acc0, acc1, acc2, ranks, cols, R, K, K, G)
 
 
 # ----------------------------------------------------------------------------- gemm: y, or dx
