@@ -1,12 +1,12 @@
 """DecoupledLionW and DecoupledAdamW, with the rule and the order of the libraries the paper used.
 
     a step of Lion      p *= 1 - (lr / initial_lr) * weight_decay
-                        p -= lr * sign(lerp(m, g, 1 - beta1))      m: momentum, g: gradient
-                        m  = lerp(m, g, 1 - beta2)
+                        p -= lr * sign(beta1 m + (1 - beta1) g)      m: momentum, g: gradient
+                        m  = beta2 m + (1 - beta2) g
 
 Decoupled means: weight decay follows the schedule but not the learning rate itself (llm-foundry
 llmfoundry/optim/lion.py; composer composer/optim/decoupled_weight_decay.py). Parameters without a
-gradient are left alone; state is made at a parameter's first step, in its dtype.
+gradient stay as they are; state is made at a parameter's first step, in its dtype.
 """
 import math
 import warnings
@@ -50,7 +50,7 @@ class Decoupled(torch.optim.Optimizer):
         if not all(0 <= beta <= 1 for beta in betas):
             raise ValueError(f"betas must lie in [0, 1], found {betas}")
         if weight_decay >= 1e-3:
-            warnings.warn(f"weight_decay={weight_decay} shrinks weights by that share at every step, "
+            warnings.warn(f"weight_decay={weight_decay} shrinks weights by that share a step, "
                           "whatever the learning rate; values far below 1e-3 are usual")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay))
         for group in self.param_groups:
@@ -64,15 +64,14 @@ class Decoupled(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
+            # 1 - weight_decay at the peak of the schedule, closer to 1 elsewhere
             decay = 1 - group["lr"] / group["initial_lr"] * group["weight_decay"]
             self.update(params, decay, group)
         return loss
 
 
 class DecoupledLionW(Decoupled):
-    """Lion (Chen et al. 2023): p -= lr * sign(b1 m + (1 - b1) g), then m = b2 m + (1 - b2) g.
-
-    sign(0) = 0: an entry whose gradient and momentum are zero does not move."""
+    """Lion (Chen et al. 2023). sign(0) = 0: where gradient and momentum are zero p does not move."""
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
         super().__init__(params, lr, betas, weight_decay)
@@ -95,8 +94,8 @@ class DecoupledLionW(Decoupled):
                 lion_step(*local(tensors), decay, lr, (beta1, beta2))
             return
 
+        # else the whole update of one bucket after the other
         for p, g, m in buckets(columns):
-            # one operation of all p, g and m in a bucket after the other
             if decay != 1:
                 torch._foreach_mul_(p, decay)
             direction = torch._foreach_lerp(m, g, 1 - beta1)

@@ -168,6 +168,7 @@ def merge_lora(model):
     for path, module in list(model.named_modules()):
         if not isinstance(module, LoRAProjection):
             continue
+        # the rows of each adapted part
         with torch.no_grad():
             for (start, end), delta in zip(module.spans, module.deltas().values()):
                 merged = module.weight[start:end].to(delta.dtype) + delta
@@ -343,6 +344,7 @@ def apply_saved_lora(model, folder):
 
     Raises ValueError when the settings are not supported or fit nothing."""
     rank, alpha, dropout, rslora, chosen = read_adapter_config(folder)
+    # the projections that have an adapter in some block
     names = []
     for name in PROJECTIONS:
         if any(chosen(layer, name) for layer in range(len(model.layers))):
@@ -393,6 +395,7 @@ def lost_to_rounding(model, dtype):
         if not isinstance(module, LoRAProjection):
             continue
         for (start, end), delta in zip(module.spans, module.deltas().values()):
+            # where adding the change in fp32 and in dtype differ
             exact = module.weight[start:end] + delta
             rounded = exact.to(dtype).to(exact.dtype)
             lost += (rounded - exact).square().sum().item()

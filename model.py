@@ -274,6 +274,7 @@ class Llama(nn.Module):
         return x
 
     def head(self, x):
+        """Logits [..., V] of last hidden states [..., D]."""
         return linear(self.norm(x), self.head_weight, self.packed)
 
     def forward(self, tokens, targets=None, docs=None, reduction="mean"):

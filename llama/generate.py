@@ -117,13 +117,16 @@ def generate_tokens(model, prompts, max_new_tokens, temperature, top_p, n, stop,
     does not depend on its neighbours; a prompt with a seed of its own draws what it draws alone.
     Raises ValueError for an empty prompt, ids out of vocabulary, or no room for max_new_tokens."""
     most = one_each(max_new_tokens, prompts)
+    # (seed, number) of each prompt's random numbers
     if isinstance(seed, int):
         keys = [(seed, prompt) for prompt in range(len(prompts))]
     else:
         keys = [(own, 0) for own in seed]
     length = check_prompts(model.config, prompts, most, keys)
     stops = stop if callable(stop) else frozenset(stop or ())
-    config, device, dtype = model.config, model.device, model.compute_dtype
+    config = model.config
+    device = model.device
+    dtype = model.compute_dtype
 
     # samples that wait, the next one last
     queue = []
@@ -156,7 +159,7 @@ def generate_tokens(model, prompts, max_new_tokens, temperature, top_p, n, stop,
                 row.ended = len(row.ids) == most[row.prompt] or stops_at(stops, row.ids)
                 yield row.prompt, row.sample, token, row.ended
 
-            # rows that ended leave, the others take a step
+            # rows that ended leave, the others read their token
             drop_ended(rows, cache)
             logits = logits[:0]
             if rows:
@@ -201,6 +204,7 @@ def start_rows(rows, admitted, read, cache, keys, most):
 
 def noise_of(seed, number, sample, count):
     """`count` uniform numbers in [0, 1) that belong to this sample of prompt `number` alone."""
+    # a counter-based generator: each key is a stream of its own
     philox = np.random.Philox(key=[seed, number << 32 | sample])
     return np.random.Generator(philox).random(count)
 
@@ -214,6 +218,7 @@ def stops_at(stops, ids):
 
 def drop_ended(rows, cache):
     """Remove the rows that ended; the last row moves into a free place."""
+    # from the end, so that the last row has not ended itself
     for i in reversed(range(len(rows))):
         if not rows[i].ended:
             continue

@@ -348,7 +348,10 @@ def gemm_kernel(x, w, u, v, out, seeds, M, N, K, sx, limit, scale, bucket,
             ws = tl.make_tensor_descriptor(w, [N, K], [K, 1], [BN, BK])
             vs = tl.make_tensor_descriptor(v, [N, J], [J, 1], [BN, BR])
     else:
-        xs, us, ws, vs = x, u, w, v
+        xs = x
+        us = u
+        ws = w
+        vs = v
 
     # this program's tiles
     tiles_m = tl.cdiv(M, BM)

@@ -232,6 +232,7 @@ def gemm(x, W, u, v, spans, scale, seeds, drop, back, fused):
         triton.set_allocator(allocate_on(x.device))
 
     def grid(meta):
+        # a program a tile, or as many as fit on the GPU at once
         tiles = cdiv(M, meta["BM"]) * cdiv(N, meta["BN"])
         if not meta["TMA"]:
             return (tiles,)
@@ -267,6 +268,7 @@ def matmul(x: torch.Tensor, W: torch.Tensor, A: torch.Tensor, B: torch.Tensor,
     drop / 2^32 is the dropout probability p, whose 1 / (1 - p) is in scale. fused: the low-rank
     term inside the product with W, or added to it in a second pass."""
     check(x.dtype, x.device)
+    # the kernels read rows with their columns side by side
     x = rows_first(x)
     W = W.contiguous()
     spans = tuple(zip(starts, ends))
@@ -294,6 +296,7 @@ def matmul_backward(dy: torch.Tensor, x: torch.Tensor, W: torch.Tensor, A: torch
     dx = x.new_empty(0)
     if x_needs_it:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    # no rows, no gradients
     if not len(x):
         return dx, torch.zeros_like(A), torch.zeros_like(B)
     dy = rows_first(dy)
@@ -302,6 +305,7 @@ def matmul_backward(dy: torch.Tensor, x: torch.Tensor, W: torch.Tensor, A: torch
     spans = tuple(zip(starts, ends))
     G = len(spans)
     rank = B.shape[1]
+    # Q serves dA and dx
     a, b = operands(A, B, spans, len(W), x.dtype)
     Q, dB = q_and_db(dy, P, b, spans, scale)
     dA = gradient_of_a(x, Q, G, seeds, drop)

@@ -248,6 +248,7 @@ def save_pretrained(model, folder, dtype=None, shard_bytes=5 * 10 ** 9, get=full
     get(parameter) is the tensor to write, by default the parameter as it is now. Under FSDP all
     ranks must call it: all gather, rank 0 writes."""
     folder = Path(folder)
+    # rank 0 clears the folder, before anything is written
     writes = not dist.is_initialized() or dist.get_rank() == 0
     if writes:
         folder.mkdir(parents=True, exist_ok=True)
@@ -279,6 +280,7 @@ def save_pretrained(model, folder, dtype=None, shard_bytes=5 * 10 ** 9, get=full
     if not writes:
         return
 
+    # last, what makes it a model folder
     if len(shards) > 1:
         listing = {"metadata": {"total_size": total}, "weight_map": index}
         (folder / "model.safetensors.index.json").write_text(json.dumps(listing, indent=2))
