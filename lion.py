@@ -71,7 +71,7 @@ class Decoupled(torch.optim.Optimizer):
 
 
 class DecoupledLionW(Decoupled):
-    """Lion (Chen et al. 2023). sign(0) = 0: where gradient and momentum are zero p does not move."""
+    """Lion (Chen et al. 2023). sign(0) = 0: p stays where its gradient and momentum are zero."""
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
         super().__init__(params, lr, betas, weight_decay)
