@@ -1,9 +1,12 @@
 """DecoupledLionW and DecoupledAdamW, with the rule and the order of the libraries the paper used.
 
-Decoupled means: weight decay follows the schedule but not the learning rate itself,
-p *= 1 - (lr / initial_lr) * weight_decay (llm-foundry llmfoundry/optim/lion.py; composer
-composer/optim/decoupled_weight_decay.py). Parameters without a gradient are left alone; state is
-made at a parameter's first step, in its dtype.
+    a step of Lion      p *= 1 - (lr / initial_lr) * weight_decay
+                        p -= lr * sign(beta1 m + (1 - beta1) g)      m: momentum, g: gradient
+                        m  = beta2 m + (1 - beta2) g
+
+Decoupled means: weight decay follows the schedule but not the learning rate itself (llm-foundry
+llmfoundry/optim/lion.py; composer composer/optim/decoupled_weight_decay.py). Parameters without a
+gradient stay as they are; state is made at a parameter's first step, in its dtype.
 """
 import math
 import warnings
@@ -13,40 +16,42 @@ import torch
 
 
 def local(tensors):
-    """What this rank holds of FSDP's tensors: an update is elementwise, so each rank's part is updated alone."""
+    """What this rank holds of FSDP's tensors: an update is elementwise, so that is enough."""
     return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
 
 
 def buckets(columns):
-    """Walk over columns (p, grad, state tensors ...) of every parameter in lists of bounded size.
+    """Columns (p, grad, state tensors ...) of all parameters -> lists of bounded size of each kind.
 
     All operations of an update run on one list before the next: on a CPU a list fits the cache, so
     memory is read and written once an update; on a GPU it bounds the temporaries."""
-    columns = list(map(local, columns))
-    limit = 2 ** 18 if columns and columns[0][0].device.type == "cpu" else 2 ** 26
-    rows, size = [], 0
+    pieces = []
+    size = 0
     for tensors in columns:
-        for pieces in zip(*(t.view(-1).split(limit) for t in tensors)):
-            rows.append(pieces)
-            size += pieces[0].numel()
+        tensors = local(tensors)
+        limit = 2 ** 18 if tensors[0].device.type == "cpu" else 2 ** 26
+        for piece in zip(*(t.view(-1).split(limit) for t in tensors)):
+            pieces.append(piece)
+            size += piece[0].numel()
             if size >= limit:
-                yield map(list, zip(*rows))
-                rows, size = [], 0
-    if rows:
-        yield map(list, zip(*rows))
+                yield map(list, zip(*pieces))
+                pieces = []
+                size = 0
+    if pieces:
+        yield map(list, zip(*pieces))
 
 
 class Decoupled(torch.optim.Optimizer):
-    """Common ground of the two: arguments, initial_lr, and the decay factor of a step."""
+    """What the two share: arguments, initial_lr, and the decay factor of a step."""
 
     def __init__(self, params, lr, betas, weight_decay):
         if not lr > 0:
             raise ValueError(f"learning_rate must be > 0, found {lr}")
-        if not all(0 <= b <= 1 for b in betas):
+        if not all(0 <= beta <= 1 for beta in betas):
             raise ValueError(f"betas must lie in [0, 1], found {betas}")
         if weight_decay >= 1e-3:
-            warnings.warn(f"weight_decay={weight_decay} is not multiplied by the learning rate: it shrinks "
-                          f"weights by that share at every step; values far below 1e-3 are usual")
+            warnings.warn(f"weight_decay={weight_decay} shrinks weights by that share a step, "
+                          "whatever the learning rate; values far below 1e-3 are usual")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay))
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
@@ -59,14 +64,14 @@ class Decoupled(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            self.update(params, 1 - group["lr"] / group["initial_lr"] * group["weight_decay"], group)
+            # 1 - weight_decay at the peak of the schedule, closer to 1 elsewhere
+            decay = 1 - group["lr"] / group["initial_lr"] * group["weight_decay"]
+            self.update(params, decay, group)
         return loss
 
 
 class DecoupledLionW(Decoupled):
-    """Lion (Chen et al. 2023): p -= lr * sign(b1 m + (1 - b1) g), then m = b2 m + (1 - b2) g.
-
-    sign(0) = 0: an entry whose gradient and momentum are zero does not move. One Triton kernel on a GPU."""
+    """Lion (Chen et al. 2023). sign(0) = 0: p stays where its gradient and momentum are zero."""
 
     numbers_per_parameter = 1  # of its state, for training/plan.py's prediction of memory
 
@@ -74,27 +79,35 @@ class DecoupledLionW(Decoupled):
         super().__init__(params, lr, betas, weight_decay)
 
     def update(self, params, decay, group):
-        lr, betas = group["lr"], group["betas"]
+        lr = group["lr"]
+        beta1, beta2 = group["betas"]
+        columns = []
         for p in params:
-            if not self.state[p]:
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
-        columns = [(p, p.grad, self.state[p]["exp_avg"]) for p in params]
-        if columns and params[0].is_cuda and params[0].dtype != torch.float64 and find_spec("triton"):
+            state = self.state[p]
+            if not state:
+                state["exp_avg"] = torch.zeros_like(p)
+            columns.append((p, p.grad, state["exp_avg"]))
+
+        # one Triton kernel a parameter
+        on_gpu = params and params[0].is_cuda and params[0].dtype != torch.float64
+        if on_gpu and find_spec("triton"):
             from llama.lion_kernel import lion_step
-            for tensors in map(local, columns):
-                lion_step(*tensors, decay, lr, betas)
+            for tensors in columns:
+                lion_step(*local(tensors), decay, lr, (beta1, beta2))
             return
+
+        # else the whole update of one bucket after the other
         for p, g, m in buckets(columns):
             if decay != 1:
                 torch._foreach_mul_(p, decay)
-            direction = torch._foreach_lerp(m, g, 1 - betas[0])
+            direction = torch._foreach_lerp(m, g, 1 - beta1)
             torch._foreach_sign_(direction)
             torch._foreach_add_(p, direction, alpha=-lr)
-            torch._foreach_lerp_(m, g, 1 - betas[1])
+            torch._foreach_lerp_(m, g, 1 - beta2)
 
 
 class DecoupledAdamW(Decoupled):
-    """AdamW (Loshchilov & Hutter 2019) with bias correction; for the comparison of the paper's figure S2."""
+    """AdamW (Loshchilov & Hutter 2019) with bias correction, as in the paper's figure S2."""
 
     numbers_per_parameter = 2
 
@@ -104,27 +117,34 @@ class DecoupledAdamW(Decoupled):
             group["eps"] = eps
 
     def update(self, params, decay, group):
-        lr, betas, eps = group["lr"], group["betas"], group["eps"]
+        lr = group["lr"]
+        beta1, beta2 = group["betas"]
+        # by the number of their steps, which sets the bias correction and is almost always one
+        columns_at = {}
         for p in params:
             state = self.state[p]
             if not state:
-                state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p), step=torch.zeros(()))
+                state["exp_avg"] = torch.zeros_like(p)
+                state["exp_avg_sq"] = torch.zeros_like(p)
+                state["step"] = torch.zeros(())
             state["step"] += 1
-        for step in sorted({self.state[p]["step"].item() for p in params}):  # almost always one
-            same = [p for p in params if self.state[p]["step"] == step]
-            states = [self.state[p] for p in same]
-            columns = [(p, p.grad, s["exp_avg"], s["exp_avg_sq"]) for p, s in zip(same, states)]
+            columns = columns_at.setdefault(state["step"].item(), [])
+            columns.append((p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
+
+        for step, columns in columns_at.items():
             for p, g, m, v in buckets(columns):
                 if decay != 1:
                     torch._foreach_mul_(p, decay)
-                torch._foreach_mul_(m, betas[0])
-                torch._foreach_add_(m, g, alpha=1 - betas[0])
-                torch._foreach_mul_(v, betas[1])
-                torch._foreach_addcmul_(v, g, g, value=1 - betas[1])
+                # running means of g and g^2
+                torch._foreach_mul_(m, beta1)
+                torch._foreach_add_(m, g, alpha=1 - beta1)
+                torch._foreach_mul_(v, beta2)
+                torch._foreach_addcmul_(v, g, g, value=1 - beta2)
+                # p -= lr * m / (sqrt(v) + eps), both without their start at zero
                 scale = torch._foreach_sqrt(v)
-                torch._foreach_div_(scale, math.sqrt(1 - betas[1] ** step))
-                torch._foreach_add_(scale, eps)
-                torch._foreach_addcdiv_(p, m, scale, value=-lr / (1 - betas[0] ** step))
+                torch._foreach_div_(scale, math.sqrt(1 - beta2 ** step))
+                torch._foreach_add_(scale, group["eps"])
+                torch._foreach_addcdiv_(p, m, scale, value=-lr / (1 - beta1 ** step))
 
 
 # train.py's knob `optimizer`: a new one needs its class and a line here

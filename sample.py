@@ -1,9 +1,11 @@
 r"""
-Try a model: prompt in, text out, as it is generated.
+Try a model: prompt in, text out, printed while it is generated.
 
     python sample.py --model=models/llama2-7b --prompt='Once upon a time'
-    python sample.py --model=models/llama2-7b --adapter=out/gsm8k-r16/step_200 --prompt='Question: ...\nAnswer:'
+    python sample.py --model=models/llama2-7b --adapter=out/gsm8k/step_200 --prompt='Q: ...\nA:'
     python sample.py --model=out/gsm8k-full/step_200 --temperature=0.8 --n=3 < prompt.txt
+
+    'Once upon a time'  ->  [1, 403, 407, 261, 378]  ->  [432, 383, 286, ...]  ->  ', there was ...'
 """
 import sys
 import time
@@ -11,20 +13,21 @@ import time
 from configurator import configure
 from evaluation.evals import load_for_eval
 from runtime import one_line_errors, pick_device, pick_dtype
+from text.records import unescape
 from text.tokenizer import StreamDecoder, text_stopper
 
 # -----------------------------------------------------------------------------
-model = ''               # model folder, checkpoint folder (out/RUN/step_N), or adapter folder that names its base
+model = ''               # folder of a model, a checkpoint, or an adapter that names its base
 adapter = ''             # adapter folder to put on `model`
 tokenizer = ''           # tokenizer file or folder; '' = the model's folder
-prompt = ''              # text, with \n for a new line; '' = standard input
+prompt = ''              # text; \n, \t and \\ mean what they mean in templates; '' = standard input
 bos = True               # put the beginning-of-sequence token in front
 max_new_tokens = 256
 temperature = 0.0        # 0 = greedy
 top_p = 1.0              # keep the likeliest tokens up to this share
 n = 1                    # continuations of the prompt
 seed = 1337
-stop = ()                # texts that end a continuation
+stop = ()                # texts that end a continuation, read like the prompt
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
 _choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
@@ -34,21 +37,31 @@ _choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 if __name__ == "__main__":
     with one_line_errors():
         configure(globals())
+
+        # model and prompt
         device = pick_device(device)
         loaded = load_for_eval(model, adapter, device, pick_dtype(dtype, device), tokenizer)
-        llama, tok = loaded.model, loaded.tokenizer
-        text = prompt.replace("\\n", "\n") if prompt else sys.stdin.read()
+        llama = loaded.model
+        tok = loaded.tokenizer
+        text = unescape(prompt) if prompt else sys.stdin.read()
+        stop_texts = [unescape(end) for end in stop]
         ids = tok.encode(text, bos=bos and tok.bos_id is not None)
-        decoders = [StreamDecoder(tok, ids) for _ in range(n)]
-        started, count = time.perf_counter(), 0
-        for i, decoder in enumerate(decoders):
+
+        # one continuation after the other, so that each can be read while it is generated
+        count = 0
+        started = time.perf_counter()
+        for i in range(n):
             print(text, end="", flush=True)
-            # one after the other, so that each can be read as it comes
-            ended = text_stopper(tok, stop, {tok.eos_id})
-            for _, _, token, _ in llama.generate_tokens([ids], max_new_tokens, temperature, top_p, stop=ended, seed=seed + i):
+            decoder = StreamDecoder(tok, ids)
+            ended = text_stopper(tok, stop_texts, {tok.eos_id})
+            tokens = llama.generate_tokens([ids], max_new_tokens, temperature, top_p,
+                                           stop=ended, seed=seed + i)
+            for _, _, token, _ in tokens:
                 count += 1
                 if token != tok.eos_id:
                     print(decoder.push(token), end="", flush=True)
-            print(decoder.finish(), end="\n\n" if i < n - 1 else "\n")
+            print(decoder.finish())
+            if i < n - 1:
+                print()  # a blank line between continuations
         seconds = time.perf_counter() - started
         print(f"[{count} tokens, {count / seconds:.1f} a second]", file=sys.stderr)

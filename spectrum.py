@@ -34,8 +34,9 @@ from analysis.directions import compare_directions, leading_vectors
 from analysis.folders import base_named_by, find_checkpoints, open_checkpoint, open_model
 from analysis.singular import UNIT, lora_singular_values, singular_values
 from configurator import configure
+from llama.weights import PROJECTIONS
 from lora import resolve_targets
-from model import PROJECTIONS, LlamaConfig
+from model import LlamaConfig
 from runtime import (device_name, one_line_errors, peak_memory, pick_device, versions,
                      write_whole)
 from training.checkpoint import read_state

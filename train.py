@@ -32,8 +32,10 @@ import torch
 
 from configurator import configure, default_values, knob_table
 from lion import OPTIMIZERS
-from lora import apply_lora, apply_saved_lora, choose_kernel, init_adapters, load_adapter_weights
-from model import IGNORE, Llama, LlamaConfig, full_tensor
+from llama.lora_matmul import choose_kernel
+from llama.weights import full_tensor
+from lora import apply_lora, apply_saved_lora, init_adapters, load_adapter_weights
+from model import IGNORE, Llama, LlamaConfig
 from runtime import (LOCAL_WORLD, RANK, WORLD, append_jsonl, catch_stop_signals, device_memory,
                      device_name, join_ranks, matmul_flops, one_line_errors, peak_flops,
                      peak_memory, pick_device, pick_dtype, print0, versions, write_whole)

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from llama.weights import compare_names, open_weights, PROJECTIONS
 from lora import fingerprint_of, is_adapter, open_adapter_weights, read_adapter_config
-from model import PROJECTIONS, compare_names, open_weights
 from training.checkpoint import checkpoints, read_state
 
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from bench.sides import Settings, clock, write_results
 from configurator import configure, knob_table
-from lora import lora_matmul, milliseconds
+from llama.lora_matmul import lora_matmul, milliseconds
 from runtime import device_name, one_line_errors, pick_device, versions
 
 # -----------------------------------------------------------------------------
@@ -191,8 +191,8 @@ def largest_error(product, operands):
 def variants_here(settings):
     """Names of the variants that can run here."""
     try:
-        from llama import lora_kernels
-        lora_kernels.check(settings.dtype, settings.device)
+        from llama import lora_operators
+        lora_operators.check(settings.dtype, settings.device)
     except (ImportError, ValueError) as e:
         print(f"without fused and added: {e}")
         return ("plain", "peft", "torch")

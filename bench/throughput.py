@@ -32,7 +32,8 @@ import torch
 from bench.sides import SIDES, Settings, clock, write_results
 from bench.train import add_peft, compile_side, make_optimizer, random_batch, training_step
 from configurator import configure, knob_table
-from lora import LoRAProjection, apply_lora, choose_kernel
+from llama.lora_matmul import choose_kernel
+from lora import LoRAProjection, apply_lora
 from model import Llama, LlamaConfig
 from runtime import (device_name, one_line_errors, peak_flops, peak_memory, pick_device, versions)
 from training.plan import PUBLISHED, flops_of_batch, predict_memory

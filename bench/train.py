@@ -21,7 +21,8 @@ from bench.sides import (SIDES, Settings, clock, compare_sides, in_turn, load_pe
                          write_random_model, write_results)
 from configurator import configure, knob_table
 from lion import DecoupledLionW
-from lora import apply_lora, choose_kernel
+from llama.lora_matmul import choose_kernel
+from lora import apply_lora
 from model import IGNORE, Llama
 from runtime import device_name, one_line_errors, peak_memory, pick_device, versions
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import ROOT  # noqa: F401  puts the repo on the path
 
-from llama import lora_kernels
+from llama import lora_kernels, lora_operators
 from lion import DecoupledLionW
 from llama.lion_kernel import lion_step
-from lora import apply_lora, choose_kernel, keep_mask, lora_matmul
+from llama.lora_matmul import choose_kernel, keep_mask, lora_matmul
+from lora import apply_lora
 from model import Llama, LlamaConfig
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
@@ -101,8 +102,8 @@ def test_descriptors_and_a_persistent_grid(group, p, rank, monkeypatch):
     spans = {"qkv": ((0, 96), (96, 128), (128, 160)), "gate_up": ((0, 80), (80, 160)), "o": ((0, 160),)}[group]
     if DEVICE.type == "cpu":
         monkeypatch.setattr(lora_kernels.gemm_kernel, "configs", [lora_kernels.tile_config(64, 64, 32, True, 4, 2)])
-        monkeypatch.setattr(lora_kernels, "multiprocessors", lambda device: 4)
-    elif not lora_kernels.has_tma(DEVICE):
+        monkeypatch.setattr(lora_operators, "multiprocessors", lambda device: 4)
+    elif not lora_operators.has_tma(DEVICE):
         pytest.skip("this GPU has no tensor memory accelerator")
     x, W, A, B, seeds, dy = make(spans, 160, 136, rank, 200, torch.float16)
     problem = x, W, A, B, spans, 1.7, p, seeds, dy
@@ -118,12 +119,12 @@ def test_all_three_masks_are_keep_masks_bit_for_bit(p):
     seeds = torch.randint(-2 ** 31, 2 ** 31, (3, 2), dtype=torch.int32, generator=g)
     keep = [keep_mask(seed, x.cpu(), drop).to(DEVICE) for seed in seeds]
     eye = torch.eye(K, device=DEVICE).repeat(3, 1)
-    for i, P in enumerate(lora_kernels.down(x, eye, 3, seeds, drop).split(K, 1)):
+    for i, P in enumerate(lora_operators.down(x, eye, 3, seeds, drop).split(K, 1)):
         assert torch.equal(P, x * keep[i])
     Q = torch.eye(T, 128, device=DEVICE).repeat(1, 3)
-    for i, dA in enumerate(lora_kernels.gradient_of_a(x, Q, 3, seeds, drop).split(128)):
+    for i, dA in enumerate(lora_operators.gradient_of_a(x, Q, 3, seeds, drop).split(128)):
         assert torch.equal(dA[:T], x * keep[i])
-    dx = lora_kernels.gemm(torch.zeros(T, 32, device=DEVICE), torch.zeros(32, K, device=DEVICE), x.repeat(1, 3), eye,
+    dx = lora_operators.gemm(torch.zeros(T, 32, device=DEVICE), torch.zeros(32, K, device=DEVICE), x.repeat(1, 3), eye,
                            ((0, 1),) * 3, 1.0, seeds, drop, True, True)
     assert torch.equal(dx, (x * keep[0] + x * keep[1]) + x * keep[2])
 
@@ -132,7 +133,7 @@ def test_all_three_masks_are_keep_masks_bit_for_bit(p):
 def test_runs_and_backward_passes_repeat_to_the_last_bit(kernel):
     spans = ((0, 32), (32, 48))
     x, W, A, B, seeds, dy = make(spans, 50, 40, 4, 260, torch.float32)
-    assert lora_kernels.split(260, 2, DEVICE, 64)[0] > 1  # two stages
+    assert lora_operators.split(260, 2, DEVICE, 64)[0] > 1  # two stages
     results = [run(kernel, x, W, A, B, spans, 1.7, 0.05, seeds, dy)]
     y = lora_matmul(kernel, x, W, A, B, spans, 1.7, 0.05, seeds)
     results += [(y, *torch.autograd.grad(y, (x, A, B), dy, retain_graph=True)) for _ in range(2)]
@@ -142,7 +143,7 @@ def test_runs_and_backward_passes_repeat_to_the_last_bit(kernel):
 
 
 def test_long_sums_are_split_in_two_stages():
-    assert lora_kernels.split(520, 1, DEVICE, 128)[0] > 1
+    assert lora_operators.split(520, 1, DEVICE, 128)[0] > 1
     x, W, A, B, seeds, dy = make(SPANS["q and v"], 110, 520, 8, 16, torch.float16)
     problem = x, W, A, B, SPANS["q and v"], 0.3, 0.05, seeds, dy
     close(run("fused", *problem), exact(*problem), torch.float16)
@@ -150,7 +151,7 @@ def test_long_sums_are_split_in_two_stages():
 
 def test_more_rows_of_tiles_than_share_the_cache_and_more_columns_than_a_strip():
     spans = (0, 270), (270, 300)
-    assert lora_kernels.strip_table(spans, DEVICE)[1] in ([2, 1], [3, 1])
+    assert lora_operators.strip_table(spans, DEVICE)[1] in ([2, 1], [3, 1])
     x, W, A, B, seeds, dy = make(spans, 300, 16, 4, 590, torch.float32)
     problem = x, W, A, B, spans, 1.7, 0.05, seeds, dy
     close(run("fused", *problem), exact(*problem), torch.float32)
@@ -171,7 +172,7 @@ def test_tuning_measures_what_applies_and_spoils_nothing(dtype, monkeypatch):
     x, W, A, B, seeds, dy = make(spans, 96, 72, 16, 130, dtype)
     for kernel in ("fused", "added"):
         close(run(kernel, x, W, A, B, spans, 1.7, 0.05, seeds, dy), exact(x, W, A, B, spans, 1.7, 0.05, seeds, dy), dtype)
-    half, tma = dtype == torch.float16, dtype == torch.float16 and lk.has_tma(DEVICE)
+    half, tma = dtype == torch.float16, dtype == torch.float16 and lora_operators.has_tma(DEVICE)
     wanted = sum(len(lk.applicable(2, masked, added, half, tma)) for added in (False, True) for masked in (False, True))
     small = (lk.DOWN, lk.RIGHT, lk.BOTH) if half else (lk.DOWN_FP32, lk.RIGHT_FP32, lk.BOTH_FP32)
     assert len(tried) == sum(map(len, small)) + wanted
@@ -182,7 +183,7 @@ def test_x_without_gradient_spends_nothing_on_it(monkeypatch):
     x, W, A, B, seeds, dy = make(spans, 90, 72, 8, 77, torch.float32)
     problem = x.detach(), W, A, B, spans, 1.7, 0.05, seeds, dy
     y = lora_matmul("fused", *problem[:-1])
-    monkeypatch.setattr(lora_kernels, "gemm", None)
+    monkeypatch.setattr(lora_operators, "gemm", None)
     close((y.detach(), *torch.autograd.grad(y, (A, B), dy)), exact(*problem), torch.float32)
 
 
@@ -245,8 +246,8 @@ def test_a_model_trains_the_same_on_either_path(checkpointing, monkeypatch):
         lines = choose_kernel(model, kernel, 18, torch.float32, DEVICE)
         assert len(lines) == 3 * (kernel == "triton")  # qkv, gate_up and down
         if kernel == "triton":
-            real = lora_kernels.gemm
-            monkeypatch.setattr(lora_kernels, "gemm", lambda *args: calls.append(args) or real(*args))
+            real = lora_operators.gemm
+            monkeypatch.setattr(lora_operators, "gemm", lambda *args: calls.append(args) or real(*args))
         torch.manual_seed(1)
         loss = model(tokens, tokens)[1]
         loss.backward()

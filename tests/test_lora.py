@@ -14,9 +14,11 @@ from test_model import one_thread  # noqa: F401 (a fixture of the whole file)
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from lora import (LoRAMatmul, LoRAProjection, adapter_tensors, apply_lora, fingerprint, keep_mask, load_adapter,
-                  merge_folders, merge_lora, resolve_targets, save_adapter)
-from model import PROJECTIONS, Llama, LlamaConfig
+from llama.lora_matmul import LoRAMatmul, keep_mask
+from llama.weights import PROJECTIONS
+from lora import (LoRAProjection, adapter_tensors, apply_lora, fingerprint, init_adapters, load_adapter, merge_folders,
+                  merge_lora, resolve_targets, save_adapter)
+from model import Llama, LlamaConfig
 
 GOLDEN_ADAPTERS = ["stories260k-r4-all", "gqa-r8-rslora", "gqa-r16-qv"]
 CONFIG, ADAPTER, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -404,7 +406,7 @@ def test_the_same_seed_drops_the_same_and_eval_drops_nothing():
 
 def test_layers_and_groups_draw_their_own_masks(monkeypatch):
     seeds = []
-    monkeypatch.setattr("lora.keep_mask", lambda seed, *rest: seeds.append(tuple(seed.tolist())) or keep_mask(seed, *rest))
+    monkeypatch.setattr("llama.lora_matmul.keep_mask", lambda seed, *rest: seeds.append(tuple(seed.tolist())) or keep_mask(seed, *rest))
     with_adapters(dropout=0.3).train()(TOKENS)
     assert len(set(seeds)) == len(seeds) == 2 * 7
 
@@ -492,6 +494,30 @@ def test_a_merge_that_does_not_compute_the_same_leaves_nothing(merge, base, tmp_
     with pytest.raises(ValueError, match="differ by.*nothing was written"):
         merge_folders(base, tmp_path / "adapter", tmp_path / "out", torch.float32)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+# ----------------------------------------------------------------------------- random numbers
+def test_loading_an_adapter_draws_no_random_numbers(tmp_path):
+    saved = with_adapters()
+    save_adapter(saved, tmp_path)
+    plain = tiny()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    loaded = load_adapter(plain, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, tensor in published(saved).items():
+        assert torch.equal(published(loaded)[name], tensor)
+
+
+def test_new_adapters_are_drawn_from_the_random_state_in_the_order_of_init_adapters():
+    model = tiny()
+    torch.manual_seed(3)
+    apply_lora(model, 4, 8)
+    drawn = [p.clone() for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(3)
+    init_adapters(model)
+    assert all(map(torch.equal, drawn, [p for p in model.parameters() if p.requires_grad]))
+    assert model.layers[1].mlp.down_proj.lora_A.count_nonzero() > 0
 
 
 # ----------------------------------------------------------------------------- which base

@@ -11,11 +11,13 @@ from conftest import ROOT, run_stage
 
 pytest.importorskip("triton", reason="needs Triton")
 from llama import lora_kernels as lk  # noqa: E402
+from llama import lora_operators  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, compile as triton_compile  # noqa: E402
 from triton.knobs import nvidia  # noqa: E402
 
-from lora import apply_lora, choose_kernel, time_kernel  # noqa: E402
+from llama.lora_matmul import choose_kernel, time_kernel  # noqa: E402
+from lora import apply_lora  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 
 SHARED_KB = {80: 163, 90: 227, 100: 227}
@@ -62,8 +64,8 @@ def test_the_fastest_is_chosen_for_each_group_by_itself(kernel, names, monkeypat
         assert (rank, p, rows, dtype, compiled) == (4, 0.05, 18, torch.bfloat16, True)
         return {"torch": 2.0 if shape == (64, 32) else 0.5, "fused": 1.0, "added": 3.0 - len(spans)}[name]
 
-    monkeypatch.setattr("lora.time_kernel", clock)
-    monkeypatch.setattr(lk, "check", lambda dtype, device: None)
+    monkeypatch.setattr("llama.lora_matmul.time_kernel", clock)
+    monkeypatch.setattr(lora_operators, "check", lambda dtype, device: None)
     lines = choose_kernel(model, kernel, 18, torch.bfloat16, torch.device("cuda"), True)
     assert sorted(asked) == sorted((n, s) for n in names for s in [(64, 32), (32, 32), (96, 32), (32, 48)])
     block, other = model.layers[2], "torch" if kernel == "auto" else "fused"
@@ -74,7 +76,7 @@ def test_the_fastest_is_chosen_for_each_group_by_itself(kernel, names, monkeypat
 
 def test_every_variant_is_measured_compiled(monkeypatch):
     """Groups and kernels are variants of one function to the compiler, which runs the ninth uncompiled unless told anew."""
-    monkeypatch.setattr("lora.milliseconds", lambda run: len(run()))
+    monkeypatch.setattr("llama.lora_matmul.milliseconds", lambda run: len(run()))
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for N, K, n in itertools.product((12, 24, 36), (8, 10), (1, 2)):
@@ -139,12 +141,12 @@ def test_small_kernels_compile_without_spills(name, arch, tmp_path):
 @pytest.mark.parametrize("arch", SHARED_KB)
 def test_fp32_kernels_compile_without_spills_and_round_nothing_to_tf32(arch, G, R, tmp_path):
     """Every config that fp32 is given, with the pieces of the rank that it is given."""
-    chunk = lk.piece_of(lk.padded_rank(R)[1], torch.float32)
+    chunk = lora_operators.piece_of(lora_operators.padded_rank(R)[1], torch.float32)
     whole = dict(G=G, R=R, **{**QKV, "HALF": False, "TMA_FITS": False})
-    cases = [(lk.down_kernel, lk.DOWN_FP32, dict(G=G, R=R, DROP=True, BM=lk.ROWS, BN=chunk)),
-             (lk.reduce_kernel, lk.RIGHT_FP32, dict(G=G, R=R, DROP=True, LEFT=False, BN=lk.COLUMNS, BR=chunk))]
-    if R <= lk.FUSED_RANK:
-        cases.append((lk.reduce_kernel, lk.BOTH_FP32, dict(G=1, R=R, DROP=False, LEFT=True, BN=lk.COLUMNS, BR=R)))
+    cases = [(lk.down_kernel, lk.DOWN_FP32, dict(G=G, R=R, DROP=True, BM=lora_operators.ROWS, BN=chunk)),
+             (lk.reduce_kernel, lk.RIGHT_FP32, dict(G=G, R=R, DROP=True, LEFT=False, BN=lora_operators.COLUMNS, BR=chunk))]
+    if R <= lora_operators.FUSED_RANK:
+        cases.append((lk.reduce_kernel, lk.BOTH_FP32, dict(G=1, R=R, DROP=False, LEFT=True, BN=lora_operators.COLUMNS, BR=R)))
     cases += [(lk.gemm_kernel, lk.FP32, dict(whole, BR=chunk, BACK=back, DROP=drop, ADD=add))
               for back, drop in ((False, False), (True, False), (True, True)) for add in (False, True)]
     for kernel, configs, constants in cases:

@@ -4,7 +4,7 @@ import math
 import re
 import shutil
 from collections import defaultdict
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import pytest
@@ -18,8 +18,10 @@ from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM
 
 from llama.attention import BlockAttention, causal_attention, document_attention
-from model import (IGNORE, ChunkedCrossEntropy, Llama, LlamaConfig, RMSNorm, Rotary, SwiGLU, rotary_frequencies,
-                   sample_ids)
+from llama.functions import ChunkedCrossEntropy, RMSNorm, Rotary, SwiGLU, rotary_frequencies
+from llama.generate import sample_ids
+from llama.weights import file_tensors
+from model import IGNORE, Llama, LlamaConfig
 
 GOLDEN_MODELS = ["mha-untied", "gqa-theta500k", "mqa-tied-eps6", "headdim-explicit", "llama3-rope", "sharded3",
                  "fp16-stored"]
@@ -169,7 +171,7 @@ def test_gradients_of_all_base_parameters_are_transformers(model_name):
     close(loss.detach(), record["loss"], 1e-5)
     want, names = load_file(need(f"golden/{record['grad_file']}")), set()
     for name, p in model.named_parameters():
-        parts = model.file_tensors()[name]
+        parts = file_tensors(model)[name]
         for (published, _), got in zip(parts, p.grad.split([rows for _, rows in parts])):
             close(got, want[published], 1e-4 * want[published].abs().max().item())
             names.add(published)
@@ -552,7 +554,7 @@ def traced(monkeypatch):
             rows.append(len(batch))
             return sample_ids(batch, *args)
 
-        monkeypatch.setattr("model.sample_ids", spy)
+        monkeypatch.setattr("llama.generate.sample_ids", spy)
         ids = defaultdict(list)
         for p, s, token, _ in model.generate_tokens(prompts, n_new, **knobs):
             ids[p, s].append(token)
@@ -665,7 +667,7 @@ def test_a_seed_and_a_length_of_its_own_make_a_prompt_as_if_alone(batch_size):
 
 def test_prompts_are_read_behind_each_other_in_pieces(monkeypatch):
     model, read = tiny(torch.float64), []
-    monkeypatch.setattr(model, "_read_prompts", partial(model._read_prompts, max_tokens=20))
+    monkeypatch.setattr("llama.generate.READ_AT_ONCE", 20)
     model.layers[0].register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
     assert model.generate(RAGGED, 20) == [model.generate([prompt], 20)[0] for prompt in RAGGED]
     assert [length for length in read if length > 1][:3] == [8, 15, 30]  # 7 + 1, 13 + 2, 30 alone

@@ -16,8 +16,9 @@ from analysis.chance import (random_edge, random_lora_singular_values, random_si
 from analysis.directions import compare_directions, leading_vectors, overlap
 from analysis.folders import module_path, open_model
 from analysis.singular import gram, lora_singular_values, singular_values
+from llama.weights import PROJECTIONS
 from lora import apply_lora, load_adapter, save_adapter
-from model import PROJECTIONS, Llama, LlamaConfig
+from model import Llama, LlamaConfig
 from paper.noise import noise_experiment
 from spectrum import analyse, describe, effective_rank
 

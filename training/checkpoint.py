@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
+from llama.weights import fill, full_tensor
 from lora import known_by, save_adapter
-from model import fill, full_tensor
 from training.parallel import barrier, gloo_group, is_sharded
 from runtime import RANK, fsync_folder, print0, read_object, write_whole
 

@@ -8,7 +8,7 @@ import math
 import shutil
 from pathlib import Path
 
-from model import full_tensor
+from llama.weights import full_tensor
 from runtime import print0
 
 

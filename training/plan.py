@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 from lion import OPTIMIZERS
+from llama.functions import ChunkedCrossEntropy
 from lora import apply_lora
-from model import IGNORE, ChunkedCrossEntropy, Llama, LlamaConfig
+from model import IGNORE, Llama, LlamaConfig
 from runtime import PEAK_TFLOPS, ROOT, print0
 from training.rows import PlannedRows, check_length, open_sets, rows_of_step
 

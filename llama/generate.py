@@ -1,0 +1,309 @@
+"""Generation: a prompt is read once, then its rows run with others, a token a step.
+
+    prompts  A, B, C with n=2, batch_size=3      queue: A0 A1 B0 B1 C0 C1      (prompt, sample)
+
+    step        1   2   3   4   5   6
+    row 0      A0  A0  A0  B1  B1  B1      A0 ended after 3 tokens: its place goes to B1
+    row 1      A1  A1  A1  A1  A1  C0      C is read after step 5, when its first sample starts
+    row 2      B0  B0  B0  B0  B0  B0
+
+Earlier tokens are not computed again: their keys and values are in the cache (llama/kv_cache.py).
+Functions take the model as an argument: this file lies below model.py.
+"""
+import contextlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from llama.kv_cache import KVCache
+
+READ_AT_ONCE = 2048  # tokens of prompts in one forward pass, unless one prompt is longer
+PACKED_ROWS = 32     # for more rows packed weights gain 15%, which is not worth their memory
+
+
+# ----------------------------------------------------------------------------- drawing a token
+def sample_ids(logits, temperature, top_p, uniform):
+    """One id a row: logits [B, V], uniform [B] fp64 in [0, 1) -> [B]; greedy at temperature 0.
+
+    Inverse CDF over the smallest set of likeliest tokens whose share reaches top_p."""
+    if temperature == 0:
+        return logits.max(-1).indices  # argmax takes twice as long for bf16 on a CPU
+    probs = torch.softmax(logits.float() / temperature, -1)
+    if top_p >= 1:
+        return inverse_cdf(probs, 1.0, uniform)
+
+    # sorting a whole vocabulary is slow and hardly ever needed: rows whose likeliest 256 tokens
+    # reach top_p are done first, which does not depend on the other rows
+    vocab = probs.shape[1]
+    rows = torch.arange(len(probs), device=probs.device)
+    ids = torch.empty_like(rows)
+    for count in (256, 8192, vocab):
+        left = probs if len(rows) == len(probs) else probs[rows]
+        likeliest, order = left.topk(min(count, vocab), -1)
+        enough = (likeliest.double().sum(-1) >= top_p) | (count >= vocab)
+        ready = rows[enough]
+        column = inverse_cdf(likeliest[enough], top_p, uniform[ready])
+        ids[ready] = order[enough].gather(1, column[:, None])[:, 0]
+        rows = rows[~enough]
+        if not len(rows):
+            break
+    return ids
+
+
+def inverse_cdf(probs, top_p, uniform):
+    """Column of probs [B, n] where their running sum passes uniform [B] times what is kept.
+
+    Kept are the first columns that together reach top_p."""
+    most = probs.shape[1] - 1
+    share = probs.double().cumsum(-1)
+    kept = share[:, -1:]
+    if top_p < 1:
+        last = (share < top_p).sum(-1, keepdim=True).clamp(max=most)
+        kept = share.gather(1, last)
+    passed = share <= uniform[:, None] * kept
+    return passed.sum(-1).clamp(max=most)
+
+
+# ----------------------------------------------------------------------------- rows
+@dataclass
+class Row:
+    """A running continuation."""
+    prompt: int
+    sample: int
+    noise: np.ndarray  # uniform numbers, one for each token it may have
+    ids: list          # its new ids
+    ended: bool = False
+
+
+def generate(model, prompts, max_new_tokens, *knobs):
+    """n continuations of each prompt: list (prompts) of lists (n) of lists of new ids."""
+    out = [None] * len(prompts)
+    for prompt, rows in generate_each(model, prompts, max_new_tokens, *knobs):
+        out[prompt] = rows
+    return out
+
+
+def generate_each(model, prompts, max_new_tokens, temperature, top_p, n, stop, seed, batch_size):
+    """Yield (index of a prompt, its n lists of new ids) as soon as the n are complete."""
+    rows = []
+    for _ in prompts:
+        rows.append([[] for _ in range(n)])
+    running = [n] * len(prompts)
+    tokens = generate_tokens(model, prompts, max_new_tokens, temperature, top_p,
+                             n, stop, seed, batch_size)
+    for prompt, sample, token, ended in tokens:
+        rows[prompt][sample].append(token)
+        if ended:
+            running[prompt] -= 1
+        if running[prompt] == 0:
+            yield prompt, rows[prompt]
+
+    # no token comes for a prompt that may have none
+    for prompt, most in enumerate(one_each(max_new_tokens, prompts)):
+        if most == 0:
+            yield prompt, rows[prompt]
+
+
+@torch.inference_mode()
+def generate_tokens(model, prompts, max_new_tokens, temperature, top_p, n, stop, seed, batch_size):
+    """Yield (prompt, sample, new id, whether the row ends with it), n samples of each prompt.
+
+    temperature 0 is greedy; top_p keeps the likeliest tokens up to that share. stop is a collection
+    of ids, or a function of a row's new ids that says whether it ends there; the id that ends a row
+    is part of it. Up to batch_size rows run at once and a finished row leaves its place to the next
+    in the queue. A prompt is read once for all its samples. max_new_tokens and seed are one number,
+    or one a prompt. Random numbers belong to (seed, prompt, sample, position), so that a row's text
+    does not depend on its neighbours; a prompt with a seed of its own draws what it draws alone.
+    Raises ValueError for an empty prompt, ids out of vocabulary, or no room for max_new_tokens."""
+    most = one_each(max_new_tokens, prompts)
+    # (seed, number) of each prompt's random numbers
+    if isinstance(seed, int):
+        keys = [(seed, prompt) for prompt in range(len(prompts))]
+    else:
+        keys = [(own, 0) for own in seed]
+    length = check_prompts(model.config, prompts, most, keys)
+    stops = stop if callable(stop) else frozenset(stop or ())
+    config = model.config
+    device = model.device
+    dtype = model.compute_dtype
+
+    # samples that wait, the next one last
+    queue = []
+    for prompt in reversed(range(len(prompts))):
+        if most[prompt]:
+            queue += [(prompt, sample) for sample in reversed(range(n))]
+    places = min(batch_size, len(queue))
+    cache = KVCache(config, places, length, device, dtype)
+    logits = torch.empty(0, config.vocab_size, device=device, dtype=dtype)
+    rows = []  # that run, in the order of the cache
+    read = {}  # prompt -> its keys, values and last logits, while it has samples to start
+
+    packs = places <= PACKED_ROWS and max(most, default=0) > 1
+    with packed_weights(model) if packs else contextlib.nullcontext():
+        while rows or queue:
+            # samples from the queue take the free places
+            free = min(batch_size - len(rows), len(queue))
+            admitted = [queue.pop() for _ in range(free)]
+            if admitted:
+                read = read_for(model, prompts, admitted, queue, read)
+                first_logits = start_rows(rows, admitted, read, cache, keys, most)
+                logits = torch.cat([logits, first_logits])
+
+            # a token for each row
+            noise = [row.noise[len(row.ids)] for row in rows]
+            uniform = torch.tensor(noise, device=device)
+            ids = sample_ids(logits, temperature, top_p, uniform).tolist()
+            for row, token in zip(rows, ids):
+                row.ids.append(token)
+                row.ended = len(row.ids) == most[row.prompt] or stops_at(stops, row.ids)
+                yield row.prompt, row.sample, token, row.ended
+
+            # rows that ended leave, the others read their token
+            drop_ended(rows, cache)
+            logits = logits[:0]
+            if rows:
+                logits = next_logits(model, cache, [row.ids[-1] for row in rows])
+
+
+def one_each(value, prompts):
+    """A number for all prompts, or a list with one for each -> such a list."""
+    return [value] * len(prompts) if isinstance(value, int) else value
+
+
+def check_prompts(config, prompts, most, keys):
+    """Tokens of the longest prompt with its continuation; raises ValueError as generate_tokens."""
+    if not len(prompts) == len(most) == len(keys):
+        raise ValueError(f"{len(prompts)} prompts, but {len(most)} max_new_tokens "
+                         f"and {len(keys)} seeds")
+    longest = 0
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {i} has no tokens")
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            raise ValueError(f"prompt {i} has an id outside the vocabulary of "
+                             f"{config.vocab_size:,}")
+        longest = max(longest, len(prompt) + most[i])
+    if longest > config.max_position_embeddings:
+        raise ValueError(f"longest prompt + max_new_tokens = {longest}, more than the model's "
+                         f"max_position_embeddings={config.max_position_embeddings}")
+    return longest
+
+
+def start_rows(rows, admitted, read, cache, keys, most):
+    """Append a Row for each sample, its prompt in the cache; returns their logits [samples, V]."""
+    first_logits = []
+    for prompt, sample in admitted:
+        k, v, logits = read[prompt]
+        cache.put(len(rows), k, v)
+        noise = noise_of(*keys[prompt], sample, most[prompt])
+        rows.append(Row(prompt, sample, noise, ids=[]))
+        first_logits.append(logits)
+    return torch.cat(first_logits)
+
+
+def noise_of(seed, number, sample, count):
+    """`count` uniform numbers in [0, 1) that belong to this sample of prompt `number` alone."""
+    # a counter-based generator: each key is a stream of its own
+    philox = np.random.Philox(key=[seed, number << 32 | sample])
+    return np.random.Generator(philox).random(count)
+
+
+def stops_at(stops, ids):
+    """Whether a row ends with its last id; stops: a function of the row's ids, or a set of ids."""
+    if callable(stops):
+        return bool(stops(ids))
+    return ids[-1] in stops
+
+
+def drop_ended(rows, cache):
+    """Remove the rows that ended; the last row moves into a free place."""
+    # from the end, so that the last row has not ended itself
+    for i in reversed(range(len(rows))):
+        if not rows[i].ended:
+            continue
+        last = rows.pop()
+        if i < len(rows):
+            k, v = cache.row(len(rows))
+            cache.put(i, k, v)
+            rows[i] = last
+
+
+# ----------------------------------------------------------------------------- the model's part
+def next_logits(model, cache, ids):
+    """Logits [rows, V] after one more token in each of the cache's first rows."""
+    cache.open_step(len(ids))
+    tokens = torch.tensor(ids, device=model.device)[:, None]
+    hidden = model.hidden(tokens, cache=cache, start=cache.write_at)
+    logits = model.head(hidden)[:, 0]
+    cache.close_step()
+    return logits
+
+
+def read_for(model, prompts, admitted, queue, read):
+    """What read_prompts returns, for the samples admitted now; `read`: that of earlier steps."""
+    starting = {prompt for prompt, _ in admitted}
+    # a prompt in hand stays while it has samples to start, now or next
+    needed = starting | {prompt for prompt, _ in queue[-1:]}
+    kept = {prompt: read[prompt] for prompt in read if prompt in needed}
+    missing = sorted(starting - kept.keys())
+    return kept | read_prompts(model, prompts, missing)
+
+
+def read_prompts(model, prompts, which):
+    """Run prompts through the model, one behind the other without padding.
+
+    -> {prompt: (keys, values [layers, KV, T, hd], logits [1, V] after its last token)}"""
+    # as many prompts at once as fit READ_AT_ONCE
+    batches = []
+    size = 0
+    for p in which:
+        if not batches or size + len(prompts[p]) > READ_AT_ONCE:
+            batches.append([])
+            size = 0
+        batches[-1].append(p)
+        size += len(prompts[p])
+
+    read = {}
+    for batch in batches:
+        tokens = []
+        borders = [0]
+        for p in batch:
+            tokens += prompts[p]
+            borders.append(len(tokens))
+
+        # one row, whose documents are the prompts; the head sees their last tokens alone
+        cache = KVCache(model.config, 1, len(tokens), model.device, model.compute_dtype)
+        docs = torch.tensor(borders, device=model.device)
+        tokens = torch.tensor([tokens], device=model.device)
+        hidden = model.hidden(tokens, docs, cache)
+        last = hidden[:, docs[1:] - 1]
+        logits = model.head(last)[0]
+        for i, p in enumerate(batch):
+            inside = slice(borders[i], borders[i + 1])
+            k = cache.k[:, 0, :, inside]
+            v = cache.v[:, 0, :, inside]
+            read[p] = k, v, logits[i:i + 1]
+    return read
+
+
+@contextlib.contextmanager
+def packed_weights(model):
+    """Inside, products in bf16 on a CPU read the weights in the order that oneDNN computes in.
+
+    Few rows gain most by it. The copy takes the memory of the weights once more; it is dropped at
+    the end, as the weights may change then."""
+    modules = []
+    if (model.device.type == "cpu" and model.compute_dtype == torch.bfloat16
+            and torch.backends.mkldnn.is_available()
+            and torch.backends.cpu.get_cpu_capability().startswith("AVX512")):
+        # projections, and the model itself for its head
+        modules = [module for module in model.modules() if hasattr(module, "packed")]
+    try:
+        for module in modules:
+            weight = module.head_weight if module is model else module.weight
+            module.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16))
+        yield
+    finally:
+        for module in modules:
+            module.packed = None
