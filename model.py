@@ -134,6 +134,7 @@ class Attention(nn.Module):
         self.dropout = 0.0  # of probabilities, in training
         self.qkv_proj = projection(config, "qkv_proj")
         self.o_proj = projection(config, "o_proj")
+        self.document_attention = document_attention
 
     def forward(self, x, cos, sin, docs, cache):
         B, T, _ = x.shape
@@ -150,7 +151,7 @@ class Attention(nn.Module):
         elif docs is None:
             out = causal_attention(q, k, v, dropout)
         else:
-            out = document_attention(q, k, v, docs, dropout)
+            out = self.document_attention(q, k, v, docs, dropout)
         return self.o_proj(out.reshape(B, T, -1))
 
 
@@ -211,6 +212,7 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compute_dtype = self.embed_tokens.weight.dtype
         self.activation_checkpointing = "none"
+        self.compiled = False
 
     @property
     def head_weight(self):
@@ -233,6 +235,15 @@ class Llama(nn.Module):
                 full.normal_(0, std, generator=generator)
             fill(p, full)
         return self
+
+    def compile_blocks(self):
+        """torch.compile every block, without what depends on the number of documents."""
+        # not a decorator: importing the compiler takes as long as importing torch
+        uncompiled = torch.compiler.disable(document_attention)
+        for block in self.layers:
+            block.self_attn.document_attention = uncompiled
+            block.compile()
+        self.compiled = True
 
     def rotary_tables(self, B, T, docs, start, device):
         """cos and sin [B or 1, T, 1, hd] of each token's position, in its document if any."""
@@ -259,7 +270,7 @@ class Llama(nn.Module):
 
         # what all blocks share
         cos, sin = self.rotary_tables(B, T, docs, start, tokens.device)
-        if docs is not None:
+        if docs is not None and self.compiled:
             # else every new number of documents would compile again
             torch._dynamo.maybe_mark_dynamic(docs, 0)
 

@@ -379,8 +379,7 @@ if __name__ == "__main__":
         if started_from:
             load_optimizer(model, optim, started_from)
         if compile:
-            for block in model.layers:
-                block.compile()
+            model.compile_blocks()
 
         # ---- the run's files
         log = Path(out_dir) / "log.jsonl"

@@ -73,8 +73,7 @@ def load_ours(folder, rank, tokens, settings):
 def compile_side(side, llama, settings):
     """torch.compile in place where the settings ask for it: ours by blocks, the peer whole."""
     if side == "ours" and settings.compile:
-        for block in llama.layers:
-            block.compile()
+        llama.compile_blocks()
     if side == "peer" and settings.compile_peer:
         llama.compile()
 

@@ -111,7 +111,6 @@ def document_positions(docs, n):
     return torch.arange(n, device=docs.device) - starts
 
 
-@torch.compiler.disable  # the number of documents changes from batch to batch
 def document_attention(q, k, v, docs, dropout=0.0):
     """Causal attention inside each document; docs are their borders in the flattened tokens."""
     shape = q.shape
