@@ -10,6 +10,7 @@
 set -eu
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
+trap 'exit 1' HUP INT TERM
 python3 -m venv "$tmp/venv"
 "$tmp/venv/bin/pip" install -q --no-compile datasets==5.2.0 pyarrow==26.0.1
 cat > "$tmp/try.py" <<'EOF'

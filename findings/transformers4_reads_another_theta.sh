@@ -10,6 +10,7 @@
 set -eu
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
+trap 'exit 1' HUP INT TERM
 for version in 5.24.0 4.57.6; do
     python3 -m venv "$tmp/$version"
     "$tmp/$version/bin/pip" install -q --no-compile transformers==$version

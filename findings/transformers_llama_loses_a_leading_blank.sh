@@ -13,6 +13,7 @@
 set -eu
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
+trap 'exit 1' HUP INT TERM
 python3 -m venv "$tmp/venv"
 "$tmp/venv/bin/pip" install -q --no-compile transformers==5.24.0 \
     tokenizers==0.23.3 sentencepiece==0.2.3 protobuf==7.36.2

@@ -12,6 +12,7 @@
 set -eu
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
+trap 'exit 1' HUP INT TERM
 python3 -m venv "$tmp/venv"
 "$tmp/venv/bin/pip" install -q --no-compile \
     torch==2.13.0 numpy==2.4.6 transformers==5.24.0 tokenizers==0.23.3

@@ -11,6 +11,7 @@
 set -eu
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
+trap 'exit 1' HUP INT TERM
 python3 -m venv "$tmp/venv"
 "$tmp/venv/bin/pip" install -q --no-compile transformers==5.24.0 tokenizers==0.23.3
 cat > "$tmp/try.py" <<'EOF'

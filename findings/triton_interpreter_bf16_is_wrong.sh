@@ -1,16 +1,17 @@
 #!/bin/sh
 # Most would expect: a kernel that runs under TRITON_INTERPRET=1 computes with
 # bf16 as a GPU does, up to rounding, or says that it cannot.
-# What happens: the interpreter keeps bf16 as 16-bit whole numbers, and dot,
-# sum and products count with the bits as such: results are wrong by factors
-# of millions, with no error. Conversions do see the type: a kernel that casts
-# to fp32 first is right. A cast back to bf16 cuts off instead of rounding to
-# the nearest: errors up to twice as large, and all of them towards zero.
+# What happens: the interpreter keeps bf16 as 16-bit whole numbers, and a dot
+# counts with the bits as such: its results are wrong by factors of millions,
+# with no error. Conversions do see the type: a kernel that casts to fp32 first
+# is right. A cast back to bf16 cuts off instead of rounding to the nearest:
+# errors up to twice as large, and all of them towards zero.
 # Whom it hurts: whoever tests kernels without a GPU: bf16 cases fail though
 # the kernel is right, or are taken out of the tests altogether.
 set -eu
 tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
+trap 'exit 1' HUP INT TERM
 python3 -m venv "$tmp/venv"
 "$tmp/venv/bin/pip" install -q --no-compile torch==2.13.0 numpy==2.4.6 triton==3.7.1
 cat > "$tmp/try.py" <<'EOF'
