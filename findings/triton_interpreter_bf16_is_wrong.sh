@@ -52,7 +52,8 @@ cut = torch.zeros(1024, dtype=torch.bfloat16)
 narrow[(1,)](x, cut, 1024)
 other = (cut != x.bfloat16()).float().mean().item()
 larger = (cut.float().abs() > x.abs()).sum().item()
-print(f"fp32 to bf16: {other:.0%} of the values differ from torch's, {larger} are larger than the input")
+print(f"fp32 to bf16: {other:.0%} of the values differ from torch's, "
+      f"{larger} are larger than the input")
 assert errors[False] > 1e6 and errors[True] < 1e-6
 assert other > 0.4 and larger == 0
 EOF
