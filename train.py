@@ -89,7 +89,7 @@ schedule = 'cosine'          # cosine | inv_sqrt | constant
 warmup_steps = None          # None = a tenth of the run (cosine) or 0
 alpha_f = 0.01               # cosine: last learning rate as a share of the peak
 t_scale = 1000               # inv_sqrt: how slowly it falls
-alpha_f_decay = 1.0          # inv_sqrt: floor of the fall; 1 = flat, the paper's trapezoid
+alpha_f_decay = 1.0          # inv_sqrt: floor of the fall; 1 = flat: a trapezoid (WSD)
 cooldown_steps = None        # inv_sqrt: linear ramp at the end; None = a fifth of the run
 alpha_f_cooldown = 0.0       # inv_sqrt: where the ramp ends
 schedule_lag = True          # the paper's: set one step late, so the first two steps have rate 0
@@ -176,8 +176,10 @@ def learning_rate_at(step, steps, knobs):
             cooldown = round(0.2 * steps)
         multiplier = inv_sqrt_with_warmup(t, steps, warmup, knobs.t_scale, cooldown,
                                           knobs.alpha_f_decay, knobs.alpha_f_cooldown)
-    else:
+    elif knobs.schedule == "constant":
         multiplier = min(1.0, t / warmup) if warmup else 1.0
+    else:
+        raise ValueError(f"schedule={knobs.schedule}: learning_rate_at in train.py has none of it")
     return knobs.learning_rate * multiplier
 
 
@@ -206,13 +208,13 @@ def make_model(shape, compute_dtype, knobs, saved_adapter=""):
 
 def make_optimizer(model, knobs):
     """The optimizer. To add one: its class and a line of OPTIMIZERS, both in lion.py."""
-    # parameter groups: each may have its own "lr", and keeps its ratio to that of the first
+    # parameter groups: each may have its own "lr", and keeps its ratio to learning_rate
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": trained}]
     betas = (knobs.beta1, knobs.beta2)
     optim = OPTIMIZERS[knobs.optimizer](groups, knobs.learning_rate, betas, knobs.weight_decay)
     for group in optim.param_groups:
-        group["lr_scale"] = group["lr"] / optim.param_groups[0]["lr"]
+        group["lr_scale"] = group["lr"] / knobs.learning_rate
     return optim
 
 

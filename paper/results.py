@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import train
+from configurator import default_values
 
-# Knobs of train.py that make two runs two settings; a Setting has base, data, rank, alpha and
-# targets beside them. A new knob that changes what is learned belongs here.
-SETTING = ("scratch", "adapter", "global_batch", "seq_len", "shuffle", "optimizer", "learning_rate",
-           "beta1", "beta2", "weight_decay", "attention_dropout", "grad_clip", "loss_norm",
-           "doc_mask", "schedule", "alpha_f", "t_scale", "alpha_f_decay", "alpha_f_cooldown",
-           "schedule_lag", "dtype", "param_dtype")
-LORA_SETTING = ("lora_dropout", "rslora")  # of LoRA alone
+# Every knob of train.py makes a setting, but for those that only say how, where and how long a run
+# trains. So a new knob sets runs apart, and a run from before it counts as having its default.
+KNOBS = default_values(vars(train))
+NO_SETTING = train._free | {"seed", "microbatch", "warmup_steps", "cooldown_steps"}
+LORA_KNOBS = {"lora_dropout", "rslora"}  # which mean nothing in full finetuning
+# fields of Setting
+FIELDS = {"base", "data", "lora_rank", "lora_alpha", "lora_targets"}
+SETTING = sorted(KNOBS.keys() - NO_SETTING - FIELDS)
 
 # The regularisers of figure 4 and from where on they count: code CPT's weight decay, 1e-6, is none.
 REGULARISERS = {"weight_decay": 1e-5, "attention_dropout": 1e-9}
@@ -224,17 +226,15 @@ def setting_of(run):
     rank = config.get("lora_rank") or 0
     alpha = 0
     targets = "all"
-    knobs = SETTING
     if rank:
         alpha = config.get("lora_alpha") or 2 * rank
         targets = targets_name(config.get("lora_targets", "all"))
-        knobs = SETTING + LORA_SETTING
 
     # the other knobs, as text, so that settings can be compared and sorted
     other = []
-    for knob in sorted(knobs):
-        default = getattr(train, knob)
-        other.append((knob, str(config.get(knob, default))))
+    for knob in SETTING:
+        if rank or knob not in LORA_KNOBS:
+            other.append((knob, str(config.get(knob, KNOBS[knob]))))
     return Setting(dataset, base, rank, alpha, targets, tuple(other))
 
 
@@ -299,8 +299,7 @@ def points_of_trained(runs):
                     groups[key][metric].append(value)
                     places.setdefault(key, run.places[step])
                 elif step == last_step:
-                    problems[f"{run.name}: a second run of one setting, seed and length, left out; "
-                             "a knob that sets it apart belongs in SETTING (paper/results.py)"] = 1
+                    problems[f"{run.name}: a second run of one setting, seed and length, left out"] = 1
 
     # means over the seeds
     points = []

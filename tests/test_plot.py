@@ -20,7 +20,8 @@ from paper.plot_samples import draw_diversity, draw_pass_at_k
 from paper.plot_spectra import draw_directions, draw_effective_ranks, draw_spectra, ranks_of_changes
 from paper.plot_speed import draw_throughput, draw_training
 from paper.plot_sweeps import draw_alphas, draw_learning_rates, draw_ranks, draw_targets
-from paper.results import (LORA_SETTING, SETTING, ends_of, main_settings, mean_of_seeds, points_of, problems, read_run,
+from paper import results
+from paper.results import (SETTING, ends_of, main_settings, mean_of_seeds, points_of, problems, read_run,
                            targets_name)
 
 BASE_CONFIG = {"base": "models/base", "data": "data/gsm8k", "lora_rank": 0, "lora_alpha": None, "lora_targets": "all",
@@ -457,13 +458,17 @@ def test_old_and_new_seeds_are_one_setting_where_the_new_knobs_are_at_their_defa
     assert values == {(0, "cosine"): pytest.approx(0.3), (0, "constant"): 0.9, (16, "cosine"): pytest.approx(0.3)}
 
 
-def test_it_is_decided_of_every_knob_of_training_whether_it_makes_a_setting():
-    """A new knob of train.py fails here until it stands in SETTING, or in this list of what runs of one setting may differ in."""
-    apart = {"base", "data", "lora_rank", "lora_alpha", "lora_targets"}  # which Point has under their own names
-    no_setting = set("""out_dir resume auto_resume resume_from val_data seed max_steps max_epochs max_tokens warmup_steps
-        cooldown_steps microbatch log_interval eval_interval eval_rows save_interval keep_last async_save checkpoint_at max_skipped
-        device compile lora_kernel shard shard_ranks activation_checkpointing memory_gb dry_run gpus gpu mfu data_rows""".split())
-    assert set(find_knobs(vars(train))) == {*SETTING, *LORA_SETTING} | apart | no_setting
+def test_a_knob_that_nobody_listed_sets_runs_apart(tmp_path, monkeypatch):
+    """A hack's new knob must never be averaged over; runs from before it count as having its default."""
+    assert {"learning_rate", "loss_norm", "lora_dropout", "param_dtype"} < set(SETTING)
+    assert not {"seed", "out_dir", "microbatch", "max_steps", "device", "base", "lora_rank"} & set(SETTING)
+    monkeypatch.setattr(results, "SETTING", [*SETTING, "lora_plus"])
+    monkeypatch.setitem(results.KNOBS, "lora_plus", 1.0)
+    write_run(tmp_path / "old", ((10, LEARN, 0.2),), lora_rank=8, seed=1)
+    write_run(tmp_path / "default", ((10, LEARN, 0.4),), lora_rank=8, seed=2, lora_plus=1.0)
+    write_run(tmp_path / "other", ((10, LEARN, 0.9),), lora_rank=8, seed=3, lora_plus=16.0)
+    points, _ = load(tmp_path)
+    assert sorted(p.values[LEARN][0] for p in points) == pytest.approx([0.3, 0.9])
 
 
 def test_ends_of_takes_the_length_most_settings_share(tmp_path):
