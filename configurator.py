@@ -205,7 +205,7 @@ class FileNames(UserDict):
         self.data = {**seen, "__file__": path, "include": self.include}
 
     def __setitem__(self, name, value):
-        # the assignment may stand in a function or an exec() that the file's line calls
+        # the line of a config file that assigns: the innermost frame that is in one of the files
         frame = sys._getframe(1)
         while frame.f_code.co_filename not in self.files:
             frame = frame.f_back
@@ -251,7 +251,8 @@ def run_file(path, seen, knobs):
         places = names.places.get(name, [])  # globals()[name] = value leaves none
         place = "{}:{}".format(*places[-1]) if places else path
         if name in knobs:
-            if places or value is not seen[name]:
+            was_assigned = bool(places) or value is not seen[name]
+            if was_assigned:
                 value = check(value, knobs[name], f"{place}: {name} = {value!r}")
                 files = dict.fromkeys(file for file, _ in places)
                 assigned[name] = (value, list(files) or [path])

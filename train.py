@@ -61,7 +61,7 @@ resume_from = ''             # start out_dir from this checkpoint (step_N) of an
 lora_rank = 0                # 0 = full finetuning
 lora_alpha = None            # scale is alpha / rank; None = 2 * rank, as in the paper
 lora_dropout = 0.05          # on the adapter's input
-lora_targets = 'all'         # all | attention | mlp | with commas, of q k v o gate up down _proj
+lora_targets = 'all'         # all | attention | mlp | names with commas: q_proj,v_proj,down_proj
 rslora = False               # scale alpha / sqrt(rank) instead
 lora_kernel = 'auto'         # torch: plain products | triton: fused | auto: the faster on a GPU
 adapter = ''                 # train this PEFT folder (its rank, alpha, targets), not a new one
@@ -92,7 +92,7 @@ t_scale = 1000               # inv_sqrt: how slowly it falls
 alpha_f_decay = 1.0          # inv_sqrt: floor of the fall; 1 = flat: a trapezoid (WSD)
 cooldown_steps = None        # inv_sqrt: linear ramp at the end; None = a fifth of the run
 alpha_f_cooldown = 0.0       # inv_sqrt: where the ramp ends
-schedule_lag = True          # the paper's: set one step late, so the first two steps have rate 0
+schedule_lag = True          # the paper's: set a step late; with warmup the first two have rate 0
 # watching and saving
 log_interval = 1             # steps
 eval_interval = 0            # steps between validations; 0 = before the first, after the last only
@@ -110,13 +110,13 @@ shard = 'auto'               # none: replicas | full | hybrid: inside groups | a
 shard_ranks = 0              # hybrid: ranks of a group; 0 = those of a node
 activation_checkpointing = 'none'  # block: keep a block's input | selective: and its products
 compile = False              # torch.compile of each block: minutes at the start, then faster
-memory_gb = 0.0              # of a rank, for shard=auto; 0 = what the device has (dry_run: 80)
+memory_gb = 0.0              # a rank may use, for shard=auto; 0 = all it has (dry_run: 80)
 # planning, in training/plan.py
 mfu = 0.4                    # share of the GPUs' FLOP/s that predicted times assume
-dry_run = False              # only print what the run would take on
-gpus = 1                     # so many ranks
-gpu = 'H100'                 # of this name in runtime.PEAK_TFLOPS
-data_rows = 0                # and, while data is still to be made, so many rows, if known
+dry_run = False              # print the plan and stop
+gpus = 1                     # ranks to plan for
+gpu = 'H100'                 # a name in runtime.PEAK_TFLOPS
+data_rows = 0                # rows of data that is still to be made, if known
 
 _types = {'checkpoint_at': float, 'lora_alpha': float, 'warmup_steps': int, 'cooldown_steps': int}
 _choices = {'optimizer': tuple(OPTIMIZERS), 'loss_norm': ('token', 'paper'),
@@ -239,7 +239,7 @@ def backward_batch(model, rows, batch, microbatch, device, loss_norm="token", do
     total = torch.zeros((), device=device)
     for start, part in zip(starts, parts):
         tokens, targets, docs = stack(part, device)
-        # dropout masks follow from this, so that a resumed run draws the same ones
+        # the seed of this microbatch's dropout masks: a resumed run draws the same ones
         dropout_seed = np.random.SeedSequence([seed, step, start]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(dropout_seed))
         loss = model(tokens, targets, docs if doc_mask else None, reduction="sum")[1]
@@ -262,7 +262,7 @@ def mean_loss(model, rows, microbatch, device, limit=0):
     for i in range(0, len(chosen), WORLD * microbatch):
         first = i + RANK * microbatch
         part = [rows[j] for j in chosen[first:first + microbatch]]
-        # filled up with rows without targets, as another shape would be compiled again
+        # pad with rows without targets: a new shape would be compiled again
         tokens, targets, starts = rows[0]
         no_targets = np.full_like(targets, IGNORE)
         while len(part) < microbatch:
@@ -418,7 +418,8 @@ if __name__ == "__main__":
             loss = backward_batch(model, train_rows, batch, microbatch, device, loss_norm, doc_mask,
                                   seed, step)
 
-            # sums over ranks (FSDP has summed its gradients); a signal to one rank stops all
+            # sums over ranks (FSDP has summed its gradients) and, in one message, the loss, whether
+            # any rank was told to stop, and each rank's peak memory
             if not is_sharded(model):
                 all_reduce_gradients(trained)
             norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
@@ -459,7 +460,8 @@ if __name__ == "__main__":
 
             # validate
             if saving and saving.done():
-                saving = saving.result()  # None, or an error while writing
+                saving.result()  # raises an error of the thread that wrote
+                saving = None
             if done == steps or eval_interval and done % eval_interval == 0:
                 losses = validate(model, watched, knobs, device)
                 log_losses(log, done, steps, state["tokens"], losses)

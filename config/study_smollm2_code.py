@@ -10,8 +10,6 @@ For paper/study.py: config/study_smollm2.py's shape with continued pretraining o
 Learned is the loss on modules that were held out, by a hash of their text, and HumanEval; 75 steps of 1,024 tokens are a
 ninth of an epoch. The learning rates are those of config/study_smollm2.py, not tuned again.
 """
-from pathlib import Path
-
 out_dir = out_dir or 'out/smollm2_code'
 _lengths = {'75': '--max_steps=75'}
 _seeds = ()
@@ -19,5 +17,5 @@ _loss = 'stdlib=data/stdlib_smollm2'
 _words = 'loss on held-out modules'
 train = train or ('--data=data/stdlib_smollm2 --global_batch=1 --microbatch=1 --compile=True --dtype=bfloat16 '
                   '--eval_rows=4 --save_interval=75 --keep_last=1')
-exec((Path(__file__).parent / 'study_smollm2.py').read_text())
+include('study_smollm2.py')
 evals = tuple(_text for _text in evals if 'gsm8k' not in _text)

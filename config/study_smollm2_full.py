@@ -5,8 +5,6 @@ or MLP alone; for a GPU (a week on two CPU cores, by calculation; not run yet).
     python -m paper.study config/study_smollm2_full.py
     python -m paper.claims --runs='out/smollm2_full/*' --learning=gsm8k_strict_match --forgetting=hellaswag
 """
-from pathlib import Path
-
 out_dir = out_dir or 'out/smollm2_full'
 _plain = {'full': '--learning_rate=1e-5', 'r16': '--lora_rank=16 --learning_rate=2e-4',
           'r64': '--lora_rank=64 --learning_rate=1e-4', 'r256': '--lora_rank=256 --learning_rate=5e-5',
@@ -22,4 +20,4 @@ _limits = ('', '', '')
 _seeds = ()
 train = train or ('--data=data/gsm8k_smollm2_train --global_batch=8 --microbatch=8 --compile=True --save_interval=100 '
                   '--keep_last=1')
-exec((Path(__file__).parent / 'study_smollm2.py').read_text())
+include('study_smollm2.py')
