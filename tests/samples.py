@@ -1,0 +1,142 @@
+"""Small data of the tests' own, in the forms of the published sets: a clone needs no other files.
+
+    word_problems(folder / "train.jsonl", 60)    {"question", "answer": "...\\n#### 42"}, as GSM8K
+    stories(folder / "stories.txt", 40)          paragraphs parted by blank lines, as TinyStories
+    programs(folder / "programs.jsonl")          six problems in HumanEval's form
+    choice_items(folder, 40)                     HellaSwag, ARC-Challenge and WinoGrande
+    mtbench_questions(folder / "q.jsonl")        two turns in each of MT-bench's categories
+
+All texts were written here, or are made by templates; each is a pure function of its arguments.
+"""
+import json
+import random
+
+from quickstart import toy_math
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def word_problems(path, count, seed=0):
+    """GSM8K's form."""
+    return write_lines(path, toy_math(count, seed))
+
+
+# ----------------------------------------------------------------------------- stories
+GIRLS_AND_BOYS = ["Lily", "Tom", "Mia", "Ben", "Sara", "Max"]
+PLACES = ["park", "garden", "kitchen", "forest", "house"]
+TOYS = ["red ball", "small box", "toy car", "yellow kite", "little boat"]
+ANIMALS = ["dog", "cat", "bird", "frog", "rabbit"]
+
+
+def stories(path, count, seed=0):
+    """Short stories in the words of TinyStories."""
+    rng = random.Random(seed)
+    paragraphs = []
+    for _ in range(count):
+        name, friend = rng.sample(GIRLS_AND_BOYS, 2)
+        place = rng.choice(PLACES)
+        toy = rng.choice(TOYS)
+        animal = rng.choice(ANIMALS)
+        paragraphs.append(f"Once upon a time, there was a child named {name}. {name} liked to play in the {place}. "
+                          f"One day, {name} saw a big {animal} with a {toy}.")
+        paragraphs.append(f'"Can I play with your {toy}?" asked {name}. The {animal} was happy and said, "Yes, we can share."')
+        paragraphs.append(f"{friend} came to the {place} too. They all played with the {toy} until it was time to go home. "
+                          f"{name} and {friend} told their mom about the {animal}, and she smiled.")
+    path.write_text("\n\n".join(paragraphs) + "\n")
+    return path
+
+
+# ----------------------------------------------------------------------------- programs
+PROGRAMS = [  # name, arguments, what it does, examples (arguments, result), body
+    ("longest_word", "words", "Return the longest of the given words, and the first of them if there are several.\n"
+     "    The list is never empty.", [("['a', 'bcd', 'ef']", "'bcd'"), ("['xy', 'zz']", "'xy'")],
+     "    return max(words, key=len)\n"),
+    ("digits_sum", "number", "Add up the decimal digits of a whole number, which may be negative;\n"
+     "    the sign is not counted.", [("1203", "6"), ("-45", "9"), ("0", "0")],
+     "    return sum(int(digit) for digit in str(abs(number)))\n"),
+    ("without_repeats", "values", "Return the values in their order, each only where it comes for the first time.",
+     [("[3, 1, 3, 2, 1]", "[3, 1, 2]"), ("[]", "[]")],
+     "    seen = []\n    for value in values:\n        if value not in seen:\n            seen.append(value)\n    return seen\n"),
+    ("halvings", "number", "How often can a positive whole number be halved until it is odd?",
+     [("12", "2"), ("7", "0"), ("64", "6")],
+     "    count = 0\n    while number % 2 == 0:\n        number //= 2\n        count += 1\n    return count\n"),
+    ("swap_case_of_vowels", "text", "Turn small vowels of an English text into capitals and capitals into small ones;\n"
+     "    all other characters stay.", [("'Apple pie'", "'applE pIE'"), ("'xyz'", "'xyz'")],
+     "    return ''.join(c.swapcase() if c in 'aeiouAEIOU' else c for c in text)\n"),
+    ("rising", "values", "Is each of the values larger than the one before it?",
+     [("[1, 2, 5]", "True"), ("[1, 1]", "False"), ("[]", "True")],
+     "    return all(a < b for a, b in zip(values, values[1:]))\n")]
+
+
+def program_records():
+    """HumanEval's form; the ids are Own/0, Own/1, ..."""
+    records = []
+    for number, (name, argument, purpose, examples, body) in enumerate(PROGRAMS):
+        shown = "".join(f"    >>> {name}({given})\n    {result}\n" for given, result in examples)
+        checks = "".join(f"    assert candidate({given}) == {result}\n" for given, result in examples)
+        records.append({"task_id": f"Own/{number}", "prompt": f'\n\ndef {name}({argument}):\n    """ {purpose}\n{shown}    """\n',
+                        "entry_point": name, "canonical_solution": body, "test": f"\n\ndef check(candidate):\n{checks}\n"})
+    return records
+
+
+def programs(path):
+    return write_lines(path, program_records())
+
+
+# ----------------------------------------------------------------------------- choices
+DOES = ["rolls the dough", "paints a fence", "climbs a ladder", "throws a ball", "washes the car", "plays the drums",
+        "cuts the grass", "ties a rope", "folds the paper", "lifts a stone", "combs the horse", "rides a bike"]
+THEN = ["and puts it on the table", "while the others watch", "with both hands", "until it is done", "near the water"]
+
+
+def hellaswag_record(rng, number):
+    first, *others = rng.sample(DOES, 5)
+    endings = [f"{does} {rng.choice(THEN)}." for does in others]
+    return {"ind": number, "activity_label": first.capitalize(), "ctx_a": f"A man {first} in the yard.", "ctx_b": "then he",
+            "ctx": f"A man {first} in the yard. then he", "endings": endings, "source_id": f"own~{number}", "split": "val",
+            "split_type": "indomain", "label": str(rng.randrange(4))}
+
+
+def arc_record(rng, number):
+    first, second = rng.sample(DOES, 2)
+    things = rng.sample(["iron", "wood", "glass", "water", "sand", "salt"], 4)
+    labels = ["1", "2", "3", "4"] if number % 5 == 4 else ["A", "B", "C", "D"]
+    question = (f"A student of class {number} {first} on Monday and {second} on Tuesday, and writes down how warm it is "
+                f"each time. Which of these materials would be the best one to measure next?")
+    return {"id": f"own_{number}", "question": question, "choices": {"text": [f"a piece of {thing}" for thing in things],
+                                                                   "label": labels}, "answerKey": rng.choice(labels)}
+
+
+def winogrande_record(rng, number):
+    first, second = rng.sample(GIRLS_AND_BOYS, 2)
+    does = rng.choice(DOES)
+    return {"sentence": f"{first} asked how {second} {does}, because _ wanted to learn it by day {number}.",
+            "option1": first, "option2": second, "answer": rng.choice(["1", "2"])}
+
+
+def choice_items(folder, count):
+    """{task: file} with `count` items of each of the three sets of the forgetting evaluation."""
+    files = {}
+    for task, make in (("hellaswag", hellaswag_record), ("arc_challenge", arc_record), ("winogrande", winogrande_record)):
+        rng = random.Random(task)
+        files[task] = write_lines(folder / f"{task}.jsonl", [make(rng, number) for number in range(count)])
+    return files
+
+
+# ----------------------------------------------------------------------------- chats
+MTBENCH = [("writing", "Write two lines about a rainy street.", "Now make them rhyme."),
+           ("roleplay", "You are a lighthouse keeper. What did you do today?", "And what worries you?"),
+           ("reasoning", "Ann is older than Bob, and Bob is older than Cy. Who is the youngest?", "Who is in the middle?"),
+           ("math", "What is 12 times 11?", "Take away 32 and halve it."),
+           ("coding", "Write a Python function that reverses a list.", "Do it without slices."),
+           ("extraction", "List the colours in: a red hat on a blue chair.", "Now as a JSON list."),
+           ("stem", "Why is the sky blue?", "And why is it red in the evening?"),
+           ("humanities", "What is a sonnet?", "Name one who wrote them.")]
+
+
+def mtbench_questions(path):
+    return write_lines(path, [{"question_id": 901 + number, "category": category, "turns": [first, second]}
+                              for number, (category, first, second) in enumerate(MTBENCH)])
