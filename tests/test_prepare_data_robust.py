@@ -176,7 +176,9 @@ def test_workers_end_with_their_parent(corpus, tmp_path):
 
 def test_ctrl_c(corpus, tmp_path):
     run, children = start_slowly({**corpus, "block_mb": 0.001}, tmp_path)
-    time.sleep(0.5)
+    until = time.time() + 300
+    while not list(tmp_path.glob("data.work/*.npz")) and time.time() < until:  # both are at work when a block is there
+        time.sleep(0.05)
     for pid in (run.pid, *map(int, children)):  # a terminal tells all of them
         os.kill(pid, signal.SIGINT)
     out, err = run.communicate(timeout=300)
