@@ -83,6 +83,13 @@ def test_a_wrong_solution_fails_each_problem():
     assert not any(v["passed"] for v in verdicts(cases))
 
 
+def test_own_problems_pass_by_their_solutions_only():
+    own = program_records()
+    judged = verdicts([(p, "\n" + p["canonical_solution"]) for p in own], timeout=30)
+    assert len(judged) == 6 and all(v["passed"] for v in judged)
+    assert not any(v["passed"] for v in verdicts([(p, "\n    return None\n") for p in own]))
+
+
 def test_one_program_without_a_sandbox_at_hand():
     problem = program_records()[0]
     try:
