@@ -9,7 +9,7 @@ test: .venv/installed-test
 
 # under a minute: a look at every stage, in one process
 QUICK = configurator model lora lion tokenizer prepare_data plan train eval_gsm8k spectrum
-QUICK_SKIPS = merge_script or killed or sigterm or full_disk or as_a_user or long_runs or merge_table or any_scalar
+QUICK_SKIPS = merge_script or killed or sigterm or full_disk or as_a_user or long_runs or any_scalar or program_of_its_own
 quick: .venv/installed-test
 	$(BIN)/python -m pytest -q -m "not slow and not gpu" -k "not ($(QUICK_SKIPS))" $(QUICK:%=tests/test_%.py)
 

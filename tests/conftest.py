@@ -45,6 +45,12 @@ def golden(name):
         return json.load(file)
 
 
+def whole_golden(name):
+    """As golden(), with what may not be handed on as well, where ../shared/golden has it: see golden/README.md."""
+    whole = SHARED / "golden" / f"{name}.json"
+    return json.loads(whole.read_text()) if whole.exists() else golden(name)
+
+
 def run_stage(*argv, cwd=ROOT, timeout=300, **env):
     """Run `python argv...` as a user would; returns the CompletedProcess (text)."""
     full_env = {**os.environ, "PYTHONPATH": str(ROOT), **{k: str(v) for k, v in env.items()}}

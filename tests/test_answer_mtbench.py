@@ -1,41 +1,37 @@
-"""answer_mtbench.py: FastChat's answer file from real questions, by a tiny model."""
+"""answer_mtbench.py: FastChat's answer file, by a tiny model, from questions in FastChat's form."""
 import json
 
 import pytest
 from conftest import need, run_here
+from samples import mtbench_questions, word_problems
 
 from evaluation.answer_mtbench import TEMPERATURES, Form, next_prompt
 from text.tokenizer import load_tokenizer
 
 
+# FastChat's reference answers have these keys, in this order
+KEYS = ["question_id", "answer_id", "model_id", "choices", "tstamp"]
+CHOICE_KEYS = ["index", "turns"]
+
+
 def run(tmp_path, name="a", **knobs):
     knobs = {"model": need("data/stories260k"), "out_dir": tmp_path / name, "max_new_tokens": 20,
-             "questions": need("data/mt-bench/question.jsonl"), **knobs}
+             "questions": mtbench_questions(tmp_path / "q.jsonl"), **knobs}
     return run_here("evaluation/answer_mtbench.py", *(f"--{knob}={value}" for knob, value in knobs.items()))
 
 
-def questions(tmp_path):
-    """One question of each category, as a file."""
-    found = {}
-    for line in need("data/mt-bench/question.jsonl").read_text().splitlines():
-        found.setdefault(json.loads(line)["category"], line)
-    (tmp_path / "q.jsonl").write_text("\n".join(found.values()) + "\n")
-    return tmp_path / "q.jsonl", list(found)
-
-
 def test_the_file_is_fastchats_and_the_same_whatever_the_batch(tmp_path):
-    file, categories = questions(tmp_path)
-    assert set(categories) == set(TEMPERATURES)
+    file = mtbench_questions(tmp_path / "q.jsonl")
+    asked = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {question["category"] for question in asked} == set(TEMPERATURES)
     answers = {}
     for name, batch in (("a", 8), ("b", 1)):
         done = run(tmp_path, name, questions=file, batch_size=batch, model_id="tiny")
         assert done.returncode == 0, done.stderr
         lines = (tmp_path / name / "mt_bench/model_answer/tiny.jsonl").read_text().splitlines()
         answers[name] = [json.loads(line) for line in lines]
-    reference = json.loads(need("data/mt-bench/reference_answer_gpt-4.jsonl").read_text().splitlines()[0])
-    asked = [json.loads(line) for line in file.read_text().splitlines()]
     for line, question in zip(answers["a"], asked, strict=True):
-        assert list(line) == list(reference) and list(line["choices"][0]) == list(reference["choices"][0])
+        assert list(line) == KEYS and list(line["choices"][0]) == CHOICE_KEYS
         assert line["question_id"] == question["question_id"] and line["model_id"] == "tiny"
         assert len(line["choices"][0]["turns"]) == 2 and all(isinstance(t, str) for t in line["choices"][0]["turns"])
     drop = lambda lines: [{k: v for k, v in line.items() if k != "tstamp"} for line in lines]
@@ -73,10 +69,12 @@ def test_backslashes_are_read_as_prepare_data_reads_them(tmp_path):
 
 @pytest.mark.parametrize("knob, value, message", [
     ("template", "hello", "template: expected {message} in it"), ("max_new_tokens", 512, "leaves no room"),
-    ("questions", "", "questions is not set"), ("questions", "gsm8k/test.jsonl", "expected question_id, category, turns"),
+    ("questions", "", "questions is not set"), ("questions", "word problems", "expected question_id, category, turns"),
 ])
 def test_mistakes_are_one_line(tmp_path, knob, value, message):
-    done = run(tmp_path, **{knob: need(f"data/{value}") if knob == "questions" and value else value})
+    if value == "word problems":
+        value = word_problems(tmp_path / "problems.jsonl", 3)
+    done = run(tmp_path, **{knob: value})
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import need, run_here
+from samples import programs, word_problems
 
 from bench import kernels, sides, throughput, train
 from bench.throughput import SHAPES, Axes, Case
@@ -190,13 +191,14 @@ def test_a_small_model_by_both_sides(tmp_path, monkeypatch, script, parts, knobs
 
 # ----------------------------------------------------------------------------- evals
 def test_evals_by_both_sides(tmp_path):
-    data, stories = need("data/gsm8k"), need("data/stories260k")
+    stories = need("data/stories260k")
     tiny_model(tmp_path, vocab_size=512)
     for file in stories.glob("tokenizer*"):
         shutil.copyfile(file, tmp_path / file.name)
     done = run_here("bench/evals.py", f"--model={tmp_path}", "--device=cpu",
-                    f"--gsm8k_test={data}/test.jsonl", f"--gsm8k_train={data}/train.jsonl",
-                    f"--humaneval={next(need('data/humaneval').glob('*.jsonl*'))}",
+                    f"--gsm8k_test={word_problems(tmp_path / 'test.jsonl', 4, seed=1)}",
+                    f"--gsm8k_train={word_problems(tmp_path / 'train.jsonl', 8, seed=2)}",
+                    f"--humaneval={programs(tmp_path / 'programs.jsonl')}",
                     "--items=2", "--programs=2", "--repeats=1", "--dtype=float32",
                     f"--out={tmp_path}/e.json")
     assert done.returncode == 0, done.stderr

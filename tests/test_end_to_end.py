@@ -1,9 +1,10 @@
-"""From a published checkpoint and real records to a finetuned model and its text, through the scripts as a user runs them."""
+"""From a published checkpoint and records to a finetuned model and its text, through the scripts as a user runs them."""
 import json
 
 import pytest
 from conftest import need, run_here, run_stage
 from safetensors.torch import load_file
+from samples import stories, word_problems
 
 
 def ran(script, **knobs):
@@ -34,15 +35,15 @@ def test_samples_differ_and_repeat():
 
 
 @pytest.mark.parametrize("lora_rank", [8, 0])
-def test_real_records_lower_the_loss_and_the_result_runs(tmp_path, lora_rank):
-    """IFT of stories260k on GSM8K train, watching TinyStories: GSM8K is learned, and the checkpoint samples."""
+def test_records_lower_the_loss_and_the_result_runs(tmp_path, lora_rank):
+    """IFT of stories260k on word problems, watching stories: the problems are learned, and the checkpoint samples."""
     base = need("data/stories260k")
-    ran("prepare_data.py", kind="ift", source=need("data/gsm8k/train.jsonl"), tokenizer=base, seq_len=512,
-        template="Question: {question}\\nAnswer:", response_field="answer", max_records=300, out_dir=tmp_path / "gsm8k")
-    ran("prepare_data.py", source=need("data/tinystories/tinystories_sample.txt"), tokenizer=base, seq_len=512,
-        val_fraction=0, out_dir=tmp_path / "stories")
+    ran("prepare_data.py", kind="ift", source=word_problems(tmp_path / "train.jsonl", 300), tokenizer=base,
+        seq_len=512, template="Question: {question}\\nAnswer:", response_field="answer", out_dir=tmp_path / "problems")
+    ran("prepare_data.py", source=stories(tmp_path / "stories.txt", 60), tokenizer=base, seq_len=512, val_fraction=0,
+        out_dir=tmp_path / "stories")
     out = tmp_path / "run"
-    ran("train.py", base=base, data=tmp_path / "gsm8k", val_data=f"stories={tmp_path / 'stories'}", dtype="float32",
+    ran("train.py", base=base, data=tmp_path / "problems", val_data=f"stories={tmp_path / 'stories'}", dtype="float32",
         global_batch=4, max_steps=40, learning_rate=3e-3 if lora_rank else 5e-4, lora_rank=lora_rank, eval_rows=8, out_dir=out)
     before, after = validation_losses(out)
     assert after["val"] < before["val"] - 0.5

@@ -1,17 +1,16 @@
 """eval_forgetting.py against the outputs of lm-eval and LLM Foundry, against plain forward passes, and as a script."""
+import functools
 import json
 import math
 import random
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
-from conftest import ROOT, golden, need, run_here, run_stage
+from conftest import golden, need, run_here, run_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import choice_items
 
 import eval_forgetting as ef
 from evaluation import trees
@@ -194,10 +193,22 @@ def test_equal_choices_go_to_the_first():
 
 
 # ----------------------------------------------------------------------------- the script
-def argv(out, *more):
-    """The command line of a short run; what `more` says replaces what stands here."""
-    knobs = {"--model": need("data/stories260k"), "--out_dir": out, "--device": "cpu", "--limit": 12,
-             **{f"--{task}": need(f"data/{file}") for task, file in FILES.items()}, **dict(m.split("=", 1) for m in more)}
+@pytest.fixture(scope="module")
+def own_files(tmp_path_factory):
+    """{task: file} with forty items of our own each."""
+    return choice_items(tmp_path_factory.mktemp("items"), 40)
+
+
+@pytest.fixture
+def argv(own_files):
+    """A function (out, *more) -> the command line of a short run; what `more` says replaces what stands here."""
+    return functools.partial(command_line, own_files)
+
+
+def command_line(files, out, *more):
+    knobs = {"--model": need("data/stories260k"), "--out_dir": out, "--device": "cpu", "--limit": 12}
+    knobs.update((f"--{task}", file) for task, file in files.items())
+    knobs.update(knob.split("=", 1) for knob in more)
     return ["eval_forgetting.py", *[f"{knob}={value}" for knob, value in knobs.items()]]
 
 
@@ -215,9 +226,9 @@ def assert_same_items(first, second):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, own_files):
     out = tmp_path_factory.mktemp("whole")
-    ran = run_here(*argv(out))
+    ran = run_here(*command_line(own_files, out))
     assert ran.returncode == 0, ran.stderr
     return out, ran.stdout
 
@@ -249,18 +260,18 @@ def test_script(whole):
     assert f"forgetting: {found['value']:.4f} +- {found['stderr']:.4f}" in stdout
     assert found["settings"]["dtype"] == "float32" and found["settings"]["winogrande_shots"] == 5
     assert results["arc_challenge"]["settings"]["shots"] == 3 and results["arc_challenge"]["settings"]["limit"] == 12
-    assert "gauntlet: " in stdout and "lost their beginning to max_seq_len=512" in stdout  # three shots do not fit
+    assert "gauntlet: " in stdout and "lost their beginning to max_seq_len=512" in stdout  # three shots do not always fit
     cut = sum(r["gauntlet"]["cut"] > 0 for r in lines["eval_forgetting_arc_challenge.jsonl"])
-    assert f"arc_challenge, gauntlet: {cut} of 12 items" in stdout
+    assert 0 < cut < 12 and f"arc_challenge, gauntlet: {cut} of 12 items" in stdout
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 700])
-def test_batch_size_does_not_matter(whole, tmp_path, batch_tokens):
+def test_batch_size_does_not_matter(whole, argv, tmp_path, batch_tokens):
     assert run_here(*argv(tmp_path, f"--batch_tokens={batch_tokens}")).returncode == 0
     assert_same_items(item_lines(whole[0]), item_lines(tmp_path))
 
 
-def test_world_size_does_not_matter(whole, tmp_path):
+def test_world_size_does_not_matter(whole, argv, tmp_path):
     ran = run_stage("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *argv(tmp_path))
     assert ran.returncode == 0, ran.stderr
     assert_same_items(item_lines(whole[0]), item_lines(tmp_path))
@@ -269,29 +280,43 @@ def test_world_size_does_not_matter(whole, tmp_path):
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 12
 
 
-def test_resumes_after_a_kill(whole, tmp_path):
+# runs the command that follows, and kills it when it has finished 20 items
+KILLED_AT_20 = """
+import os, runpy, signal, sys
+from evaluation.evals import Items
+
+finish = Items.finish
+
+def finish_and_die(self, i, record):
+    finish(self, i, record)
+    if len(self.new) == 20:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Items.finish = finish_and_die
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_resumes_after_a_kill(argv, tmp_path):
     """SIGKILL in the middle; the rest is done, what was finished is not done again."""
-    command = argv(tmp_path, "--batch_tokens=1", "--limit=150", "--tasks=hellaswag")
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = run_stage("-c", KILLED_AT_20, *argv(tmp_path, "--batch_tokens=1", "--limit=40", "--tasks=hellaswag"))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     part = tmp_path / "eval_forgetting_hellaswag.jsonl.part0"
-    deadline = time.time() + 120
-    while not (part.is_file() and part.stat().st_size > 5000) and time.time() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = part.read_text().splitlines()[:-1]
-    assert 5 < len(before) < 150
+    lines = part.read_text().splitlines()
+    assert len(lines) == 20
+    before = lines[:-1]
     marked = [json.dumps({**json.loads(line), "mark": True}) for line in before]
-    part.write_text("\n".join(marked) + '\n{"id": 3')
-    ran = run_here(*argv(tmp_path, "--limit=150", "--tasks=hellaswag"))
+    part.write_text("\n".join(marked) + '\n' + lines[-1][:8])
+    ran = run_here(*argv(tmp_path, "--limit=40", "--tasks=hellaswag"))
     assert ran.returncode == 0, ran.stderr
     records = item_lines(tmp_path)["eval_forgetting_hellaswag.jsonl"]
-    assert sorted(r["id"] for r in records) == list(range(150)) and sum("mark" in r for r in records) == len(before)
-    assert f"{len(before)} of 150 items are there already" in ran.stdout
+    assert sorted(r["id"] for r in records) == list(range(40)) and sum("mark" in r for r in records) == len(before)
+    assert f"{len(before)} of 40 items are there already" in ran.stdout
     assert "no forgetting number" in ran.stdout
 
 
-def test_mmlu_script(tmp_path):
+def test_mmlu_script(argv, tmp_path):
     """Mean over subjects; questions after the same shots in one tree score as one by one."""
     rng = random.Random(0)
     subjects = {"world_history": 7, "abstract_algebra": 3}
@@ -317,7 +342,7 @@ def test_mmlu_script(tmp_path):
 
 
 # ----------------------------------------------------------------------------- mistakes
-def test_mistakes_are_one_line(whole, tmp_path):
+def test_mistakes_are_one_line(whole, own_files, argv, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"question": "a", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "C"}\n')
     short = tmp_path / "short.jsonl"
@@ -325,7 +350,7 @@ def test_mistakes_are_one_line(whole, tmp_path):
     cases = [(("--tasks=helaswag",), "--tasks=helaswag: expected a tuple of str out of 'hellaswag'"),
              (("--tasks=",), "tasks is empty"),
              ((f"--hellaswag={tmp_path / 'none.jsonl'}",), "no such file"),
-             ((f"--hellaswag={need('data/winogrande/winogrande_xl_validation.jsonl')}",),
+             ((f"--hellaswag={own_files['winogrande']}",),
               "record 1: not an item of hellaswag (no 'activity_label'); fields found: sentence"),
              ((f"--arc_challenge={bad}",), "record 1: not an item of arc_challenge ('C' is not in list)"),
              ((f"--hellaswag={short}",), "record 1: not an item of hellaswag (2 choices, gold 2)"),
@@ -333,7 +358,7 @@ def test_mistakes_are_one_line(whole, tmp_path):
              (("--max_seq_len=20", "--tasks=hellaswag"), "leaves no room for a question"),
              (("--winogrande_shots=-1",), "winogrande_shots=-1: expected 0 or more"),
              (("--lm_eval_shots=2",), "lm_eval_shots needs lm_eval_shot_data"),
-             ((f"--adapter={need('data/peft-adapter-tinyllama')}",), "adapter")]
+             ((f"--adapter={need('golden/adapters/gqa-r16-qv')}",), "adapter")]
     for given_knobs, message in cases:
         ran = run_here(*argv(tmp_path / "out", *given_knobs))
         errors = [line for line in ran.stderr.splitlines() if "error: " in line]

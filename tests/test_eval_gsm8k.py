@@ -1,12 +1,15 @@
 """eval_gsm8k.py against lm-eval 0.4.2 (prompts, draws of shots, extraction) and as a user runs it."""
 import json
+import random
 import re
 
 import pytest
 from conftest import golden, need, run_here
+from samples import hellaswag_record, word_problems, write_lines
 
 from eval_gsm8k import build_prompt, cut_at_stops, draw_shots, extract_flexible, extract_strict, judge_answer, normalise
 from evaluation.evals import read_items, read_done
+from quickstart import toy_math
 
 
 def data():
@@ -45,17 +48,21 @@ def test_every_gold_answer_is_right_by_its_own_text():
 
 
 def run(tmp_path, *argv, name="a"):
-    common = [f"--model={need('data/stories260k')}", f"--out_dir={tmp_path / name}", "--max_new_tokens=12",
-              f"--test_data={need('data/gsm8k/test.jsonl')}", f"--train_data={need('data/gsm8k/train.jsonl')}"]
-    return run_here("eval_gsm8k.py", *[c for c in common if c.split("=")[0] not in {a.split("=")[0] for a in argv}], *argv)
+    """eval_gsm8k.py on ten problems of our own, with shots from twenty others; argv wins."""
+    knobs = {"--model": need("data/stories260k"), "--out_dir": tmp_path / name, "--max_new_tokens": 12,
+             "--test_data": word_problems(tmp_path / "test.jsonl", 10, seed=1),
+             "--train_data": word_problems(tmp_path / "train.jsonl", 20, seed=2)}
+    knobs.update(knob.split("=", 1) for knob in argv)
+    return run_here("eval_gsm8k.py", *(f"{knob}={value}" for knob, value in knobs.items()))
 
 
 def test_a_run_writes_items_and_results_whatever_the_batch(tmp_path):
     done = run(tmp_path, "--limit=5", "--shots=1", "--batch_size=5")
     assert done.returncode == 0, done.stderr
-    assert "no BOS in front" in done.stdout and "Question: Janet" in done.stdout
+    [first, *_] = toy_math(1, seed=1)
+    assert "no BOS in front" in done.stdout and f"Question: {first['question'][:30]}" in done.stdout
     records = read_done(tmp_path / "a/eval_gsm8k.jsonl")
-    assert list(records) == [0, 1, 2, 3, 4] and records[0]["gold"] == "18"
+    assert list(records) == [0, 1, 2, 3, 4] and records[0]["gold"] == first["answer"].split("#### ")[1]
     assert all(r["new_tokens"] == 12 and r["truncated"] for r in records.values())
     lines = {r["metric"]: r for r in map(json.loads, (tmp_path / "a/results.jsonl").read_text().splitlines())}
     assert lines["gsm8k_truncated"]["value"] == 1 and lines["gsm8k_strict_match"]["n"] == 5
@@ -71,7 +78,7 @@ def test_a_run_writes_items_and_results_whatever_the_batch(tmp_path):
 
 
 def test_bos_is_one_and_long_prompts_are_cut_behind_it_and_counted(tmp_path):
-    done = run(tmp_path, "--limit=2", "--shots=5", "--bos=True", "--max_new_tokens=1")
+    done = run(tmp_path, "--limit=2", "--shots=10", "--bos=True", "--max_new_tokens=1")
     assert done.returncode == 0, done.stderr
     assert "BOS (id 1) in front" in done.stdout
     assert "WARNING: 2 prompts were cut from the left" in done.stdout and "to 511\n" in done.stdout
@@ -80,17 +87,20 @@ def test_bos_is_one_and_long_prompts_are_cut_behind_it_and_counted(tmp_path):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--train_data=data/hellaswag/hellaswag_val.jsonl.gz"], "expected question, answer"),
-    (["--train_data=data/mosaic-icl/gsm8k.jsonl"], "without question"),
-    (["--test_data=data/gsm8k/absent.jsonl"], "no such file"),
-    (["--shots=9999"], "has only 7473 records"),
+    (["--train_data=hellaswag.jsonl"], "expected question, answer"),
+    (["--train_data=mosaic.jsonl"], "without question"),
+    (["--test_data=absent.jsonl"], "no such file"),
+    (["--shots=9999"], "has only 20 records"),
     (["--max_new_tokens=512"], "leaves no room for a prompt in the model's context of 512"),
     (["--batch_size=0"], "at least 1"),
     (["--adapter=golden/adapters/gqa-r16-qv"], "does not fit"),
 ])
 def test_mistakes_are_one_line(tmp_path, argv, message):
-    folders = {"data": need("data/gsm8k").parent, "golden": need("golden/adapters").parent}
-    argv = [re.sub(r"=(data|golden)/", lambda m: f"={folders[m[1]]}/", a) for a in argv]
+    write_lines(tmp_path / "hellaswag.jsonl", [hellaswag_record(random.Random(0), 0)])
+    foundry = {"context": "1 + 1?", "chain_of_thought": "", "answer": "2"}  # llm-foundry's form
+    write_lines(tmp_path / "mosaic.jsonl", [foundry])
+    argv = [re.sub("=([a-z]+.jsonl)", rf"={tmp_path}/\1", a) for a in argv]
+    argv = [a.replace("=golden/", f"={need('golden/adapters').parent}/") for a in argv]
     done = run(tmp_path, "--limit=1", *argv)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, need, run_here
+from samples import choice_items, mtbench_questions, programs, word_problems
 
 from evaluation.evals import cut_left, load_for_eval, open_items, read_done, read_items
 from evaluation.scores import score, write_result
@@ -250,19 +251,19 @@ def test_every_evaluation_says_the_same_of_what_it_judged(tmp_path):
     """The identity of a LoRA checkpoint in results.jsonl: base, adapter, weights, dtype and tokenizer."""
     base = need("data/stories260k")
     make_lora_checkpoint(tmp_path / "run" / "step_30", base)
-    gsm8k = need("data/gsm8k/test.jsonl")
+    gsm8k = word_problems(tmp_path / "test.jsonl", 20)
     tokens = run_here("prepare_data.py", f"--source={gsm8k}", "--text_field=question", f"--tokenizer={base}",
-                      "--seq_len=64", "--max_records=20", "--val_fraction=0",
+                      "--seq_len=64", "--val_fraction=0",
                       f"--out_dir={tmp_path / 'tokens'}", "--workers=1")
     assert tokens.returncode == 0, tokens.stderr
     commands = [
         ("eval_gsm8k.py", f"--test_data={gsm8k}", "--shots=0", "--limit=1", "--max_new_tokens=2"),
-        ("eval_humaneval.py", f"--data={need('data/humaneval/HumanEval.jsonl.gz')}", "--limit=1", "--n_samples=1",
+        ("eval_humaneval.py", f"--data={programs(tmp_path / 'programs.jsonl')}", "--limit=1", "--n_samples=1",
          "--temperature=0"),
-        ("eval_forgetting.py", f"--hellaswag={need('data/hellaswag/hellaswag_val.jsonl.gz')}", "--tasks=hellaswag",
+        ("eval_forgetting.py", f"--hellaswag={choice_items(tmp_path, 2)['hellaswag']}", "--tasks=hellaswag",
          "--limit=2"),
         ("eval_loss.py", f"--data={tmp_path / 'tokens'}", "--rows=2"),
-        ("evaluation/answer_mtbench.py", f"--questions={need('data/mt-bench/question.jsonl')}", "--limit=1",
+        ("evaluation/answer_mtbench.py", f"--questions={mtbench_questions(tmp_path / 'questions.jsonl')}", "--limit=1",
          "--max_new_tokens=2"),
     ]
     for script, *argv in commands:

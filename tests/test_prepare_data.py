@@ -164,7 +164,7 @@ def test_padded_rows_equal_llm_foundry(prepare, tmp_path):
 
 def test_stream_equals_llm_foundry(prepare, tmp_path):
     """Every run of ConcatTokensDataset: with and without EOS, BOS twice where bos_text adds to the tokenizer's, no_wrap."""
-    fixture = golden("finetune_tokens")["cpt"]
+    fixture = json.loads(need("golden/finetune_tokens.json").read_text())["cpt"]
     write_jsonl(tmp_path / "docs.jsonl", [{"text": text} for text in fixture["documents"]])
     settings = set()
     for run in fixture["runs"]:

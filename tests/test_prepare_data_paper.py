@@ -159,16 +159,28 @@ def test_train_reads_the_papers_epochs_in_their_order(prepare, tmp_path):
 
 # ---- datasets of the paper, and templates
 
-SAMPLES = {  # config file: (sample of its records, what stands in the example that is shown)
+# records of our own, with the fields of the published ones
+OWN = {
+    "magicoder": [{"instruction": "Write a function that doubles a number.\n\n```python\ndef double(x):\n    pass\n```",
+                   "response": "```python\ndef double(x):\n    return 2 * x\n```"}],
+    "metamathqa": [{"type": "GSM_Rephrased", "query": "How much are 3 pens at $4 each?",
+                    "original_question": "A pen is $4. How much are 3?",
+                    "response": "Each pen is $4, so 3 pens are 3 * 4 = $12.\n#### 12\nThe answer is: 12"},
+                   {"type": "MATH_AnsAug", "query": "Compute $2^5$.", "original_question": "Compute $2^5$.",
+                    "response": "$2^5 = \\boxed{32}$. The answer is: 32"}],
+    "tulu_v2": [{"dataset": "own", "id": "own_0", "messages": [
+        {"role": "user", "content": "Name a colour "}, {"role": "assistant", "content": "Red."},
+        {"role": "user", "content": "Another • one"}, {"role": "assistant", "content": "Green, as grass."}]}]}
+OWN_SHOWN = {"magicoder": "[<BOS>Write a function that doubles", "metamathqa": "#### 12\nThe answer is: 12<EOS>»",
+             "tulu_v2": "<|user|>\nAnother • one\n<|assistant|>\n]« Green, as grass.<EOS>»"}
+PUBLISHED = {  # config file: (sample of its records, what stands in the example that is shown)
     "magicoder": ("magicoder_evol_instruct", "[<BOS>Please amend the subsequent"),
     "metamathqa": ("metamathqa", "#### 1200\nThe answer is: 1200<EOS>»"),
     "tulu_v2": ("tulu_v2", "<|assistant|>\n]« You're welcome! If you have any further questions, feel free to ask.<EOS>»")}
 
 
-@pytest.mark.parametrize("dataset", SAMPLES)
-def test_real_records_of_the_papers_datasets(prepare, tmp_path, dataset):
-    name, shown = SAMPLES[dataset]
-    records = [json.loads(line) for line in need(f"data/schema-samples/{name}.jsonl").read_text().splitlines()]
+def assert_dataset_reads(prepare, tmp_path, dataset, records, tokenizer, shown):
+    """Writes the records in the dataset's file format and prepares them with its config file."""
     if dataset == "metamathqa":  # published as one array
         (tmp_path / "in.json").write_text(json.dumps(records, indent=2))
     elif dataset == "tulu_v2":
@@ -176,12 +188,24 @@ def test_real_records_of_the_papers_datasets(prepare, tmp_path, dataset):
     else:
         write_jsonl(tmp_path / "in.jsonl", records)
     [file] = tmp_path.glob("in.*")
-    status, out, err = prepare(DATASETS / f"{dataset}.py", source=file.name, tokenizer=need("data/llama2-tokenizer"), seq_len=2048)
+    status, out, err = prepare(DATASETS / f"{dataset}.py", source=file.name, tokenizer=tokenizer, seq_len=2048)
     assert status == 0, err
     meta = json.loads((tmp_path / "data/meta.json").read_text())
     assert shown in "\n".join(meta["examples"]) and meta["source"][0]["records"] == len(records)
     assert (meta["kind"], meta["seq_len"], meta["settings"]["val_fraction"]) == ("ift", 2048, 0.0)
     assert meta["settings"]["paper_batch"] == (24 if dataset == "metamathqa" else 6)
+
+
+@pytest.mark.parametrize("dataset", OWN)
+def test_records_in_the_form_of_the_papers_datasets(prepare, tmp_path, dataset):
+    assert_dataset_reads(prepare, tmp_path, dataset, OWN[dataset], need("data/stories260k"), OWN_SHOWN[dataset])
+
+
+@pytest.mark.parametrize("dataset", PUBLISHED)
+def test_real_records_of_the_papers_datasets(prepare, tmp_path, dataset):
+    name, shown = PUBLISHED[dataset]
+    records = [json.loads(line) for line in need(f"data/schema-samples/{name}.jsonl").read_text().splitlines()]
+    assert_dataset_reads(prepare, tmp_path, dataset, records, need("data/llama2-tokenizer"), shown)
 
 
 def test_a_cpt_dataset_reads_its_field(prepare, tmp_path):

@@ -4,6 +4,7 @@ import shlex
 
 import pytest
 from conftest import ROOT, need, run_here, run_stage
+from samples import stories, word_problems
 
 from paper.study import Study, commands, done_before, progress
 
@@ -14,11 +15,12 @@ CONFIGS = ("math_cpt", "code_cpt", "math_ift", "code_ift", "tulu_ift")
 def tokens(tmp_path_factory):
     """Token folders {cpt, ift} for stories260k."""
     folder, base = tmp_path_factory.mktemp("data"), need("data/stories260k")
-    for kind, source, knobs in (("cpt", "tinystories/tinystories_sample.txt", ["--max_tokens=8192"]),
-                                ("ift", "gsm8k/train.jsonl", ["--template=Q: {question}\nA:", "--response_field=answer",
-                                                              "--max_records=60", "--packing=paper", "--paper_ranks=1",
-                                                              "--paper_batch=4", "--paper_epochs=2"])):
-        result = run_here("prepare_data.py", f"--kind={kind}", f"--source={need('data/' + source)}", f"--tokenizer={base}",
+    problems = word_problems(folder / "train.jsonl", 60)
+    for kind, source, knobs in (("cpt", stories(folder / "stories.txt", 60), ["--max_tokens=8192"]),
+                                ("ift", problems, ["--template=Q: {question}\nA:", "--response_field=answer",
+                                                   "--packing=paper", "--paper_ranks=1", "--paper_batch=4",
+                                                   "--paper_epochs=2"])):
+        result = run_here("prepare_data.py", f"--kind={kind}", f"--source={source}", f"--tokenizer={base}",
                           "--seq_len=256", "--val_fraction=0", f"--out_dir={folder / kind}", *knobs)
         assert result.returncode == 0, result.stderr
     return folder
@@ -63,9 +65,11 @@ MINI = ("--global_batch=4", "--microbatch=2", "--max_steps=3", "--save_interval=
         "--dtype=float32", "--compile=False")
 
 
-def gsm8k():
-    return ["--limit=2", "--shots=1", "--max_new_tokens=8", f"--test_data={need('data/gsm8k/test.jsonl')}",
-            f"--train_data={need('data/gsm8k/train.jsonl')}", "--device=cpu"]
+def gsm8k(folder):
+    """Knobs of eval_gsm8k.py for two short answers to problems of our own."""
+    test = word_problems(folder / "test.jsonl", 4, seed=1)
+    train = word_problems(folder / "shots.jsonl", 4, seed=2)
+    return ["--limit=2", "--shots=1", "--max_new_tokens=8", f"--test_data={test}", f"--train_data={train}", "--device=cpu"]
 
 
 def test_miniature_of_every_config(tmp_path, tokens):
@@ -74,7 +78,7 @@ def test_miniature_of_every_config(tmp_path, tokens):
         out = tmp_path / name
         for argv in (["train.py", ROOT / f"config/{name}.py", f"--base={need('data/stories260k')}", f"--out_dir={out}",
                       f"--data={tokens}/{name[-3:]}", f"--lora_rank={i % 2 * 2}", *MINI],
-                     ["eval_gsm8k.py", f"--model={out}/step_3", *gsm8k()]):
+                     ["eval_gsm8k.py", f"--model={out}/step_3", *gsm8k(tmp_path)]):
             result = run_here(*argv)
             assert result.returncode == 0, result.stderr
         config = json.loads((out / "config.json").read_text())["config"]
@@ -90,7 +94,7 @@ def test_models_are_evaluated_once_and_printed_beside_what_was_expected(tmp_path
 out_dir = {str(tmp_path / 'out')!r}
 base = {str(base)!r}
 models = ('base', 'again {base}')
-evals = ('eval_gsm8k.py {' '.join(gsm8k())}',)
+evals = ('eval_gsm8k.py {' '.join(gsm8k(tmp_path))}',)
 spectrum = plot = 'none'
 expected = ('base gsm8k_strict_match=.5',)
 """

@@ -7,7 +7,7 @@ import random
 import pytest
 import sentencepiece
 import tiktoken
-from conftest import golden, need, run_stage
+from conftest import need, run_stage, whole_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -127,7 +127,7 @@ def bytes_as_ids(tiny_bpe):
 # ------------------------------------------------------------------ sentencepiece
 
 def test_golden_llama2():
-    tokenizer, data = load_tokenizer(need("data/llama2-tokenizer")), golden("tokenizer")
+    tokenizer, data = load_tokenizer(need("data/llama2-tokenizer")), whole_golden("tokenizer")
     for item in data["strings"]:
         assert tokenizer.encode(item["text"]) == item["ids"], item["text"]
         assert tokenizer.decode(item["ids"]) == item["decoded"], item["text"]
@@ -140,7 +140,7 @@ def test_golden_llama2():
 
 def test_golden_small_vocabulary():
     tokenizer = load_tokenizer(need("data/stories260k"))
-    for item in golden("tokenizer")["small_vocab"]["strings"]:
+    for item in whole_golden("tokenizer")["small_vocab"]["strings"]:
         assert tokenizer.encode(item["text"]) == item["ids"], item["text"]
         assert tokenizer.decode(item["ids"]) == item["decoded"], item["text"]
 
@@ -210,7 +210,7 @@ def test_llama3_ranks_and_their_conversion(rank_file, tmp_path):
 @pytest.mark.parametrize("folder", ["smollm2-135m-instruct", "tinystories-656k"])
 def test_real_tokenizer_json(folder):
     file = need(f"data/{folder}/tokenizer.json")
-    ours, theirs, data = load_tokenizer(file), Tokenizer.from_file(str(file)), golden("tokenizer")
+    ours, theirs, data = load_tokenizer(file), Tokenizer.from_file(str(file)), whole_golden("tokenizer")
     assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (1, 2, theirs.get_vocab_size())
     for item in data["strings"] + data["small_vocab"]["strings"]:
         if not any(name in item["text"] for name in ours.special_ids):
@@ -223,7 +223,7 @@ def test_real_tokenizer_json(folder):
 def test_llama2_json_equals_sentencepiece(tmp_path):
     """Most Llama-2 folders hold both files; they must be one tokenizer."""
     theirs, ours = llama2_json(tmp_path, need("data/llama2-tokenizer/tokenizer.model"))
-    data = golden("tokenizer")
+    data = whole_golden("tokenizer")
     for item in data["strings"]:
         assert ours.encode(item["text"]) == item["ids"], item["text"]
         assert ours.decode(item["ids"]) == item["decoded"], item["text"]

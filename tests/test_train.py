@@ -222,10 +222,10 @@ def test_batch_without_targets_is_refused():
 
 
 # ----------------------------------------------------------------------------- resume and signals
-def start(setting, out, *more):
+def start(setting, out, *more, script="train.py"):
     """train.py in the background, in a process group of its own."""
     folder, knobs = setting
-    argv = [sys.executable, "train.py", *knobs, f"--out_dir={folder / out}", *more]
+    argv = [sys.executable, script, *knobs, f"--out_dir={folder / out}", *more]
     return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -245,6 +245,24 @@ def results(folder, step):
     return tensors, [{k: v for k, v in r.items() if k not in ("seconds", "tok_per_s", "peak_gb")} for r in log]
 
 
+DIES_IN_STEP_6 = f"""
+import os, runpy, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import lion
+
+step, calls = lion.DecoupledLionW.step, []
+
+def step_or_die(self, *args):
+    calls.append(1)
+    if len(calls) == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *args)
+
+lion.DecoupledLionW.step = step_or_die
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_killed_and_resumed_run_is_bit_equal_across_an_epoch(setting, kind):
     """10 rows, 4 a step: 9 steps cross three epoch borders; the kill comes between two checkpoints."""
@@ -252,12 +270,11 @@ def test_killed_and_resumed_run_is_bit_equal_across_an_epoch(setting, kind):
     more = ["--max_steps=9", "--save_interval=2", "--eval_interval=3"]
     more += ["--lora_rank=3", "--lora_dropout=0.3"] if kind == "lora" else ["--weight_decay=1e-4"]
     assert start(setting, "whole", *more).wait() == 0
-    process = start(setting, "killed", *more)
-    wait_for_line(process, "step 5/9")
-    process.kill()
-    process.wait()
-    if (folder / "killed/step_9").exists():
-        pytest.fail("the run ended before the kill")
+    (folder / "dies.py").write_text(DIES_IN_STEP_6)
+    killed = start(setting, "killed", *more, script=folder / "dies.py")
+    output = killed.communicate()[0]
+    assert killed.returncode == -signal.SIGKILL and "step 5/9" in output, output
+    assert [step for step, _ in checkpoints(folder / "killed")][-1] == 4
     resumed = start(setting, "killed", *more, "--resume=True")
     output = resumed.communicate()[0]
     assert resumed.returncode == 0, output
@@ -271,11 +288,11 @@ def test_sigterm_saves_and_exits_0_and_resume_goes_on(setting):
     process = start(setting, "out", "--max_steps=100000", "--lora_rank=2")
     wait_for_line(process, "step 3/")
     process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and "stopped by SIGTERM" in output
     (step, path), = checkpoints(folder / "out")
     again = start(setting, "out", f"--max_steps={step + 2}", "--lora_rank=2", "--resume=True")
-    assert again.wait(timeout=60) == 0
+    assert again.wait(timeout=300) == 0
     assert [s for s, _ in checkpoints(folder / "out")] == [step, step + 2]
 
 
