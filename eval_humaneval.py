@@ -29,8 +29,8 @@ from typing import NamedTuple
 from configurator import configure, knob_table
 from evaluation.evals import (cut_left, digest, load_for_eval, open_items, read_items, start_ranks,
                               warn_of_cuts)
-from evaluation.samples import (check_samples, check_verdicts, read_samples, subject_of_samples,
-                                warn_of_unstripped)
+from evaluation.samples import (check_samples, check_verdicts, prompt_of, read_samples,
+                                subject_of_samples)
 from evaluation.sandbox import Sandbox
 from evaluation.scores import write_result
 from runtime import LOCAL_WORLD, one_line_errors, pick_dtype, print0
@@ -55,6 +55,7 @@ batch_size = 64          # rows generated at once
 # running the samples
 allow_code_execution = False
 samples = ''             # run this file of samples instead of generating them
+samples_form = 'auto'    # what they continue: body | stripped prompt; auto: evaluation/samples.py
 timeout = 3.0            # seconds a program may take, the start of Python included
 memory_mb = 2048         # address space of each process
 sandbox = 'full'         # full = namespaces | process = limits only (see evaluation/sandbox.py)
@@ -65,7 +66,7 @@ out_dir = ''             # for items and results; '' = the checkpoint's folder, 
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
 _choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64'), 'mode': ('pass1', 'passk'),
-            'sandbox': ('full', 'process')}
+            'sandbox': ('full', 'process'), 'samples_form': ('auto', 'body', 'stripped')}
 
 MODES = {"pass1": {"n_samples": 50, "temperature": 0.2, "k": (1, 10)},
          "passk": {"n_samples": 256, "temperature": 0.8, "k": (1, 2, 4, 8, 16, 32, 64, 128, 256)}}
@@ -83,10 +84,6 @@ class Sampling(NamedTuple):
     bos: bool
     max_length: int
     strip_prompt: bool
-
-
-def prompt_of(problem, strip=True):
-    return problem["prompt"].strip() if strip else problem["prompt"]
 
 
 def truncate_at_stop(text, stops=STOPS + ("</s>",)):
@@ -262,8 +259,8 @@ if __name__ == "__main__":
             path = Path(samples)
             subject = subject_of_samples(path, out_dir)
             name = path.stem.removeprefix("eval_")
-            prompts = [prompt_of(problem, strip_prompt) for problem in all_problems]
-            found = read_samples(path, all_problems, prompts, limit)
+            found, form = read_samples(path, all_problems, samples_form, limit)
+            strip_prompt = settings["strip_prompt"] = form == "stripped"
             if all_ks:
                 fewest = min(map(len, found.values()), default=1)
                 k = tuple(value for value in all_ks if value <= fewest)
@@ -283,8 +280,6 @@ if __name__ == "__main__":
             seconds = time.perf_counter() - started
             write_result(subject, f"{name}_truncated", truncated, {**config, **settings}, seconds)
         check_samples(samples or f"eval_{name}.jsonl", found, problems, k)
-        if samples and strip_prompt:
-            warn_of_unstripped(found)
 
         # their verdicts
         if allow_code_execution:
