@@ -34,6 +34,7 @@ import time
 from typing import Callable, NamedTuple
 
 from configurator import configure, knob_table
+from evaluation.choices import gauntlet_sequences, lm_eval_sequences
 from evaluation.evals import digest, load_for_eval, open_items, read_items, start_ranks
 from evaluation.scores import write_mean, write_result
 from evaluation.shots import gauntlet_shots, lm_eval_shots_from, lm_eval_shots_of_subject
@@ -200,7 +201,7 @@ def check_question(question):
         raise ValueError(f"{count} choices, gold {question.gold!r}")
 
 
-# ----------------------------------------------------------------------------- shots and prompts
+# ----------------------------------------------------------------------------- shots
 def draw_shots_of_styles(styles, task, questions, shots, shot_seed, pool, lm_eval_count):
     """{style: for each question its shots}; the gauntlet's come from the questions themselves."""
     drawn = {}
@@ -214,70 +215,6 @@ def draw_shots_of_styles(styles, task, questions, shots, shot_seed, pool, lm_eva
     return drawn
 
 
-def gauntlet_sequences(question, shots, delimiter, tok, bos, max_len):
-    """[(ids, how many at their end are scored)] of the choices, and how many were cut on the left.
-
-    Raises ValueError for a choice longer than max_len."""
-    worked = [delimiter.join(shot.pairs[shot.gold]) for shot in shots]
-    preamble = "\n".join(worked)
-    front = tok.encode(preamble)
-    if bos:
-        front = [tok.bos_id] + front
-
-    # a vocabulary of words that begin with their blank wants one before a choice
-    spaced = len(tok.encode(" a")) == 1
-    sequences = []
-    for context, choice in question.pairs:
-        # the context, tokenized apart from the shots
-        if len(question.contexts) == 1:
-            text = (context + delimiter).rstrip()
-        elif shots:
-            text = context + delimiter.rstrip()
-        else:
-            text = context
-        if preamble:
-            text = "\n" + text
-        # the choice, tokenized apart from its context
-        if spaced and not choice.startswith(" "):
-            choice = " " + choice
-        scored = tok.encode(choice)
-        sequences.append((front + tok.encode(text) + scored, len(scored)))
-    return cut_sequences(sequences, max_len)
-
-
-def lm_eval_sequences(question, shots, delimiter, tok, bos, max_len):
-    """As gauntlet_sequences, for lm-eval's prompts; its limit is on what goes in, and the last id
-    does not."""
-    between = delimiter[:-1]  # lm-eval itself puts the blank before a choice
-    front = ""
-    if question.subject:
-        # one line end: of the two in its task file, lm-eval 0.4.2 loses one to jinja
-        subject = question.subject.replace("_", " ")
-        front = f"The following are multiple choice questions (with answers) about {subject}.\n"
-    for shot in shots:
-        context, choice = shot.pairs[shot.gold]
-        front += f"{context}{between} {choice}\n\n"
-    sequences = []
-    for context, choice in question.pairs:
-        # scored is what the choice adds to the tokens of the context alone
-        text = front + context + between
-        ids = tok.encode(f"{text} {choice}")
-        scored = len(ids) - len(tok.encode(text.rstrip()))
-        if bos:
-            ids = [tok.bos_id] + ids
-        sequences.append((ids, scored))
-    return cut_sequences(sequences, max_len + 1)
-
-
-def cut_sequences(sequences, most):
-    """The sequences with at most `most` ids each, their ends, and how many were longer."""
-    longest = max(scored for _, scored in sequences)
-    if longest >= most:
-        raise ValueError(f"max_seq_len: a choice of {longest} tokens leaves no room for a question")
-    longer = sum(len(ids) > most for ids, _ in sequences)
-    return [(ids[-most:], scored) for ids, scored in sequences], longer
-
-
 # ----------------------------------------------------------------------------- judgement
 class Exam(NamedTuple):
     """A task's questions and how they are put. What is a dict has an entry for each style."""
@@ -288,7 +225,7 @@ class Exam(NamedTuple):
     max_len: int
 
     def put(self, i, style, tok):
-        """(sequences, how many were cut) of question i."""
+        """(sequences, how many were cut) of question i, or ([], None)."""
         make = gauntlet_sequences if style == "gauntlet" else lm_eval_sequences
         return make(self.questions[i], self.shots[style][i], self.delimiter, tok, self.bos[style],
                     self.max_len)
@@ -305,7 +242,10 @@ def judge_questions(llama, tok, exam, ids, batch_tokens):
             for style in exam.shots:
                 of_style, cut[i, style] = exam.put(i, style, tok)
                 sequences += of_style
-            questions.append((i, sequences))
+            if sequences:
+                questions.append((i, sequences))
+            else:
+                yield from records_of_tree(exam, [(i, [])], iter(()), cut)
         # questions that share much become one tree, some trees one pass through the model
         for batch in batches(bundle(questions, batch_tokens), batch_tokens):
             groups = []
@@ -321,6 +261,9 @@ def records_of_tree(exam, members, logprobs, cut):
         question = exam.questions[i]
         record = {"subject": question.subject, "gold": question.gold}
         for style in exam.shots:
+            if cut[i, style] is None:
+                record[style] = {"refused": "a choice has no token of its own"}
+                continue
             of_choices = [next(logprobs) for _ in question.pairs]
             verdict = judge_choices(of_choices, question.chars(style))
             record[style] = {**verdict, "cut": cut[i, style]}
@@ -343,7 +286,7 @@ def first_best(values):
 
 
 def is_right(record, style, kind):
-    return int(record[style][kind] == record["gold"])
+    return int(record[style].get(kind) == record["gold"])
 
 
 def running_score(record):
@@ -356,32 +299,44 @@ def running_score(record):
 # ----------------------------------------------------------------------------- scores
 def write_task(subject, task, records, settings, seconds):
     """Print and store a task's metrics; returns the gauntlet's right and wrong, [] without it."""
+    judged = {}
     for style in settings["styles"]:
-        count = sum(record[style]["cut"] > 0 for record in records)
-        if count:
-            print0(f"{task}, {style}: {count} of {len(records)} items lost their beginning to "
-                   f"max_seq_len={settings['max_seq_len']}")
+        judged[style] = judged_records(task, style, records, settings["max_seq_len"])
     # the gauntlet's
     right = []
-    if "gauntlet" in settings["styles"]:
-        right = [is_right(record, "gauntlet", "per_token") for record in records]
+    if judged.get("gauntlet"):
+        right = [is_right(record, "gauntlet", "per_token") for record in judged["gauntlet"]]
         if TASKS[task].by_subject:
             by_subject = {}
-            for record, hit in zip(records, right):
+            for record, hit in zip(judged["gauntlet"], right):
                 by_subject.setdefault(record["subject"], []).append(hit)
             write_mean(subject, task, list(by_subject.values()), settings, seconds)
         else:
             write_result(subject, task, right, settings, seconds)
-            losses = [gold_loss(record) for record in records]
+            losses = [gold_loss(record) for record in judged["gauntlet"]]
             write_result(subject, f"{task}_loss", losses, settings, seconds)
     # lm-eval's
-    if "lm_eval" in settings["styles"]:
-        acc = [is_right(record, "lm_eval", "sum") for record in records]
+    if judged.get("lm_eval"):
+        acc = [is_right(record, "lm_eval", "sum") for record in judged["lm_eval"]]
         write_result(subject, f"{task}_acc", acc, settings, seconds)
         if TASKS[task].acc_norm:
-            acc_norm = [is_right(record, "lm_eval", "per_char") for record in records]
+            acc_norm = [is_right(record, "lm_eval", "per_char") for record in judged["lm_eval"]]
             write_result(subject, f"{task}_acc_norm", acc_norm, settings, seconds)
     return right
+
+
+def judged_records(task, style, records, max_seq_len):
+    """The records that have a verdict in a style; prints how many have none, or were cut."""
+    judged = [record for record in records if "refused" not in record[style]]
+    if len(judged) < len(records):
+        print0(f"WARNING: {task}, {style}: {len(records) - len(judged)} of {len(records)} items "
+               "are left out: a token that reaches over the end of the context leaves a choice "
+               "without one of its own")
+    cut = sum(record[style]["cut"] > 0 for record in judged)
+    if cut:
+        print0(f"{task}, {style}: {cut} of {len(records)} items lost their beginning to "
+               f"max_seq_len={max_seq_len}")
+    return judged
 
 
 def gold_loss(record):
@@ -424,6 +379,8 @@ def check_tasks_and_shots(knobs):
 def print_first_prompts(task, exam, tok):
     for style in exam.shots:
         sequences, _ = exam.put(0, style, tok)
+        if not sequences:
+            continue
         ids, scored = sequences[exam.questions[0].gold]
         end = tok.decode(ids[:-scored])[-100:]
         print0(f"{task}, {style}: ...{end!r} -> {tok.decode(ids[-scored:])!r}")
