@@ -83,7 +83,7 @@ on_bad_record = 'error'      # 'error' = stop and name file:record | 'skip' = co
 # how it becomes tokens
 tokenizer = ''               # tokenizer.model or tokenizer.json, or the folder that holds it
 seq_len = 1024               # tokens a row
-add_bos = True               # BOS before each document or prompt
+bos = None                   # BOS before each document or prompt; None = as the tokenizer does
 add_eos = True               # EOS after each document or response
 double_bos = False           # cpt: BOS twice, as llm-foundry with bos_text and a tokenizer's own
 no_wrap = False              # cpt, llm-foundry's: a row's last document is cut, not continued
@@ -104,6 +104,7 @@ workers = 0                  # processes that tokenize; 0 = one a core, at most 
 block_mb = 8.0               # text a block; workers hold about two each
 _choices = {'kind': ('cpt', 'ift'), 'on_bad_record': ('error', 'skip'),
             'packing': ('best_fit', 'paper', 'none'), 'train_on_turns': ('last', 'all')}
+_types = {'bos': bool}
 _free = {'workers', 'block_mb', 'inspect'}  # knobs that change no byte of the output
 
 # -----------------------------------------------------------------------------
@@ -140,12 +141,23 @@ def check_knobs(config):
     if not 0 <= k.val_fraction < 1:
         refuse("val_fraction", "0 <= fraction < 1")
     # beside the others
-    if k.double_bos and not (k.kind == "cpt" and k.add_bos):
-        refuse("double_bos", "kind=cpt with add_bos")
+    if k.double_bos and (k.kind != "cpt" or k.bos is False):
+        refuse("double_bos", "kind=cpt with --bos=True")
     if k.no_wrap and k.kind != "cpt":
         refuse("no_wrap", "kind=cpt")
     if k.template in CHATS and k.kind != "ift":
         refuse("template", "kind=ift with messages")
+
+
+def choose_bos(bos, tok):
+    """Whether documents begin with BOS: the knob, or the tokenizer's habit; printed."""
+    for line in tok.notes:
+        print(line)
+    chosen = tok.adds_bos if bos is None else bos
+    habit = "puts one" if tok.adds_bos else "puts none"
+    print(f"{tok.name}: BOS {tok.bos_id}, of itself it {habit}; EOS {tok.eos_id}; "
+          f"documents begin {'with' if chosen else 'without'} BOS")
+    return chosen
 
 
 def plan_job(config, tok):
@@ -155,20 +167,20 @@ def plan_job(config, tok):
     job.txt_split = unescape(job.txt_split)
 
     # ids, which are bytes until the rows are written
-    if job.add_bos and tok.bos_id is None:
-        raise ValueError(f"add_bos: {job.tokenizer} has no such token; say --add_bos=False")
+    if job.bos and tok.bos_id is None:
+        raise ValueError(f"bos: {job.tokenizer} has no such token; say --bos=False")
     if job.add_eos and tok.eos_id is None:
         raise ValueError(f"add_eos: {job.tokenizer} has no such token; say --add_eos=False")
     job.dtype = np.dtype("<u2" if tok.vocab_size <= 65536 else "<u4")
     job.encode = make_encoder(tok, job.dtype)
-    job.bos = b""
-    job.eos = b""
-    if job.add_bos:
-        job.bos = np.array(tok.bos_id, job.dtype).tobytes()
+    job.bos_bytes = b""
+    job.eos_bytes = b""
+    if job.bos:
+        job.bos_bytes = np.array(tok.bos_id, job.dtype).tobytes()
     if job.double_bos:
-        job.bos = job.bos + job.bos
+        job.bos_bytes = job.bos_bytes + job.bos_bytes
     if job.add_eos:
-        job.eos = np.array(tok.eos_id, job.dtype).tobytes()
+        job.eos_bytes = np.array(tok.eos_id, job.dtype).tobytes()
     job.pad = tok.eos_id or 0
 
     # the fields of a record that are read: those of the template, and more
@@ -241,8 +253,8 @@ def encode_document(job, turns):
     bos_each = job.template == "llama2"
     learn_all = job.train_on_turns == "all"
     prompt_from = job.train_on_prompt_from if job.train_on_prompt else None
-    ids, mask, why = encode_turns(job.encode, turns, job.seq_len, job.bos, job.eos, itemsize,
-                                  bos_each, learn_all, prompt_from)
+    ids, mask, why = encode_turns(job.encode, turns, job.seq_len, job.bos_bytes, job.eos_bytes,
+                                  itemsize, bos_each, learn_all, prompt_from)
     length = len(ids) // itemsize
     if job.kind == "ift":
         kept = min(length, job.seq_len)
@@ -392,6 +404,7 @@ if __name__ == "__main__":
         print(knob_table(globals()))
         check_knobs(config)
         tok = load_tokenizer(tokenizer)
+        config["bos"] = choose_bos(True if double_bos else bos, tok)
         job = plan_job(config, tok)
         out = os.path.normpath(out_dir)
         if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
