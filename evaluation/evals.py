@@ -23,6 +23,7 @@ import atexit
 import datetime
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,6 +93,10 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
     base = model or base_named_by(adapter)
     check_folders(judged, base, adapter)
     tok = load_tokenizer(tokenizer or base)
+    # on the error stream: what sample.py prints is the text alone
+    if RANK == 0:
+        for line in tok.notes:
+            print(line, file=sys.stderr)
 
     # the weights; an adapter is merged in fp32 at least
     load_dtype = torch.promote_types(dtype, torch.float32) if adapter else dtype
