@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import need, run_here
 
-from text.records import read_template
+from text.templates import read_template
 
 
 def sample(*knobs):
