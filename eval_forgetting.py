@@ -36,7 +36,8 @@ from typing import Callable, NamedTuple
 
 from configurator import configure, knob_table
 from evaluation.choices import gauntlet_sequences, lm_eval_sequences
-from evaluation.evals import digest, load_for_eval, open_items, read_items, start_ranks
+from evaluation.evals import (digest, load_for_eval, open_items, read_items, shown,
+                              start_ranks)
 from evaluation.scores import write_mean, write_result
 from evaluation.shots import gauntlet_shots, lm_eval_shots_from, lm_eval_shots_of_subject
 from evaluation.trees import batches, bundle, score_sequences
@@ -112,15 +113,22 @@ class Question(NamedTuple):
 def foundry_question(row):
     """Of a row of LLM Foundry's files for tasks with one context."""
     contexts = (row["query"].strip(),)
-    return Question(contexts, tuple(row["choices"]), row["gold"], row.get("category", ""))
+    return Question(contexts, listed(row["choices"]), row["gold"], row.get("category", ""))
+
+
+def listed(texts):
+    """Texts as a tuple; ValueError for what is no list, as a single text, which is one of letters."""
+    if not isinstance(texts, list):
+        raise ValueError(f"{shown(texts)} is no list of texts")
+    return tuple(texts)
 
 
 def hellaswag_question(record):
     if "query" in record:
         return foundry_question(record)
-    context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
-    context = clean_hellaswag(context)
-    endings = [clean_hellaswag(text) for text in record["endings"]]
+    context = record["activity_label"] + ": " + record["ctx_a"]
+    context = clean_hellaswag(context + " " + record["ctx_b"].capitalize())
+    endings = [clean_hellaswag(text) for text in listed(record["endings"])]
     return Question((context,), tuple(endings), int(record["label"]))
 
 
@@ -133,17 +141,17 @@ def clean_hellaswag(text):
 def arc_question(record):
     if "query" in record:
         return foundry_question(record)
-    context = f"Question: {record['question']}"
-    texts = record["choices"]["text"]
+    context = "Question: " + record["question"]
+    texts = listed(record["choices"]["text"])
     labels = list(record["choices"]["label"])
     gold = labels.index(record["answerKey"])
-    return Question((context,), tuple(texts), gold)
+    return Question((context,), texts, gold)
 
 
 def winogrande_question(record):
     """The sentence with either name in the blank is the context, what follows the continuation."""
     if "context_options" in record:  # a row of LLM Foundry's
-        contexts = tuple(record["context_options"])
+        contexts = listed(record["context_options"])
         return Question(contexts, (record["continuation"].strip(),), record["gold"])
     before, after = record["sentence"].split("_", 1)
     contexts = (before + record["option1"], before + record["option2"])
@@ -155,7 +163,7 @@ def mmlu_question(record):
     if "query" in record:
         return foundry_question(record)
     lines = [record["question"].strip()]
-    for letter, choice in zip(LETTERS, record["choices"], strict=True):
+    for letter, choice in zip(LETTERS, listed(record["choices"]), strict=True):
         lines.append(f"{letter}. {choice}")
     context = "\n".join(lines)
     return Question((context,), tuple(LETTERS), int(record["answer"]), record["subject"])
@@ -163,6 +171,7 @@ def mmlu_question(record):
 
 class Task(NamedTuple):
     question: Callable         # a record of the data -> Question
+    label: str                 # the record's field that says which choice is right
     delimiter: str             # between context and continuation
     acc_norm: bool = False     # lm-eval has it of this task
     spare_shot: bool = False   # lm-eval draws one more than it uses (no split for tests or shots)
@@ -170,10 +179,10 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "hellaswag": Task(hellaswag_question, " ", acc_norm=True, spare_shot=True),
-    "arc_challenge": Task(arc_question, "\nAnswer: ", acc_norm=True),
-    "winogrande": Task(winogrande_question, " ", spare_shot=True),
-    "mmlu": Task(mmlu_question, "\nAnswer: ", by_subject=True),
+    "hellaswag": Task(hellaswag_question, "label", " ", acc_norm=True, spare_shot=True),
+    "arc_challenge": Task(arc_question, "answerKey", "\nAnswer: ", acc_norm=True),
+    "winogrande": Task(winogrande_question, "answer", " ", spare_shot=True),
+    "mmlu": Task(mmlu_question, "answer", "\nAnswer: ", by_subject=True),
 }
 
 
@@ -182,6 +191,7 @@ def load_questions(task, source):
     questions = []
     for number, record in enumerate(read_items(source, (), task), 1):
         try:
+            check_label(record, TASKS[task].label)
             question = TASKS[task].question(record)
             check_question(question)
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as e:
@@ -193,12 +203,24 @@ def load_questions(task, source):
     return questions
 
 
+def check_label(record, field):
+    """Raises ValueError where it is left open which choice is right, as in splits for contests."""
+    if "gold" in record:  # a row of LLM Foundry's
+        field = "gold"
+    if field in record and record[field] in ("", None, -1, "-1"):
+        raise ValueError(f"{field} is {record[field]!r}: this split has no labels, take the one "
+                         "for validation")
+
+
 def check_question(question):
     """Raises ValueError for an empty text, a single choice, or a gold that is none of them."""
     texts = question.contexts + question.continuations
     has_texts = all(isinstance(text, str) and text for text in texts)
     count = len(question.choices)
-    if not has_texts or count < 2 or question.gold not in range(count):
+    has_gold = type(question.gold) is int and question.gold in range(count)
+    if not isinstance(question.subject, str):
+        raise ValueError(f"subject {shown(question.subject)}, expected text")
+    if not has_texts or count < 2 or not has_gold:
         raise ValueError(f"{count} choices, gold {question.gold!r}")
 
 

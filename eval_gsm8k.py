@@ -53,7 +53,7 @@ INVALID = "[invalid]"    # where no number is found
 # ----------------------------------------------------------------------------- questions
 def read_questions(path, knob):
     """GSM8K's records, dicts with question and answer; raises ValueError where it is other data."""
-    records = read_items(path, ("question", "answer"), knob)
+    records = read_items(path, {"question": str, "answer": str}, knob)
     for number, record in enumerate(records, 1):
         if "#### " not in record["answer"]:
             raise ValueError(f"{path}, record {number}: its answer has no '#### ', not GSM8K's")

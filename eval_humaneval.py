@@ -247,7 +247,7 @@ if __name__ == "__main__":
         check_sampling(n_samples, temperature, k, samples, allow_code_execution)
 
         # the problems
-        all_problems = read_items(data, FIELDS)
+        all_problems = read_items(data, dict.fromkeys(FIELDS, str))
         problems = all_problems[:limit or None]
         device = start_ranks(device)
         started = time.perf_counter()

@@ -61,12 +61,14 @@ def read_questions(path):
     if not path:
         raise ValueError("questions is not set: FastChat has them in "
                          "fastchat/llm_judge/data/mt_bench/question.jsonl")
-    asked = read_items(path, ("question_id", "category", "turns"), "questions")
+    types = {"question_id": object, "category": str, "turns": list}
+    asked = read_items(path, types, "questions")
     for number, question in enumerate(asked, 1):
-        has_turns = isinstance(question["turns"], list) and question["turns"]
+        turns = question["turns"]
+        has_turns = turns and all(isinstance(turn, str) for turn in turns)
         if question["category"] not in TEMPERATURES or not has_turns:
             raise ValueError(f"{path}, record {number}: expected a category out of "
-                             f"{', '.join(TEMPERATURES)} and a list of turns")
+                             f"{', '.join(TEMPERATURES)} and a list of turns, which are texts")
     return asked
 
 

@@ -183,8 +183,8 @@ def epoch_of(log, step):
 def read_items(source, fields, knob="data"):
     """The records of a .jsonl, .json (these also .gz) or .parquet file, here or on the hub: dicts.
 
-    Raises FileNotFoundError, or ValueError naming the first record that lacks one of `fields`;
-    `knob` is the one that held the path."""
+    fields: names that each record has, or {name: type of its value}; knob: the one that held the
+    path. Raises FileNotFoundError, or ValueError naming the first record that is otherwise."""
     if source.startswith("hf://"):
         sources = from_hub(source, knob)
     elif Path(source).is_file():
@@ -206,8 +206,24 @@ def read_items(source, fields, knob="data"):
             if missing:
                 raise ValueError(f"{part.name}, record {number}: expected {', '.join(fields)}; "
                                  f"found {', '.join(found)}, without {', '.join(missing)}")
+            if isinstance(fields, dict):
+                check_types(record, fields, f"{part.name}, record {number}")
             items.append(record)
     return items
+
+
+def check_types(record, types, where):
+    """Raises ValueError for the first value that is not of its type."""
+    for field, kind in types.items():
+        if not isinstance(record[field], kind):
+            expected = "text" if kind is str else kind.__name__
+            raise ValueError(f"{where}: {field} is {shown(record[field])}, expected {expected}")
+
+
+def shown(value):
+    """A value in an error message, not longer than a line."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def cut_left(ids, most, bos_id=None):

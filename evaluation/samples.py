@@ -18,7 +18,7 @@ import json
 import re
 from pathlib import Path
 
-from evaluation.evals import place
+from evaluation.evals import place, shown
 from runtime import print0
 
 
@@ -87,7 +87,7 @@ def read_lines(samples, problems):
         i = index[sample["task_id"]]
         completions = sample["completions"] if "completions" in sample else [sample["completion"]]
         if not isinstance(completions, list) or not all(isinstance(c, str) for c in completions):
-            raise TypeError(f"{sample['task_id']} has {completions!r:.40}, no text")
+            raise TypeError(f"{sample['task_id']} has {shown(completions)}, expected text")
         found.setdefault(i, []).extend(completions)
     return found
 
