@@ -117,7 +117,8 @@ def foundry_question(row):
 
 
 def listed(texts):
-    """Texts as a tuple; ValueError for what is no list, as a single text, which is one of letters."""
+    """A list of texts as a tuple; ValueError for what is none."""
+    # a single text would become a tuple of its letters
     if not isinstance(texts, list):
         raise ValueError(f"{shown(texts)} is no list of texts")
     return tuple(texts)
@@ -142,6 +143,7 @@ def arc_question(record):
     if "query" in record:
         return foundry_question(record)
     context = "Question: " + record["question"]
+    # choices are named A to D, or 1 to 4
     texts = listed(record["choices"]["text"])
     labels = list(record["choices"]["label"])
     gold = labels.index(record["answerKey"])
@@ -153,6 +155,7 @@ def winogrande_question(record):
     if "context_options" in record:  # a row of LLM Foundry's
         contexts = listed(record["context_options"])
         return Question(contexts, (record["continuation"].strip(),), record["gold"])
+    # the blank of a record of its own is an underscore
     before, after = record["sentence"].split("_", 1)
     contexts = (before + record["option1"], before + record["option2"])
     gold = ("1", "2").index(str(record["answer"]))
@@ -162,6 +165,7 @@ def winogrande_question(record):
 def mmlu_question(record):
     if "query" in record:
         return foundry_question(record)
+    # the choices are part of the question; what is scored is their letter
     lines = [record["question"].strip()]
     for letter, choice in zip(LETTERS, listed(record["choices"]), strict=True):
         lines.append(f"{letter}. {choice}")
@@ -191,6 +195,7 @@ def load_questions(task, source):
     questions = []
     for number, record in enumerate(read_items(source, (), task), 1):
         try:
+            # whatever else a file holds, one of these errors comes of it
             check_label(record, TASKS[task].label)
             question = TASKS[task].question(record)
             check_question(question)
@@ -205,7 +210,8 @@ def load_questions(task, source):
 
 def check_label(record, field):
     """Raises ValueError where it is left open which choice is right, as in splits for contests."""
-    if "gold" in record:  # a row of LLM Foundry's
+    # a row of LLM Foundry's has a field of its own
+    if "gold" in record:
         field = "gold"
     if field in record and record[field] in ("", None, -1, "-1"):
         raise ValueError(f"{field} is {record[field]!r}: this split has no labels, take the one "
@@ -214,8 +220,10 @@ def check_label(record, field):
 
 def check_question(question):
     """Raises ValueError for an empty text, a single choice, or a gold that is none of them."""
+    # all texts are there
     texts = question.contexts + question.continuations
     has_texts = all(isinstance(text, str) and text for text in texts)
+    # gold is the index of a choice; True and 1.0 are none
     count = len(question.choices)
     has_gold = type(question.gold) is int and question.gold in range(count)
     if not isinstance(question.subject, str):

@@ -121,11 +121,11 @@ def sample_problems(items, subject, problems, sampling, batch_size):
 
     # random numbers belong to (seed, problem, sample)
     tokens = [prompts[i][0] for i in items.todo]
-    rooms = {i: most - len(prompts[i][0]) for i in items.todo}
+    rooms = [most - len(ids) for ids in tokens]
     seeds = [sampling.seed * 1000 + i for i in items.todo]
     answers = generate_items(
-        subject, items.todo, tokens, list(rooms.values()), temperature=sampling.temperature,
-        top_p=sampling.top_p, n=sampling.n_samples, stop=ended, seed=seeds, batch_size=batch_size)
+        subject, items.todo, tokens, rooms, temperature=sampling.temperature, top_p=sampling.top_p,
+        n=sampling.n_samples, stop=ended, seed=seeds, batch_size=batch_size)
     for i, rows in answers:
         prompt, cut = prompts[i]
         completions = []
@@ -134,7 +134,8 @@ def sample_problems(items, subject, problems, sampling, batch_size):
             # decoded behind the prompt, or sentencepiece would drop a leading blank
             text = tok.decode(prompt + without_eos(tok, new))[len(tok.decode(prompt)):]
             completions.append(truncate_at_stop(text, stops))
-            truncated.append(int(len(new) == rooms[i] and not ended(new)))
+            full = len(prompt) + len(new) == most
+            truncated.append(int(full and not ended(new)))
         items.finish(i, {"task_id": problems[i]["task_id"], "completions": completions,
                          "prompt_tokens": len(prompt), "cut": cut,
                          "new_tokens": [len(new) for new in rows], "truncated": truncated})
@@ -260,7 +261,8 @@ if __name__ == "__main__":
             subject = subject_of_samples(path, out_dir)
             name = path.stem.removeprefix("eval_")
             found, form = read_samples(path, all_problems, samples_form, limit)
-            strip_prompt = settings["strip_prompt"] = form == "stripped"
+            strip_prompt = form == "stripped"
+            settings["strip_prompt"] = strip_prompt
             if all_ks:
                 fewest = min(map(len, found.values()), default=1)
                 k = tuple(value for value in all_ks if value <= fewest)
@@ -271,6 +273,7 @@ if __name__ == "__main__":
             subject = load_for_eval(model, adapter, device, dtype, tokenizer, out_dir)
             tok = subject.tokenizer
             bos = tok.adds_bos if bos is None else bos
+            config["bos"] = bos
             print0(f"{len(problems)} problems, {n_samples} samples each, T={temperature}, "
                    f"top_p={top_p}, {begin_and_end(tok, bos)}")
             sampling = Sampling(n_samples, temperature, top_p, seed, bos, max_length, strip_prompt)

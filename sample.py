@@ -46,6 +46,7 @@ if __name__ == "__main__":
         tok = loaded.tokenizer
         text = unescape(prompt) if prompt else sys.stdin.read()
         stop_texts = [unescape(end) for end in stop]
+        # the error stream says how it begins and ends, the other has the text alone
         bos = tok.adds_bos if bos is None else bos
         ids = tok.encode(text, bos=bos)
         print(f"[{begin_and_end(tok, bos)}]", file=sys.stderr)

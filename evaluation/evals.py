@@ -254,6 +254,7 @@ def generate_items(subject, ids, prompts, max_new_tokens, **drawing):
 
     Only ids that the tokenizer has are drawn; drawing: other arguments of Llama.generate_each.
     Raises ValueError naming model and item where logits are not finite."""
+    # rows that no token has would end the decoding
     answers = subject.model.generate_each(prompts, max_new_tokens,
                                           vocab_size=subject.tokenizer.vocab_size, **drawing)
     try:
@@ -277,6 +278,7 @@ def judged_name(subject):
 def begin_and_end(tok, bos):
     """What stands before a prompt and which ids end a row, in words."""
     front = f"BOS (id {tok.bos_id}) in front" if bos else "no BOS in front"
+    # an added token that is not special has its name as text
     names = {i: name for name, i in tok.special_ids.items()}
     ends = [f"{names.get(i) or tok.decode([i])} (id {i})" for i in sorted(tok.stop_ids)]
     return f"{front}; EOS: {', '.join(ends) or 'none'}"
@@ -307,6 +309,7 @@ class Items:
         """Keep the record (a dict) of item i; it survives a kill.
 
         Raises ValueError for a record with NaN or infinity, which is none."""
+        # json would write NaN, which no other reader takes
         try:
             line = json.dumps({"id": i, **record}, allow_nan=False)
         except ValueError:

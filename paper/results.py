@@ -148,6 +148,7 @@ def read_run(folder):
     # the values of the single items, which eval_*.py keeps apart
     items = {}
     for line in read_jsonl(folder / "values.jsonl"):
+        # one that is no number would spoil every interval
         values = line.get("values") or []
         if None not in [number(value) for value in values]:
             items[line.get("metric"), line.get("step")] = values
