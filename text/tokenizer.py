@@ -74,7 +74,7 @@ class Tokenizer:
         self.silent = silent
         self.bos_id = None
         self.eos_id = None
-        self.adds_bos = False
+        self.first_id = None  # what the file itself puts in front of a text
         self.notes = []
 
     def encode(self, text, bos=False, eos=False):
@@ -189,7 +189,7 @@ def name_special_ids(tokenizer, settings):
     if settings.add_bos is not None:
         tokenizer.adds_bos = bool(settings.add_bos)
     else:
-        tokenizer.adds_bos = tokenizer.tool.starts_with(tokenizer.bos_id)
+        tokenizer.adds_bos = tokenizer.first_id == tokenizer.bos_id
     if tokenizer.bos_id is None:
         tokenizer.adds_bos = False
 
@@ -222,7 +222,7 @@ def read_huggingface(path, model_file, settings):
         model_data = model_file.read_bytes()
         model = open_sentencepiece(model_data)
     same = model is not None and describes(spec, model, piece_types(model_data))
-    special = [token for token in spec["added_tokens"] if token["special"]]
+    special = [dict(token) for token in spec["added_tokens"]]
     kind = kind_of(spec)
     tool = open_spec(path, spec)
     sha256 = fingerprint(data, extra)
@@ -230,8 +230,10 @@ def read_huggingface(path, model_file, settings):
         tokenizer = by_sentencepiece(model, special)
         tokenizer.sha256 = fingerprint(model_data, extra)
         tokenizer.same_sha256 = {tokenizer.sha256, sha256}
+        tokenizer.first_id = tool.first_id()
         return tokenizer
     tokenizer = Tokenizer(tool, kind, tool.ids, tool.size, tool.special_ids, tool.silent)
+    tokenizer.first_id = tool.first_id()
     tokenizer.sha256 = sha256
     tokenizer.same_sha256 = {sha256}
     if model_file:
@@ -371,7 +373,7 @@ def read_llama3(path, data):
     special_ids = {name: size + i for i, name in enumerate(LLAMA3_SPECIAL)}
     tokenizer = Tokenizer(Llama3Ranks(ranks), "Llama-3 tiktoken", special_ids,
                           size + len(special_ids), special_ids, set(special_ids.values()))
-    tokenizer.bos_id = size
+    tokenizer.bos_id = tokenizer.first_id = size
     tokenizer.eos_id = size + 1
     return tokenizer
 

@@ -51,9 +51,10 @@ class HuggingFaceFile:
         [encoding] = self.tool.encode_batch_fast([text], add_special_tokens=False)
         return encoding.ids
 
-    def starts_with(self, token_id):
-        """Whether the file's post-processor puts this id in front of a text."""
-        return self.tool.encode("a").ids[:1] == [token_id]
+    def first_id(self):
+        """The special id that the file's post-processor puts in front of a text, or None."""
+        first = self.tool.encode("a").ids[:1]
+        return first[0] if first and first[0] in self.silent else None
 
     def decode(self, ids):
         ids = [i for i in ids if i not in self.silent]
