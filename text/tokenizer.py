@@ -230,10 +230,10 @@ def read_huggingface(path, model_file, settings):
         tokenizer = by_sentencepiece(model, special)
         tokenizer.sha256 = fingerprint(model_data, extra)
         tokenizer.same_sha256 = {tokenizer.sha256, sha256}
-        tokenizer.first_id = tool.first_id()
+        tokenizer.first_id = tool.first_id
         return tokenizer
     tokenizer = Tokenizer(tool, kind, tool.ids, tool.size, tool.special_ids, tool.silent)
-    tokenizer.first_id = tool.first_id()
+    tokenizer.first_id = tool.first_id
     tokenizer.sha256 = sha256
     tokenizer.same_sha256 = {sha256}
     if model_file:
@@ -298,7 +298,10 @@ def read_sentencepiece(path, data, settings):
     if not extra:
         return by_sentencepiece(model, spec["added_tokens"]), extra
     # tokens or blanks that sentencepiece does not know: the tokenizers package does
-    spec["model"]["merges"] = merges_of_model(model, spec["model"]["vocab"])
+    try:
+        spec["model"]["merges"] = merges_of_model(model, spec["model"]["vocab"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     tool = open_spec(path, spec)
     kind = f"{kind_of(spec)} of tokenizer.model"
     tokenizer = Tokenizer(tool, kind, tool.ids, tool.size, tool.special_ids, tool.silent)

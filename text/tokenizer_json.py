@@ -46,15 +46,17 @@ class HuggingFaceFile:
         if falls_back and BYTE_TOKENS.keys() <= self.vocab.keys():
             self.byte_of_id = {self.vocab[name]: b for name, b in BYTE_TOKENS.items()}
 
+        # the special id that the file's post-processor puts in front of a text
+        first = self.tool.encode("a").ids[:1]
+        self.first_id = first[0] if first and first[0] in self.silent else None
+
     def encode(self, text):
         # the fast one does not compute where in the text each token stands
-        [encoding] = self.tool.encode_batch_fast([text], add_special_tokens=False)
+        try:
+            [encoding] = self.tool.encode_batch_fast([text], add_special_tokens=False)
+        except Exception as error:  # the package raises no narrower class
+            raise ValueError(f"the tokenizers package cannot encode this text: {error}") from None
         return encoding.ids
-
-    def first_id(self):
-        """The special id that the file's post-processor puts in front of a text, or None."""
-        first = self.tool.encode("a").ids[:1]
-        return first[0] if first and first[0] in self.silent else None
 
     def decode(self, ids):
         ids = [i for i in ids if i not in self.silent]
@@ -116,6 +118,8 @@ def parse_spec(path, data, settings):
 
 
 def unreadable(path, why):
+    """The error for a tokenizer.json that the package cannot read."""
+    why = " ".join(str(why).split())
     return ValueError(f"{path}: not readable by the tokenizers package "
                       f"{tokenizers.__version__}: {why}")
 
@@ -125,7 +129,9 @@ def open_spec(path, spec):
     try:
         hide_special_tokens(spec)
         return HuggingFaceFile(spec)
-    except Exception as error:  # the package raises no narrower class
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the package is no Exception
         raise unreadable(path, error) from None
 
 
@@ -232,10 +238,17 @@ def spec_of_model(model, types, settings):
 
 
 def merges_of_model(model, vocab):
-    """The merges [left, right] of a sentencepiece BPE model, best first."""
+    """
+    The merges [left, right] of a sentencepiece BPE model, best first.
+
+    ValueError: it is a unigram model, which has logarithms as scores and no merges.
+    """
     merges = []
     for name, i in vocab.items():
         score = 0.0 if i < 3 else model.get_score(i)
+        if not score.is_integer():
+            raise ValueError("a unigram model; added tokens and settings of blanks need a BPE model "
+                             "or a tokenizer.json, which transformers' save_pretrained makes")
         pairs = [(name[:at], name[at:]) for at in range(1, len(name))]
         pairs = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
         pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
