@@ -35,30 +35,38 @@ def read_settings(folder, has_model):
     passes_json_over   a tokenizer.model counts even beside a tokenizer.json
     ids        {"bos": [ids], "eos": [ids]} of generation_config.json or else config.json
 
-    has_model: there is a tokenizer.model, so that the tokenizer is Llama's unless a file says other.
+    has_model: there is a tokenizer.model, so that the tokenizer is Llama's unless a file differs.
     ValueError: a file is damaged, or holds other things than transformers writes.
     """
     config = read_object(folder / "tokenizer_config.json")
     model = read_object(folder / "config.json")
     is_llama = uses_llama_class(config, model, has_model)
+    settings = SimpleNamespace(legacy=config.get("legacy"), ids=ids_of_configs(folder, model))
     try:
-        named, tokens, renamed = special_and_added(config, folder)
+        settings.named, settings.tokens, settings.renamed = special_and_added(config, folder)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{folder}: the added tokens of tokenizer_config.json, added_tokens.json or "
-                         f"special_tokens_map.json are not as transformers writes them: "
+        raise ValueError(f"{folder}: the tokens of tokenizer_config.json, added_tokens.json or "
+                         "special_tokens_map.json are not as transformers writes them: "
                          f"{error}") from None
-    # what a key that is missing means, by the class that transformers takes
-    prefix = config.get("add_prefix_space", None if is_llama or not config else False)
-    add_bos = config.get("add_bos_token", True) if is_llama else None
-    defaults = LLAMA_DEFAULTS if is_llama else {}
-    return SimpleNamespace(
-        named=named, defaults=defaults, tokens=tokens, renamed=renamed, add_bos=add_bos,
-        legacy=config.get("legacy"), add_prefix_space=prefix,
-        passes_json_over=is_llama and prefix is not None, ids=ids_of_configs(folder, model))
+    # what a missing key means differs: Llama's class has names for its tokens, puts BOS in front
+    # and takes the blanks of its file
+    if is_llama:
+        settings.defaults = LLAMA_DEFAULTS
+        settings.add_bos = config.get("add_bos_token", True)
+        settings.add_prefix_space = config.get("add_prefix_space")
+        settings.passes_json_over = settings.add_prefix_space is not None
+        return settings
+    # every other class goes by the file, but for the blank
+    settings.defaults = {}
+    settings.add_bos = None
+    settings.add_prefix_space = config.get("add_prefix_space", False) if config else None
+    settings.passes_json_over = False
+    return settings
 
 
 def special_and_added(config, folder):
-    """Named special tokens, all tokens to add, and the first three, as read_settings has them."""
+    """`named`, `tokens` and `renamed` of read_settings."""
+    # the special tokens by name
     named = {key: config[key] for key in SPECIAL_KEYS if key in config}
     more = list(config.get("additional_special_tokens") or [])
     # transformers 5 lists them under another name
@@ -75,6 +83,7 @@ def special_and_added(config, folder):
             if int(i) < 3:
                 renamed[int(i)] = tokens[-1]["content"]
     else:
+        # which also name special tokens, and know no more of an added token than its id
         older = read_object(folder / "special_tokens_map.json")
         named |= {key: older[key] for key in SPECIAL_KEYS if key in older}
         more += older.get("additional_special_tokens") or []
@@ -130,6 +139,7 @@ def ids_of_configs(folder, model):
     """{"bos": [ids], "eos": [ids]}: of generation_config.json, or else of config.json."""
     generation = read_object(folder / "generation_config.json")
     found = {}
+    # transformers' generate asks config.json only for what the other does not have
     for name in ("bos", "eos"):
         key = f"{name}_token_id"
         value = generation.get(key)
@@ -154,10 +164,12 @@ def add_tokens(added, vocab, settings):
     vocab: {name: id} of the model. Ids follow the last one, as the tokenizers package gives them,
     whatever the files say. A token that is there already can only become special.
     """
+    # Llama's own special tokens, unless the model lacks them
     tokens = list(settings.tokens)
     for name in settings.defaults.values():
         if name in vocab:
             tokens.append(full_token({"content": name, "special": True}))
+    # a token of the model keeps its id, the others are numbered on
     by_name = {token["content"]: token for token in added}
     last = max([len(vocab) - 1, *[token["id"] for token in added]])
     new = []
