@@ -53,7 +53,8 @@ from text.encode import make_encoder
 from text.packing import pack_best_fit, pack_no_wrap, pack_paper, write_rows
 from text.records import (describe, eval_ngrams, expand, is_contaminated, parse, text_of,
                           unescape)
-from text.report import examples_of, inspect_folder, print_report
+from text.report import (choose_bos, examples_of, inspect_folder, print_report, why_dropped,
+                         why_no_row)
 from text.shards import (DOCUMENT, WHY, checksums, encode_blocks, file_sha256, leave_out_repeated,
                          leave_out_unsampled, place_of, processes_for, read_tables, write_stream,
                          written_whole)
@@ -147,17 +148,6 @@ def check_knobs(config):
         refuse("no_wrap", "kind=cpt")
     if k.template in CHATS and k.kind != "ift":
         refuse("template", "kind=ift with messages")
-
-
-def choose_bos(bos, tok):
-    """Whether documents begin with BOS: the knob, or the tokenizer's habit; printed."""
-    for line in tok.notes:
-        print(line)
-    chosen = tok.adds_bos if bos is None else bos
-    habit = "puts one" if tok.adds_bos else "puts none"
-    print(f"{tok.name}: BOS {tok.bos_id}, of itself it {habit}; EOS {tok.eos_id}; "
-          f"documents begin {'with' if chosen else 'without'} BOS")
-    return chosen
 
 
 def plan_job(config, tok):
@@ -278,10 +268,12 @@ def encode_turns(encode, turns, seq_len, bos=b"", eos=b"", itemsize=2, bos_each=
 
     As llm-foundry 0.9: each text is tokenized by itself; text never becomes a special id; the last
     response is learned, with its EOS (learn_all: every one), and prompts of at least prompt_from
-    tokens (None: none). An example without a target within seq_len, EOS aside, is dropped.
+    tokens (None: none). An example with an empty response, or without a target within seq_len, EOS
+    aside, is dropped.
     """
     ids = b""
     mask = b""
+    empty = False
     for number, (read, response) in enumerate(turns):
         # BOS before the first text, or before each turn
         head = encode(read)
@@ -290,18 +282,21 @@ def encode_turns(encode, turns, seq_len, bos=b"", eos=b"", itemsize=2, bos_each=
         body = encode(response)
         head_length = len(head) // itemsize
         body_length = len(body) // itemsize
+        empty = empty or not body
         # what is learned
         learn_head = prompt_from is not None and head_length >= prompt_from
         learn_body = learn_all or number == len(turns) - 1
         mask += bytes([learn_head]) * head_length + bytes([learn_body]) * body_length
-        if b"\1" in mask[1:seq_len]:
-            why = ""
-        else:
-            why = "no room" if body else "empty"  # the last turn's counts
+        has_target = b"\1" in mask[1:seq_len]
         # EOS after each response
         ids += head + body + eos
         if eos:
             mask += bytes([learn_body])
+    why = ""
+    if empty:
+        why = "empty"
+    elif not has_target:
+        why = "no room"
     # the first token has nothing before it from which it could be predicted
     return ids, b"\0" + mask[1:], why
 
@@ -324,11 +319,8 @@ def write_split(name, documents, work, count, folder, job):
     starts = np.cumsum(lengths) - lengths  # in the stream of all that are kept
     total = int(lengths.sum())
     if total == 0 or (job.kind == "cpt" and total < job.seq_len):
-        remedy = "see source and the fields"
-        if name == "val":
-            remedy = "documents are held out whole: give txt_split or --val_fraction=0"
         raise ValueError(f"{name}: {len(lengths)} documents, {total} tokens make no row of "
-                         f"{job.seq_len} ({left_out.sum()} dropped); {remedy}")
+                         f"{job.seq_len}; {why_no_row(documents, mine, left_out, job.kind)}")
 
     lost = documents["lost"][kept]
     powers = np.frexp(lengths)[1] - 1  # k of the documents of 2^k to 2^(k+1) - 1 tokens
@@ -336,7 +328,7 @@ def write_split(name, documents, work, count, folder, job):
         "truncated": int((lost > 0).sum()),
         "lost": int(lost.sum()),
         "dropped": int(left_out.sum()),
-        "dropped_why": {why: int(n) for why, n in zip(WHY, left_out) if n},
+        "dropped_why": why_dropped(left_out),
         "lengths": np.bincount(powers).tolist()}
     if job.kind == "cpt" and not job.no_wrap:
         # the rows are the stream itself, cut to whole rows

@@ -11,9 +11,17 @@ The content of the file decides which tool reads it:
     tokenizer.model of Llama-3   lines of "base64-token rank"   tiktoken
     tokenizer.json               JSON                           tokenizers (Hugging Face)
 
-Special tokens are ids, never text: "</s>" inside a text is four ordinary characters, with every
-tool (by default Hugging Face makes it one id, so that a document can end itself), and special ids
-decode to nothing. Added tokens that are not special, such as "<think>", are one id.
+A folder gives the ids, BOS and EOS that transformers 4.57's AutoTokenizer gives for it:
+
+    tokenizer.json counts, not tokenizer.model; where they are the same, sentencepiece reads.
+    tokenizer_config.json and its like add tokens, name BOS and EOS: see text/tokenizer_folder.py.
+    tokenizer.model with added tokens that texts can hold becomes a tokenizer.json in memory.
+
+Two deviations. Special tokens are ids, never text: "</s>" inside a text is four ordinary
+characters, with every tool (by default Hugging Face makes it one id, so that a document can end
+itself), and special ids decode to nothing. And a tokenizer.model alone is read by sentencepiece
+with its own rules for blanks, which transformers' conversion forgets. Added tokens that are not
+special, such as "<think>", are one id.
 """
 import base64
 import hashlib
@@ -74,7 +82,7 @@ class Tokenizer:
         self.silent = silent
         self.bos_id = None
         self.eos_id = None
-        self.adds_bos = False
+        self.first_id = None  # what the file itself puts in front of a text
         self.notes = []
 
     def encode(self, text, bos=False, eos=False):
@@ -140,37 +148,38 @@ def load_tokenizer(folder_or_file):
 
 def find_files(path):
     """(tokenizer.model or None, tokenizer.json or None) that a path names. FileNotFoundError."""
-    if path.is_dir():
-        model_file = path / "tokenizer.model"
-        json_file = path / "tokenizer.json"
-        if model_file.is_file() or json_file.is_file():
-            return (model_file if model_file.is_file() else None,
-                    json_file if json_file.is_file() else None)
-        raise FileNotFoundError(f"{path}: no tokenizer.model and no tokenizer.json in this folder, "
-                                f"{what_is_held(path)}")
-    if not path.is_file():
+    # a file: its content tells which it is
+    if path.is_file():
+        if read_whole(path).startswith(b"{"):
+            return None, path
+        return path, None
+    if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file; expected tokenizer.model, tokenizer.json "
                                 "or their folder")
-    if read_whole(path).startswith(b"{"):
-        return None, path
-    return path, None
+    # a folder
+    model_file = path / "tokenizer.model"
+    json_file = path / "tokenizer.json"
+    if not model_file.is_file():
+        model_file = None
+    if not json_file.is_file():
+        json_file = None
+    if not (model_file or json_file):
+        raise FileNotFoundError(f"{path}: no tokenizer.model and no tokenizer.json in this folder, "
+                                f"{what_is_held(path)}")
+    return model_file, json_file
 
 
 def what_is_held(folder):
     """The end of a message about a folder without a tokenizer."""
+    # a Trainer's output folder: the models and their tokenizers lie in checkpoint-N
+    below = sorted({file.parent.name for file in folder.glob("*/tokenizer.*")})
+    if below:
+        return f"but in {', '.join(below[:8])} below it; name one of these"
     names = sorted(entry.name for entry in folder.iterdir())
-    # what a Trainer writes into: the model and its tokenizer lie below
-    inside = [name for name in names if find_below(folder / name)]
-    if inside:
-        return f"but in {', '.join(inside[:8])} below it; name one of these"
     held = ", ".join(names[:8]) or "nothing"
     if len(names) > 8:
         held += ", ..."
     return f"which holds {held}"
-
-
-def find_below(folder):
-    return (folder / "tokenizer.model").is_file() or (folder / "tokenizer.json").is_file()
 
 
 def read_whole(path):
@@ -186,13 +195,15 @@ def name_special_ids(tokenizer, settings):
     """BOS, EOS and the ids that stop a text, by the files of the folder or the tokenizer's own."""
     tokenizer.bos_id = id_named(settings, "bos", tokenizer.ids, tokenizer.bos_id)
     tokenizer.eos_id = id_named(settings, "eos", tokenizer.ids, tokenizer.eos_id)
+    # Llama's tokenizer has a switch for BOS, every other one a post-processor in its file
     if settings.add_bos is not None:
         tokenizer.adds_bos = bool(settings.add_bos)
     else:
-        tokenizer.adds_bos = tokenizer.tool.starts_with(tokenizer.bos_id)
+        tokenizer.adds_bos = tokenizer.first_id == tokenizer.bos_id
     if tokenizer.bos_id is None:
         tokenizer.adds_bos = False
 
+    # a model may end a text at more ids than the tokenizer names
     listed = settings.ids["eos"]
     tokenizer.stop_ids = set(listed)
     if tokenizer.eos_id is not None:
@@ -218,26 +229,35 @@ def read_huggingface(path, model_file, settings):
     data = read_whole(path)
     spec, extra = parse_spec(path, data, settings)
     model = None
+    is_form = False
     if model_file:
         model_data = model_file.read_bytes()
         model = open_sentencepiece(model_data)
-    same = model is not None and describes(spec, model, piece_types(model_data))
-    special = [token for token in spec["added_tokens"] if token["special"]]
+    if model:
+        is_form = describes(spec, model, piece_types(model_data))
+    # opening hides the names of special tokens
+    added = [dict(token) for token in spec["added_tokens"]]
     kind = kind_of(spec)
     tool = open_spec(path, spec)
     sha256 = fingerprint(data, extra)
-    if same and same_ids(model, tool):
-        tokenizer = by_sentencepiece(model, special)
+
+    if is_form and same_ids(model, tool):
+        tokenizer = by_sentencepiece(model, added)
         tokenizer.sha256 = fingerprint(model_data, extra)
-        tokenizer.same_sha256 = {tokenizer.sha256, sha256}
-        return tokenizer
-    tokenizer = Tokenizer(tool, kind, tool.ids, tool.size, tool.special_ids, tool.silent)
-    tokenizer.sha256 = sha256
-    tokenizer.same_sha256 = {sha256}
-    if model_file:
-        tokenizer.notes.append(f"{path.parent}: tokenizer.json counts, as in transformers, not "
-                               "tokenizer.model, which says otherwise")
+    else:
+        tokenizer = by_huggingface(tool, kind)
+        tokenizer.sha256 = sha256
+        if model_file:
+            tokenizer.notes.append(f"{path.parent}: tokenizer.json counts, as in transformers, not "
+                                   "tokenizer.model, which says otherwise")
+    tokenizer.same_sha256 = {tokenizer.sha256, sha256}
+    tokenizer.first_id = tool.first_id
     return tokenizer
+
+
+def by_huggingface(tool, kind):
+    """The Tokenizer of a HuggingFaceFile."""
+    return Tokenizer(tool, kind, tool.ids, tool.size, tool.special_ids, tool.silent)
 
 
 def same_ids(model, tool):
@@ -245,6 +265,23 @@ def same_ids(model, tool):
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
     probe = " ".join(pieces) + "  a\n\n b\t日\U0001f600"
     return model.encode(probe) == tool.encode(probe)
+
+
+# ------------------------------------------------------------------ tokenizer.model
+
+def read_model(path, settings):
+    """Of tokenizer.model, whichever tool made it."""
+    data = read_whole(path)
+    if data.startswith(b"{"):
+        return read_huggingface(path, None, settings)
+    extra = []
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):
+        tokenizer = read_llama3(path, data)
+    else:
+        tokenizer, extra = read_sentencepiece(path, data, settings)
+    tokenizer.sha256 = fingerprint(data, extra)
+    tokenizer.same_sha256 = {tokenizer.sha256}
+    return tokenizer
 
 
 # ------------------------------------------------------------------ tokenizer.model of Llama-2
@@ -269,21 +306,6 @@ def open_sentencepiece(data):
         return None
 
 
-def read_model(path, settings):
-    """Of tokenizer.model, whichever tool made it."""
-    data = read_whole(path)
-    if data.startswith(b"{"):
-        return read_huggingface(path, None, settings)
-    if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):
-        tokenizer = read_llama3(path, data)
-        extra = []
-    else:
-        tokenizer, extra = read_sentencepiece(path, data, settings)
-    tokenizer.sha256 = fingerprint(data, extra)
-    tokenizer.same_sha256 = {tokenizer.sha256}
-    return tokenizer
-
-
 def read_sentencepiece(path, data, settings):
     """Returns the Tokenizer, and what the folder's files change in how a text is encoded."""
     model = open_sentencepiece(data)
@@ -291,16 +313,17 @@ def read_sentencepiece(path, data, settings):
         raise ValueError(f"{path}: neither a sentencepiece model nor tiktoken ranks nor a "
                          f"tokenizer.json (cut short?): {len(data):,} bytes that begin with "
                          f"{data[:16]!r}")
-    size = model.vocab_size()
     spec, extra = spec_of_model(model, piece_types(data), settings)
     if not extra:
         return by_sentencepiece(model, spec["added_tokens"]), extra
     # tokens or blanks that sentencepiece does not know: the tokenizers package does
-    spec["model"]["merges"] = merges_of_model(model, spec["model"]["vocab"])
-    tool = open_spec(path, spec)
+    try:
+        spec["model"]["merges"] = merges_of_model(model, spec["model"]["vocab"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     kind = f"{kind_of(spec)} of tokenizer.model"
-    tokenizer = Tokenizer(tool, kind, tool.ids, tool.size, tool.special_ids, tool.silent)
-    tokenizer.bos_id, tokenizer.eos_id = own_ids(model)
+    tokenizer = by_huggingface(open_spec(path, spec), kind)
+    own_ids(tokenizer, model)
     return tokenizer, extra
 
 
@@ -313,18 +336,18 @@ def by_sentencepiece(model, added):
         if token["special"] and token["id"] != model.unk_id():
             special_ids[token["content"]] = token["id"]
     ids |= special_ids
-    size = max(ids.values()) + 1
-    silent = set(special_ids.values())
-    tokenizer = Tokenizer(SentencePieceModel(model), "sentencepiece", ids, size, special_ids, silent)
-    tokenizer.bos_id, tokenizer.eos_id = own_ids(model)
+    tokenizer = Tokenizer(SentencePieceModel(model), "sentencepiece", ids, max(ids.values()) + 1,
+                          special_ids, set(special_ids.values()))
+    own_ids(tokenizer, model)
     return tokenizer
 
 
-def own_ids(model):
-    """BOS and EOS of a sentencepiece model, for which -1 stands where it has none."""
-    bos_id = model.bos_id() if model.bos_id() >= 0 else None
-    eos_id = model.eos_id() if model.eos_id() >= 0 else None
-    return bos_id, eos_id
+def own_ids(tokenizer, model):
+    """BOS and EOS of a sentencepiece model, which says -1 where it has none."""
+    if model.bos_id() >= 0:
+        tokenizer.bos_id = model.bos_id()
+    if model.eos_id() >= 0:
+        tokenizer.eos_id = model.eos_id()
 
 
 # ------------------------------------------------------------------ tokenizer.model of Llama-3
@@ -371,7 +394,7 @@ def read_llama3(path, data):
     special_ids = {name: size + i for i, name in enumerate(LLAMA3_SPECIAL)}
     tokenizer = Tokenizer(Llama3Ranks(ranks), "Llama-3 tiktoken", special_ids,
                           size + len(special_ids), special_ids, set(special_ids.values()))
-    tokenizer.bos_id = size
+    tokenizer.bos_id = tokenizer.first_id = size
     tokenizer.eos_id = size + 1
     return tokenizer
 

@@ -29,17 +29,44 @@ def read_settings(folder, has_model):
     named      {"bos_token": name or None, ...}, where a file has the key
     defaults   {"bos_token": name, ...} of Llama's tokenizer, which count where no file has the key
     tokens     all tokens to add, as tokenizer.json lists them but without an id, in order
-    add_bos    True, False, or None: the tokenizer.json decides
     renamed    {id: name} of added tokens that stand in Llama's first three places
-legacy, add_prefix_space   which text gets a blank in front; None where not said
-passes_json_over   a tokenizer.model counts even beside a tokenizer.json
+    add_bos    True, False, or None: the tokenizer.json decides
+    legacy, add_prefix_space   which text gets a blank in front; None where not said
+    passes_json_over   a tokenizer.model counts even beside a tokenizer.json
     ids        {"bos": [ids], "eos": [ids]} of generation_config.json or else config.json
 
-    has_model: there is a tokenizer.model, so that the tokenizer is Llama's unless a file says other.
+    has_model: there is a tokenizer.model, so that the tokenizer is Llama's unless a file differs.
+    ValueError: a file is damaged, or holds other things than transformers writes.
     """
     config = read_object(folder / "tokenizer_config.json")
     model = read_object(folder / "config.json")
     is_llama = uses_llama_class(config, model, has_model)
+    settings = SimpleNamespace(legacy=config.get("legacy"), ids=ids_of_configs(folder, model))
+    try:
+        settings.named, settings.tokens, settings.renamed = special_and_added(config, folder)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{folder}: the tokens of tokenizer_config.json, added_tokens.json or "
+                         "special_tokens_map.json are not as transformers writes them: "
+                         f"{error}") from None
+    # what a missing key means differs: Llama's class has names for its tokens, puts BOS in front
+    # and takes the blanks of its file
+    if is_llama:
+        settings.defaults = LLAMA_DEFAULTS
+        settings.add_bos = config.get("add_bos_token", True)
+        settings.add_prefix_space = config.get("add_prefix_space")
+        settings.passes_json_over = settings.add_prefix_space is not None
+        return settings
+    # every other class goes by the file, but for the blank
+    settings.defaults = {}
+    settings.add_bos = None
+    settings.add_prefix_space = config.get("add_prefix_space", False) if config else None
+    settings.passes_json_over = False
+    return settings
+
+
+def special_and_added(config, folder):
+    """`named`, `tokens` and `renamed` of read_settings."""
+    # the special tokens by name
     named = {key: config[key] for key in SPECIAL_KEYS if key in config}
     more = list(config.get("additional_special_tokens") or [])
     # transformers 5 lists them under another name
@@ -47,42 +74,36 @@ passes_json_over   a tokenizer.model counts even beside a tokenizer.json
         more += config["extra_special_tokens"]
 
     # tokenizer_config.json lists the added tokens, or else two older files do
+    tokens = []
+    renamed = {}
     if "added_tokens_decoder" in config:
         listed = config["added_tokens_decoder"]
-        added = [full_token(listed[i]) for i in sorted(listed, key=int)]
-        renamed = {i: listed[str(i)]["content"] for i in range(3) if str(i) in listed}
+        for i in sorted(listed, key=int):
+            tokens.append(full_token(listed[i]))
+            if int(i) < 3:
+                renamed[int(i)] = tokens[-1]["content"]
     else:
-        renamed = {}
+        # which also name special tokens, and know no more of an added token than its id
         older = read_object(folder / "special_tokens_map.json")
         named |= {key: older[key] for key in SPECIAL_KEYS if key in older}
         more += older.get("additional_special_tokens") or []
-        names = {name_of(token) for token in [*named.values(), *more]}
+        special = {name_of(token) for token in [*named.values(), *more]}
         ids = read_object(folder / "added_tokens.json")
-        added = []
         for name in sorted(ids, key=ids.get):
-            added.append(full_token({"content": name, "special": name in names}))
+            tokens.append(full_token({"content": name, "special": name in special}))
 
     # special tokens that are only named are added as well
-    known = {token["content"] for token in added}
+    by_name = {token["content"]: token for token in tokens}
     for value in [*named.values(), *more]:
         name = name_of(value)
-        if name is not None and name not in known:
-            token = {"content": name} if isinstance(value, str) else value
-            added.append(full_token({**token, "special": True}))
-            known.add(name)
-    specials = {name_of(token) for token in [*named.values(), *more]}
-    for token in added:
-        token["special"] = token["special"] or token["content"] in specials
-
-    ids = ids_of_configs(folder, model)
-    add_bos = config.get("add_bos_token", True) if is_llama else None
-    # what a key that is missing means, by the class that transformers takes
-    prefix = config.get("add_prefix_space", None if is_llama or not config else False)
-    return SimpleNamespace(
-        named={key: name_of(value) for key, value in named.items()},
-        defaults=LLAMA_DEFAULTS if is_llama else {}, tokens=added, add_bos=add_bos, ids=ids,
-        renamed=renamed, legacy=config.get("legacy"),
-        add_prefix_space=prefix, passes_json_over=is_llama and prefix is not None)
+        if name in by_name:
+            by_name[name]["special"] = True
+        elif name is not None:
+            token = value if isinstance(value, dict) else {"content": name}
+            by_name[name] = full_token({**token, "special": True})
+            tokens.append(by_name[name])
+    named = {key: name_of(value) for key, value in named.items()}
+    return named, tokens, renamed
 
 
 def uses_llama_class(config, model, has_model):
@@ -95,13 +116,18 @@ def uses_llama_class(config, model, has_model):
 
 def name_of(token):
     """The text of a special token, which files give as a text, an object or null."""
-    return token.get("content") if isinstance(token, dict) else token
+    if token is None:
+        return None
+    name = token["content"] if isinstance(token, dict) else token
+    if not isinstance(name, str):
+        raise ValueError(f"expected a token's text, found {name!r}")
+    return name
 
 
 def full_token(token):
     """A token as tokenizer.json lists it; what is not said has the tokenizers package's default."""
     special = bool(token.get("special", False))
-    full = {"content": token["content"], "special": special}
+    full = {"content": name_of(token), "special": special}
     for key in ("single_word", "lstrip", "rstrip"):
         full[key] = bool(token.get(key, False))
     normalized = token.get("normalized")
@@ -113,6 +139,7 @@ def ids_of_configs(folder, model):
     """{"bos": [ids], "eos": [ids]}: of generation_config.json, or else of config.json."""
     generation = read_object(folder / "generation_config.json")
     found = {}
+    # transformers' generate asks config.json only for what the other does not have
     for name in ("bos", "eos"):
         key = f"{name}_token_id"
         value = generation.get(key)
@@ -137,10 +164,12 @@ def add_tokens(added, vocab, settings):
     vocab: {name: id} of the model. Ids follow the last one, as the tokenizers package gives them,
     whatever the files say. A token that is there already can only become special.
     """
+    # Llama's own special tokens, unless the model lacks them
     tokens = list(settings.tokens)
     for name in settings.defaults.values():
         if name in vocab:
             tokens.append(full_token({"content": name, "special": True}))
+    # a token of the model keeps its id, the others are numbered on
     by_name = {token["content"]: token for token in added}
     last = max([len(vocab) - 1, *[token["id"] for token in added]])
     new = []

@@ -17,6 +17,8 @@ from text.tokenizer_folder import add_tokens, full_token, read_json
 
 BYTE_TOKENS = {f"<0x{b:02X}>": b for b in range(256)}  # how Llama-2's vocabulary names a byte
 HIDDEN = "\0special\0"  # stands before the names of special tokens that no text shall match
+CONTROL = 3  # types of sentencepiece's pieces
+USER_DEFINED = 4
 LLAMA2_NORMALIZER = {"type": "Sequence", "normalizers": [
     {"type": "Prepend", "prepend": "▁"},
     {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}
@@ -37,7 +39,8 @@ class HuggingFaceFile:
         self.special_ids = {}
         for token in spec.get("added_tokens") or []:
             if token["special"]:
-                self.special_ids[token["content"].removeprefix(HIDDEN)] = self.vocab[token["content"]]
+                name = token["content"].removeprefix(HIDDEN)
+                self.special_ids[name] = self.vocab[token["content"]]
         self.silent = set(range(self.size)).difference(self.ids.values())
         self.silent.update(self.special_ids.values())
         # for decoding bytes; only where the file has all of them
@@ -46,14 +49,17 @@ class HuggingFaceFile:
         if falls_back and BYTE_TOKENS.keys() <= self.vocab.keys():
             self.byte_of_id = {self.vocab[name]: b for name, b in BYTE_TOKENS.items()}
 
+        # the special id that the file's post-processor puts in front of a text
+        first = self.tool.encode("a").ids[:1]
+        self.first_id = first[0] if first and first[0] in self.silent else None
+
     def encode(self, text):
         # the fast one does not compute where in the text each token stands
-        [encoding] = self.tool.encode_batch_fast([text], add_special_tokens=False)
+        try:
+            [encoding] = self.tool.encode_batch_fast([text], add_special_tokens=False)
+        except Exception as error:  # the package raises no narrower class
+            raise ValueError(f"the tokenizers package cannot encode this text: {error}") from None
         return encoding.ids
-
-    def starts_with(self, token_id):
-        """Whether the file's post-processor puts this id in front of a text."""
-        return self.tool.encode("a").ids[:1] == [token_id]
 
     def decode(self, ids):
         ids = [i for i in ids if i not in self.silent]
@@ -104,17 +110,23 @@ def parse_spec(path, data, settings):
         if prefix is not None and pre_tokenizer.get("add_prefix_space", prefix) != prefix:
             pre_tokenizer["add_prefix_space"] = prefix
             extra.append(pre_tokenizer)
-        added = spec["added_tokens"] = [dict(token) for token in spec.get("added_tokens") or []]
+        # the folder's tokens
+        added = [dict(token) for token in spec.get("added_tokens") or []]
+        spec["added_tokens"] = added
         vocab = model["vocab"]
         if isinstance(vocab, list):  # Unigram: [[piece, score]]
             vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
-        extra += [token for token in add_tokens(added, vocab, settings) if not token["special"]]
+        # a token that no text can hold changes no text's ids
+        new = add_tokens(added, vocab, settings)
+        extra += [token for token in new if not token["special"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise unreadable(path, repr(error)) from None
     return spec, extra
 
 
 def unreadable(path, why):
+    """The error for a tokenizer.json that the package cannot read."""
+    why = " ".join(str(why).split())
     return ValueError(f"{path}: not readable by the tokenizers package "
                       f"{tokenizers.__version__}: {why}")
 
@@ -124,7 +136,9 @@ def open_spec(path, spec):
     try:
         hide_special_tokens(spec)
         return HuggingFaceFile(spec)
-    except Exception as error:  # the package raises no narrower class
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of the package is no Exception
         raise unreadable(path, error) from None
 
 
@@ -189,6 +203,7 @@ def spec_of_model(model, types, settings):
     front of each text between added tokens (legacy, as sentencepiece does), of the first alone, or
     nowhere.
     """
+    # the pieces, and which of them stand for themselves
     names = [model.id_to_piece(i) for i in range(model.vocab_size())]
     for i, name in settings.renamed.items():
         names[i] = name
@@ -198,6 +213,7 @@ def spec_of_model(model, types, settings):
         if types[i] in (CONTROL, USER_DEFINED):
             token = {"content": name, "special": types[i] == CONTROL, "normalized": False}
             added.append({"id": i, **full_token(token)})
+    # what texts can hold of the tokens that settings add
     extra = []
     for token in add_tokens(added, vocab, settings):
         is_unknown = token["id"] == model.unk_id()
@@ -218,6 +234,8 @@ def spec_of_model(model, types, settings):
         normalizer = {"type": "Sequence", "normalizers": steps if prefix else steps[1:]}
     if normalizer != LLAMA2_NORMALIZER:
         extra.append([normalizer, pre_tokenizer])
+
+    # the way back, and the model
     steps = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
              {"type": "ByteFallback"}, {"type": "Fuse"}]
     if prefix:
@@ -231,21 +249,29 @@ def spec_of_model(model, types, settings):
 
 
 def merges_of_model(model, vocab):
-    """The merges [left, right] of a sentencepiece BPE model, best first."""
+    """
+    The merges [left, right] of a sentencepiece BPE model, best first.
+
+    ValueError: it is a unigram model, which has logarithms as scores and no merges.
+    """
     merges = []
     for name, i in vocab.items():
         score = 0.0 if i < 3 else model.get_score(i)
-        pairs = [(name[:at], name[at:]) for at in range(1, len(name))]
-        pairs = [pair for pair in pairs if pair[0] in vocab and pair[1] in vocab]
-        pairs.sort(key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
-        merges += [(score, len(left), len(right), left, right) for left, right in pairs]
-    # equal ones stay in order
+        if not score.is_integer():
+            raise ValueError("a unigram model; with added tokens or other blanks it needs a "
+                             "tokenizer.json, which transformers' save_pretrained makes")
+        # all ways to put the piece together from two others
+        pairs = []
+        for at in range(1, len(name)):
+            left = name[:at]
+            right = name[at:]
+            if left in vocab and right in vocab:
+                pairs.append((vocab[left], vocab[right], left, right))
+        for _, _, left, right in sorted(pairs):
+            merges.append((score, len(left), len(right), left, right))
+    # by score; of equal ones the longer parts first, and then as they stand
     merges.sort(key=lambda merge: merge[:3], reverse=True)
     return [[left, right] for _, _, _, left, right in merges]
-
-
-CONTROL = 3
-USER_DEFINED = 4
 
 
 def piece_types(proto):
@@ -261,6 +287,7 @@ def piece_types(proto):
     while at < len(proto):
         key = proto[at]
         size, at = read_varint(proto, at + 1)
+        # a piece: its type, if any, follows the score
         if key == 0x0A:
             text_size, text_at = read_varint(proto, at + 1)
             after_score = text_at + text_size + 5
@@ -291,6 +318,7 @@ def describes(spec, model, types):
     pieces = {model.id_to_piece(i): i for i in range(model.vocab_size())}
     if bpe["vocab"] != pieces or USER_DEFINED in types:
         return False
+    # blanks as sentencepiece puts them: one in front of the text
     if spec.get("normalizer") != LLAMA2_NORMALIZER or spec.get("pre_tokenizer"):
         return False
     for token in spec["added_tokens"]:
