@@ -437,6 +437,8 @@ if __name__ == "__main__":
         if tok.bos_id is None and bos:
             raise ValueError(f"bos: this tokenizer has none ({tok.name}); say --bos=False")
         has_bos = {"gauntlet": tok.adds_bos if bos is None else bos, "lm_eval": bool(bos)}
+        if any(has_bos.values()) and tok.bos_id >= subject.model.config.vocab_size:
+            raise ValueError(f"bos: the model has no row for BOS (id {tok.bos_id})")
         print0(f"{subject.run} step {subject.step}, {subject.identity['dtype']}, "
                f"{device_name(device)}, {tok.name}; BOS in front: gauntlet {has_bos['gauntlet']}, "
                f"lm_eval {has_bos['lm_eval']}")

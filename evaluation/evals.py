@@ -93,10 +93,6 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
     base = model or base_named_by(adapter)
     check_folders(judged, base, adapter)
     tok = load_tokenizer(tokenizer or base)
-    # on the error stream: what sample.py prints is the text alone
-    if RANK == 0:
-        for line in tok.notes:
-            print(line, file=sys.stderr)
 
     # the weights; an adapter is merged in fp32 at least
     load_dtype = torch.promote_types(dtype, torch.float32) if adapter else dtype
@@ -107,9 +103,11 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
         llama.compute_dtype = dtype
         adapter_bytes = (judged / "adapter_model.safetensors").read_bytes()
         weights += hashlib.sha256(adapter_bytes).hexdigest()
-    if tok.vocab_size > llama.config.vocab_size:
-        raise ValueError(f"tokenizer has {tok.vocab_size:,} ids, the model "
-                         f"{llama.config.vocab_size:,}: not its own")
+    check_vocabulary(tok, llama.config.vocab_size)
+    # on the error stream: what sample.py prints is the text alone
+    if RANK == 0:
+        for line in tok.notes:
+            print(line, file=sys.stderr)
 
     # what it is, and where its results belong
     identity = {"model": str(base), "adapter": str(adapter), "weights": weights,
@@ -137,6 +135,17 @@ def check_folders(judged, base, adapter):
             if beside:
                 message += f"; beside it are {beside}"
             raise ValueError(message)
+
+
+def check_vocabulary(tok, rows):
+    """Raises ValueError for a tokenizer with ids of text that a model of so many rows lacks."""
+    # special tokens (an added pad) are in no text, and work until one is asked for
+    above = range(rows, tok.vocab_size)
+    if not all(tok.is_silent(i) for i in above):
+        raise ValueError(f"tokenizer has {tok.vocab_size:,} ids, the model {rows:,}: not its own")
+    if above:
+        names = [name for name, i in tok.special_ids.items() if i >= rows]
+        tok.notes.append(f"the model has no row for {', '.join(names)} of its tokenizer")
 
 
 def base_named_by(adapter):

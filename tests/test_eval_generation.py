@@ -219,3 +219,30 @@ def test_scripts_end_in_one_line_that_names_model_and_item(tmp_path, script):
         assert f"{tmp_path / 'model'}, item " in errors[0] and "NaN or infinite" in errors[0]
         assert not (tmp_path / "out/results.jsonl").exists()
         assert all(path.read_text() == "" for path in (tmp_path / "out").glob("eval_*.jsonl.part*"))
+
+
+# ----------------------------------------------------------------------------- ids that the model has no row for
+def write_with_pad(folder, special=True):
+    """A model of 512 rows, whose tokenizer has id 512 as well."""
+    write_model(folder, 512)
+    name = "[PAD]" if special else "<think>"
+    added = {"512": {"content": name, "special": special, "lstrip": False, "rstrip": False, "normalized": False,
+                     "single_word": False}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
+        "added_tokens_decoder": added}))
+    assert load_tokenizer(folder).vocab_size == 513
+
+
+@pytest.mark.parametrize("script", (*GENERATING, "eval_forgetting.py"))
+def test_an_added_pad_without_a_row_harms_nothing(tmp_path, script):
+    write_with_pad(tmp_path / "model")
+    done = run_here(*command(script, tmp_path / "model", tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert "the model has no row for [PAD]" in done.stderr
+
+
+def test_an_added_id_of_text_without_a_row_is_refused(tmp_path):
+    write_with_pad(tmp_path / "model", special=False)
+    done = run_here(*command("sample.py", tmp_path / "model", None))
+    assert done.returncode == 2 and "tokenizer has 513 ids, the model 512: not its own" in done.stderr
