@@ -10,9 +10,9 @@ Stage 3, learning: GSM8K as lm-evaluation-harness 0.4.2 asks and judges it (its 
     -> " She sells 9 * 2 = $18.\n#### 18\n\nQuestion: "   greedy, up to the first stop string
        strict: 18, the number after the first "#### "; flexible: 18, the last number
 
-A prompt too long for the model loses its beginning, which is counted (metric gsm8k_cut). Each
-item is a line of eval_gsm8k.jsonl, each score a line of results.jsonl. Started again after a kill,
-it does the items that are missing. Batch size and number of GPUs do not change the answers.
+A prompt too long for the model loses its beginning, which is counted (metric gsm8k_cut); BOS stays
+(lm-eval 0.4.13, which sends one as --bos=True, loses it). Started again after a kill, it does the
+items that are missing. Batch size and number of GPUs do not change the answers.
 """
 import random
 import re
@@ -35,7 +35,7 @@ test_data = 'hf://datasets/openai/gsm8k/main/test-00000-of-00001.parquet'
 train_data = 'hf://datasets/openai/gsm8k/main/train-00000-of-00001.parquet'  # of worked examples
 shots = 5
 shot_seed = 1234         # the harness's; one stream of draws through all items
-bos = None               # None = as the harness, which sends none; True = one, as Llama was trained
+bos = None               # None = as the harness, none; True = one, as Llama was trained
 max_new_tokens = 256     # the harness's
 limit = 0                # only the first so many items; 0 = all
 batch_size = 64          # rows generated at once

@@ -140,7 +140,6 @@ def generate_tokens(model, prompts, max_new_tokens, temperature, top_p, n, stop,
     keys = random_keys(seed, len(prompts))
     length = check_prompts(model.config, prompts, most, keys)
     stops = stop if callable(stop) else frozenset(stop or ())
-    config = model.config
     device = model.device
     dtype = model.compute_dtype
 
@@ -150,8 +149,8 @@ def generate_tokens(model, prompts, max_new_tokens, temperature, top_p, n, stop,
         if most[prompt]:
             queue += [(prompt, sample) for sample in reversed(range(n))]
     places = min(batch_size, len(queue))
-    cache = KVCache(config, places, length, device, dtype)
-    logits = torch.empty(0, config.vocab_size, device=device, dtype=dtype)
+    cache = KVCache(model.config, places, length, device, dtype)
+    logits = torch.empty(0, model.config.vocab_size, device=device, dtype=dtype)
     rows = []  # that run, in the order of the cache
     read = {}  # prompt -> its keys, values and last logits, while it has samples to start
 
