@@ -23,9 +23,10 @@ There are two ways (styles) to write this down and to take the best, both scored
 
 The metric `forgetting` is the unweighted mean of the gauntlet's accuracies of the three tasks.
 TASK_loss (not of MMLU), the gauntlet's nats a token of the gold choice, is finer than an accuracy.
-BOS stands in front in the gauntlet (knob bos), not in lm_eval (knob lm_eval_bos), as in those
-tools. A prompt that is too long (knob max_seq_len) loses its beginning, BOS included; how many
-items did is printed, and stands in their records as `cut`.
+BOS stands in front in the gauntlet where the tokenizer puts it, and not in lm_eval, as in those
+tools; knob bos sets it for both (lm-eval 0.4.13 puts it where the tokenizer does: --bos=True has
+its numbers). A prompt that is too long (knob max_seq_len) loses its beginning, BOS included; how
+many items did is printed, and stands in their records as `cut`.
 Beginnings that sequences share are computed once: see evaluation/trees.py.
 """
 import math
@@ -34,7 +35,9 @@ import time
 from typing import Callable, NamedTuple
 
 from configurator import configure, knob_table
-from evaluation.evals import digest, load_for_eval, open_items, read_items, start_ranks
+from evaluation.choices import gauntlet_sequences, lm_eval_sequences
+from evaluation.evals import (digest, load_for_eval, open_items, read_items, shown,
+                              start_ranks)
 from evaluation.scores import write_mean, write_result
 from evaluation.shots import gauntlet_shots, lm_eval_shots_from, lm_eval_shots_of_subject
 from evaluation.trees import batches, bundle, score_sequences
@@ -60,17 +63,17 @@ arc_challenge_shots = 3
 winogrande_shots = 5
 mmlu_shots = 5
 shot_seed = 1234
-bos = True               # as Llama's tokenizers put it; False for models without (SmolLM2, GPT-2)
 # lm_eval
 lm_eval_shots = 0
 lm_eval_shot_data = ''   # where they come from (train split; MMLU: dev), of the one task in `tasks`
-lm_eval_bos = False      # lm-eval 0.4.2 sends none unless asked to
 # both
+bos = None               # None = as the tokenizer in the gauntlet, none in lm_eval, as those tools
 max_seq_len = 0          # longer prompts lose their beginning; 0 = what the model can read
 # machine; changes rounding at most
 batch_tokens = 4096      # distinct tokens in one pass
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
+_types = {'bos': bool}
 _choices = {'tasks': ('hellaswag', 'arc_challenge', 'winogrande', 'mmlu'),
             'styles': ('gauntlet', 'lm_eval'),
             'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
@@ -110,15 +113,23 @@ class Question(NamedTuple):
 def foundry_question(row):
     """Of a row of LLM Foundry's files for tasks with one context."""
     contexts = (row["query"].strip(),)
-    return Question(contexts, tuple(row["choices"]), row["gold"], row.get("category", ""))
+    return Question(contexts, listed(row["choices"]), row["gold"], row.get("category", ""))
+
+
+def listed(texts):
+    """A list of texts as a tuple; ValueError for what is none."""
+    # a single text would become a tuple of its letters
+    if not isinstance(texts, list):
+        raise ValueError(f"{shown(texts)} is no list of texts")
+    return tuple(texts)
 
 
 def hellaswag_question(record):
     if "query" in record:
         return foundry_question(record)
-    context = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
-    context = clean_hellaswag(context)
-    endings = [clean_hellaswag(text) for text in record["endings"]]
+    context = record["activity_label"] + ": " + record["ctx_a"]
+    context = clean_hellaswag(context + " " + record["ctx_b"].capitalize())
+    endings = [clean_hellaswag(text) for text in listed(record["endings"])]
     return Question((context,), tuple(endings), int(record["label"]))
 
 
@@ -131,18 +142,20 @@ def clean_hellaswag(text):
 def arc_question(record):
     if "query" in record:
         return foundry_question(record)
-    context = f"Question: {record['question']}"
-    texts = record["choices"]["text"]
+    context = "Question: " + record["question"]
+    # choices are named A to D, or 1 to 4
+    texts = listed(record["choices"]["text"])
     labels = list(record["choices"]["label"])
     gold = labels.index(record["answerKey"])
-    return Question((context,), tuple(texts), gold)
+    return Question((context,), texts, gold)
 
 
 def winogrande_question(record):
     """The sentence with either name in the blank is the context, what follows the continuation."""
     if "context_options" in record:  # a row of LLM Foundry's
-        contexts = tuple(record["context_options"])
+        contexts = listed(record["context_options"])
         return Question(contexts, (record["continuation"].strip(),), record["gold"])
+    # the blank of a record of its own is an underscore
     before, after = record["sentence"].split("_", 1)
     contexts = (before + record["option1"], before + record["option2"])
     gold = ("1", "2").index(str(record["answer"]))
@@ -152,8 +165,9 @@ def winogrande_question(record):
 def mmlu_question(record):
     if "query" in record:
         return foundry_question(record)
+    # the choices are part of the question; what is scored is their letter
     lines = [record["question"].strip()]
-    for letter, choice in zip(LETTERS, record["choices"], strict=True):
+    for letter, choice in zip(LETTERS, listed(record["choices"]), strict=True):
         lines.append(f"{letter}. {choice}")
     context = "\n".join(lines)
     return Question((context,), tuple(LETTERS), int(record["answer"]), record["subject"])
@@ -161,6 +175,7 @@ def mmlu_question(record):
 
 class Task(NamedTuple):
     question: Callable         # a record of the data -> Question
+    label: str                 # the record's field that says which choice is right
     delimiter: str             # between context and continuation
     acc_norm: bool = False     # lm-eval has it of this task
     spare_shot: bool = False   # lm-eval draws one more than it uses (no split for tests or shots)
@@ -168,10 +183,10 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "hellaswag": Task(hellaswag_question, " ", acc_norm=True, spare_shot=True),
-    "arc_challenge": Task(arc_question, "\nAnswer: ", acc_norm=True),
-    "winogrande": Task(winogrande_question, " ", spare_shot=True),
-    "mmlu": Task(mmlu_question, "\nAnswer: ", by_subject=True),
+    "hellaswag": Task(hellaswag_question, "label", " ", acc_norm=True, spare_shot=True),
+    "arc_challenge": Task(arc_question, "answerKey", "\nAnswer: ", acc_norm=True),
+    "winogrande": Task(winogrande_question, "answer", " ", spare_shot=True),
+    "mmlu": Task(mmlu_question, "answer", "\nAnswer: ", by_subject=True),
 }
 
 
@@ -180,6 +195,8 @@ def load_questions(task, source):
     questions = []
     for number, record in enumerate(read_items(source, (), task), 1):
         try:
+            # whatever else a file holds, one of these errors comes of it
+            check_label(record, TASKS[task].label)
             question = TASKS[task].question(record)
             check_question(question)
         except (KeyError, ValueError, TypeError, IndexError, AttributeError) as e:
@@ -191,16 +208,31 @@ def load_questions(task, source):
     return questions
 
 
+def check_label(record, field):
+    """Raises ValueError where it is left open which choice is right, as in splits for contests."""
+    # a row of LLM Foundry's has a field of its own
+    if "gold" in record:
+        field = "gold"
+    if field in record and record[field] in ("", None, -1, "-1"):
+        raise ValueError(f"{field} is {record[field]!r}: this split has no labels, take the one "
+                         "for validation")
+
+
 def check_question(question):
     """Raises ValueError for an empty text, a single choice, or a gold that is none of them."""
+    # all texts are there
     texts = question.contexts + question.continuations
     has_texts = all(isinstance(text, str) and text for text in texts)
+    # gold is the index of a choice; True and 1.0 are none
     count = len(question.choices)
-    if not has_texts or count < 2 or question.gold not in range(count):
+    has_gold = type(question.gold) is int and question.gold in range(count)
+    if not isinstance(question.subject, str):
+        raise ValueError(f"subject {shown(question.subject)}, expected text")
+    if not has_texts or count < 2 or not has_gold:
         raise ValueError(f"{count} choices, gold {question.gold!r}")
 
 
-# ----------------------------------------------------------------------------- shots and prompts
+# ----------------------------------------------------------------------------- shots
 def draw_shots_of_styles(styles, task, questions, shots, shot_seed, pool, lm_eval_count):
     """{style: for each question its shots}; the gauntlet's come from the questions themselves."""
     drawn = {}
@@ -214,70 +246,6 @@ def draw_shots_of_styles(styles, task, questions, shots, shot_seed, pool, lm_eva
     return drawn
 
 
-def gauntlet_sequences(question, shots, delimiter, tok, bos, max_len):
-    """[(ids, how many at their end are scored)] of the choices, and how many were cut on the left.
-
-    Raises ValueError for a choice longer than max_len."""
-    worked = [delimiter.join(shot.pairs[shot.gold]) for shot in shots]
-    preamble = "\n".join(worked)
-    front = tok.encode(preamble)
-    if bos:
-        front = [tok.bos_id] + front
-
-    # a vocabulary of words that begin with their blank wants one before a choice
-    spaced = len(tok.encode(" a")) == 1
-    sequences = []
-    for context, choice in question.pairs:
-        # the context, tokenized apart from the shots
-        if len(question.contexts) == 1:
-            text = (context + delimiter).rstrip()
-        elif shots:
-            text = context + delimiter.rstrip()
-        else:
-            text = context
-        if preamble:
-            text = "\n" + text
-        # the choice, tokenized apart from its context
-        if spaced and not choice.startswith(" "):
-            choice = " " + choice
-        scored = tok.encode(choice)
-        sequences.append((front + tok.encode(text) + scored, len(scored)))
-    return cut_sequences(sequences, max_len)
-
-
-def lm_eval_sequences(question, shots, delimiter, tok, bos, max_len):
-    """As gauntlet_sequences, for lm-eval's prompts; its limit is on what goes in, and the last id
-    does not."""
-    between = delimiter[:-1]  # lm-eval itself puts the blank before a choice
-    front = ""
-    if question.subject:
-        # one line end: of the two in its task file, lm-eval 0.4.2 loses one to jinja
-        subject = question.subject.replace("_", " ")
-        front = f"The following are multiple choice questions (with answers) about {subject}.\n"
-    for shot in shots:
-        context, choice = shot.pairs[shot.gold]
-        front += f"{context}{between} {choice}\n\n"
-    sequences = []
-    for context, choice in question.pairs:
-        # scored is what the choice adds to the tokens of the context alone
-        text = front + context + between
-        ids = tok.encode(f"{text} {choice}")
-        scored = len(ids) - len(tok.encode(text.rstrip()))
-        if bos:
-            ids = [tok.bos_id] + ids
-        sequences.append((ids, scored))
-    return cut_sequences(sequences, max_len + 1)
-
-
-def cut_sequences(sequences, most):
-    """The sequences with at most `most` ids each, their ends, and how many were longer."""
-    longest = max(scored for _, scored in sequences)
-    if longest >= most:
-        raise ValueError(f"max_seq_len: a choice of {longest} tokens leaves no room for a question")
-    longer = sum(len(ids) > most for ids, _ in sequences)
-    return [(ids[-most:], scored) for ids, scored in sequences], longer
-
-
 # ----------------------------------------------------------------------------- judgement
 class Exam(NamedTuple):
     """A task's questions and how they are put. What is a dict has an entry for each style."""
@@ -288,7 +256,7 @@ class Exam(NamedTuple):
     max_len: int
 
     def put(self, i, style, tok):
-        """(sequences, how many were cut) of question i."""
+        """(sequences, how many were cut) of question i, or ([], None)."""
         make = gauntlet_sequences if style == "gauntlet" else lm_eval_sequences
         return make(self.questions[i], self.shots[style][i], self.delimiter, tok, self.bos[style],
                     self.max_len)
@@ -305,7 +273,10 @@ def judge_questions(llama, tok, exam, ids, batch_tokens):
             for style in exam.shots:
                 of_style, cut[i, style] = exam.put(i, style, tok)
                 sequences += of_style
-            questions.append((i, sequences))
+            if sequences:
+                questions.append((i, sequences))
+            else:
+                yield from records_of_tree(exam, [(i, [])], iter(()), cut)
         # questions that share much become one tree, some trees one pass through the model
         for batch in batches(bundle(questions, batch_tokens), batch_tokens):
             groups = []
@@ -321,6 +292,9 @@ def records_of_tree(exam, members, logprobs, cut):
         question = exam.questions[i]
         record = {"subject": question.subject, "gold": question.gold}
         for style in exam.shots:
+            if cut[i, style] is None:
+                record[style] = {"refused": "a choice has no token of its own"}
+                continue
             of_choices = [next(logprobs) for _ in question.pairs]
             verdict = judge_choices(of_choices, question.chars(style))
             record[style] = {**verdict, "cut": cut[i, style]}
@@ -343,7 +317,7 @@ def first_best(values):
 
 
 def is_right(record, style, kind):
-    return int(record[style][kind] == record["gold"])
+    return int(record[style].get(kind) == record["gold"])
 
 
 def running_score(record):
@@ -356,32 +330,44 @@ def running_score(record):
 # ----------------------------------------------------------------------------- scores
 def write_task(subject, task, records, settings, seconds):
     """Print and store a task's metrics; returns the gauntlet's right and wrong, [] without it."""
+    judged = {}
     for style in settings["styles"]:
-        count = sum(record[style]["cut"] > 0 for record in records)
-        if count:
-            print0(f"{task}, {style}: {count} of {len(records)} items lost their beginning to "
-                   f"max_seq_len={settings['max_seq_len']}")
+        judged[style] = judged_records(task, style, records, settings["max_seq_len"])
     # the gauntlet's
     right = []
-    if "gauntlet" in settings["styles"]:
-        right = [is_right(record, "gauntlet", "per_token") for record in records]
+    if judged.get("gauntlet"):
+        right = [is_right(record, "gauntlet", "per_token") for record in judged["gauntlet"]]
         if TASKS[task].by_subject:
             by_subject = {}
-            for record, hit in zip(records, right):
+            for record, hit in zip(judged["gauntlet"], right):
                 by_subject.setdefault(record["subject"], []).append(hit)
             write_mean(subject, task, list(by_subject.values()), settings, seconds)
         else:
             write_result(subject, task, right, settings, seconds)
-            losses = [gold_loss(record) for record in records]
+            losses = [gold_loss(record) for record in judged["gauntlet"]]
             write_result(subject, f"{task}_loss", losses, settings, seconds)
     # lm-eval's
-    if "lm_eval" in settings["styles"]:
-        acc = [is_right(record, "lm_eval", "sum") for record in records]
+    if judged.get("lm_eval"):
+        acc = [is_right(record, "lm_eval", "sum") for record in judged["lm_eval"]]
         write_result(subject, f"{task}_acc", acc, settings, seconds)
         if TASKS[task].acc_norm:
-            acc_norm = [is_right(record, "lm_eval", "per_char") for record in records]
+            acc_norm = [is_right(record, "lm_eval", "per_char") for record in judged["lm_eval"]]
             write_result(subject, f"{task}_acc_norm", acc_norm, settings, seconds)
     return right
+
+
+def judged_records(task, style, records, max_seq_len):
+    """The records that have a verdict in a style; prints how many have none, or were cut."""
+    judged = [record for record in records if "refused" not in record[style]]
+    if len(judged) < len(records):
+        print0(f"WARNING: {task}, {style}: {len(records) - len(judged)} of {len(records)} items "
+               "are left out: a token that reaches over the end of the context leaves a choice "
+               "without one of its own")
+    cut = sum(record[style]["cut"] > 0 for record in judged)
+    if cut:
+        print0(f"{task}, {style}: {cut} of {len(records)} items lost their beginning to "
+               f"max_seq_len={max_seq_len}")
+    return judged
 
 
 def gold_loss(record):
@@ -424,6 +410,8 @@ def check_tasks_and_shots(knobs):
 def print_first_prompts(task, exam, tok):
     for style in exam.shots:
         sequences, _ = exam.put(0, style, tok)
+        if not sequences:
+            continue
         ids, scored = sequences[exam.questions[0].gold]
         end = tok.decode(ids[:-scored])[-100:]
         print0(f"{task}, {style}: ...{end!r} -> {tok.decode(ids[-scored:])!r}")
@@ -446,13 +434,14 @@ if __name__ == "__main__":
         max_len = max_seq_len or context
         if max_len > context:
             raise ValueError(f"max_seq_len={max_len}: the model reads {context} tokens at most")
-        if tok.bos_id is None and (bos or lm_eval_bos):
-            raise ValueError(f"bos: this tokenizer has none ({tok.name}); say --bos=False "
-                             "--lm_eval_bos=False")
-        has_bos = {"gauntlet": bos, "lm_eval": lm_eval_bos}
+        if tok.bos_id is None and bos:
+            raise ValueError(f"bos: this tokenizer has none ({tok.name}); say --bos=False")
+        has_bos = {"gauntlet": tok.adds_bos if bos is None else bos, "lm_eval": bool(bos)}
+        if any(has_bos.values()) and tok.bos_id >= subject.model.config.vocab_size:
+            raise ValueError(f"bos: the model has no row for BOS (id {tok.bos_id})")
         print0(f"{subject.run} step {subject.step}, {subject.identity['dtype']}, "
-               f"{device_name(device)}, {tok.name}; BOS in front: gauntlet {bos}, "
-               f"lm_eval {lm_eval_bos}")
+               f"{device_name(device)}, {tok.name}; BOS in front: gauntlet {has_bos['gauntlet']}, "
+               f"lm_eval {has_bos['lm_eval']}")
 
         # its answers, task by task
         right = {}
@@ -467,9 +456,9 @@ if __name__ == "__main__":
             exam = Exam(of_task, TASKS[task].delimiter, drawn, has_bos, max_len)
             print_first_prompts(task, exam, tok)
             settings = {"task": task, "items": digest(of_task), "styles": styles,
-                        "shots": shots, "shot_seed": shot_seed, "bos": bos,
+                        "shots": shots, "shot_seed": shot_seed, "bos": has_bos["gauntlet"],
                         "lm_eval_shots": lm_eval_shots, "lm_eval_shots_from": digest(pool),
-                        "lm_eval_bos": lm_eval_bos, "max_seq_len": max_len}
+                        "lm_eval_bos": has_bos["lm_eval"], "max_seq_len": max_len}
             # the answers
             ids = range(len(of_task))[:limit or None]
             items = open_items(subject, f"{name}_{task}", ids, settings, running_score)

@@ -10,9 +10,9 @@ Stage 3, learning: GSM8K as lm-evaluation-harness 0.4.2 asks and judges it (its 
     -> " She sells 9 * 2 = $18.\n#### 18\n\nQuestion: "   greedy, up to the first stop string
        strict: 18, the number after the first "#### "; flexible: 18, the last number
 
-A prompt too long for the model loses its beginning, which is counted (metric gsm8k_cut). Each
-item is a line of eval_gsm8k.jsonl, each score a line of results.jsonl. Started again after a kill,
-it does the items that are missing. Batch size and number of GPUs do not change the answers.
+A prompt too long for the model loses its beginning, which is counted (metric gsm8k_cut); BOS stays
+(lm-eval 0.4.13, which sends one as --bos=True, loses it). Started again after a kill, it does the
+items that are missing. Batch size and number of GPUs do not change the answers.
 """
 import random
 import re
@@ -21,8 +21,8 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from configurator import configure, knob_table
-from evaluation.evals import (cut_left, digest, load_for_eval, open_items, read_items, start_ranks,
-                              warn_of_cuts)
+from evaluation.evals import (begin_and_end, cut_left, digest, generate_items, load_for_eval,
+                              open_items, read_items, start_ranks, warn_of_cuts, without_eos)
 from evaluation.scores import write_result
 from runtime import one_line_errors, pick_dtype, print0
 from text.tokenizer import text_stopper
@@ -35,7 +35,7 @@ test_data = 'hf://datasets/openai/gsm8k/main/test-00000-of-00001.parquet'
 train_data = 'hf://datasets/openai/gsm8k/main/train-00000-of-00001.parquet'  # of worked examples
 shots = 5
 shot_seed = 1234         # the harness's; one stream of draws through all items
-bos = False              # the harness sends none; True = one, as Llama was trained
+bos = None               # None = as the harness, none; True = one, as Llama was trained
 max_new_tokens = 256     # the harness's
 limit = 0                # only the first so many items; 0 = all
 batch_size = 64          # rows generated at once
@@ -43,6 +43,7 @@ name = 'gsm8k'           # items go to eval_NAME.jsonl: another name for other s
 out_dir = ''             # for items and results; '' = the checkpoint's folder, or out/MODEL
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
+_types = {'bos': bool}
 _choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 STOPS = ("Question:", "</s>", "<|im_end|>")
@@ -52,7 +53,7 @@ INVALID = "[invalid]"    # where no number is found
 # ----------------------------------------------------------------------------- questions
 def read_questions(path, knob):
     """GSM8K's records, dicts with question and answer; raises ValueError where it is other data."""
-    records = read_items(path, ("question", "answer"), knob)
+    records = read_items(path, {"question": str, "answer": str}, knob)
     for number, record in enumerate(records, 1):
         if "#### " not in record["answer"]:
             raise ValueError(f"{path}, record {number}: its answer has no '#### ', not GSM8K's")
@@ -94,10 +95,9 @@ def make_prompts(questions, train, drawn, tok, bos, room):
 
 def print_prompts(prompts, shots, bos, tok):
     lengths = [len(prompt.tokens) for prompt in prompts]
-    front = f"BOS (id {tok.bos_id}) in front" if bos else "no BOS in front, as the harness"
     print0(f"the first prompt:\n{prompts[0].text}\n")
     print0(f"{len(prompts)} items, {shots} shots, "
-           f"prompts of {min(lengths)} to {max(lengths)} tokens, {front}")
+           f"prompts of {min(lengths)} to {max(lengths)} tokens, {begin_and_end(tok, bos)}")
     warn_of_cuts([prompt.cut for prompt in prompts], max(lengths))
 
 
@@ -145,16 +145,16 @@ def judge_answer(output, answer):
 def answer_questions(items, subject, prompts, questions, max_new_tokens, batch_size):
     """Generate, judge and keep the answers that `items` lacks; returns all records."""
     tok = subject.tokenizer
-    stop = text_stopper(tok, STOPS, {tok.eos_id})
+    stop = text_stopper(tok, STOPS, tok.stop_ids)
     # longest first: rows of a batch read no more keys than its longest has
     todo = sorted(items.todo, key=lambda i: -len(prompts[i].tokens))
     tokens = [prompts[i].tokens for i in todo]
-    answers = subject.model.generate_each(tokens, max_new_tokens, stop=stop, batch_size=batch_size)
-    for index, (new,) in answers:
-        i = todo[index]
+    answers = generate_items(subject, todo, tokens, max_new_tokens, stop=stop,
+                             batch_size=batch_size)
+    for i, (new,) in answers:
         # what ends an answer is EOS or a stop string, else the limit cut it short
-        ended = new[-1] == tok.eos_id or stop(new)
-        verdict = judge_answer(tok.decode(new), questions[i]["answer"])
+        ended = stop(new)
+        verdict = judge_answer(tok.decode(without_eos(tok, new)), questions[i]["answer"])
         items.finish(i, {"prompt": prompts[i].text, **verdict,
                          "prompt_tokens": len(prompts[i].tokens), "cut": prompts[i].cut,
                          "new_tokens": len(new), "truncated": int(not ended)})
@@ -180,6 +180,7 @@ if __name__ == "__main__":
         device = start_ranks(device)
         dtype = pick_dtype(dtype, device)
         subject = load_for_eval(model, adapter, device, dtype, tokenizer, out_dir)
+        bos = bool(bos)
         context = subject.model.config.max_position_embeddings
         room = context - max_new_tokens
         if room < 1:

@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import configure, knob_table
-from evaluation.evals import (cut_left, digest, load_for_eval, open_items, read_items, start_ranks,
-                              warn_of_cuts)
-from evaluation.samples import (check_samples, check_verdicts, read_samples, subject_of_samples,
-                                warn_of_unstripped)
+from evaluation.evals import (begin_and_end, cut_left, digest, generate_items, load_for_eval,
+                              open_items, read_items, start_ranks, warn_of_cuts, without_eos)
+from evaluation.samples import (check_samples, check_verdicts, prompt_of, read_samples,
+                                subject_of_samples)
 from evaluation.sandbox import Sandbox
 from evaluation.scores import write_result
 from runtime import LOCAL_WORLD, one_line_errors, pick_dtype, print0
@@ -47,7 +47,7 @@ temperature = -1.0       # 0 = greedy; -1 = the mode's
 top_p = 0.95
 k = (0,)                 # which pass@k; 0 = the mode's
 seed = 0
-bos = True               # as Llama's tokenizer does; False for models trained without
+bos = None               # None = as the tokenizer does it, as in the harness
 strip_prompt = True      # the harness's 'humaneval'; False = 'humaneval-unstripped'
 max_length = 512         # tokens of prompt and completion together, as the harness counts
 limit = 0                # only the first so many problems; 0 = all
@@ -55,6 +55,7 @@ batch_size = 64          # rows generated at once
 # running the samples
 allow_code_execution = False
 samples = ''             # run this file of samples instead of generating them
+samples_form = 'auto'    # what they continue: body | stripped prompt; auto: evaluation/samples.py
 timeout = 3.0            # seconds a program may take, the start of Python included
 memory_mb = 2048         # address space of each process
 sandbox = 'full'         # full = namespaces | process = limits only (see evaluation/sandbox.py)
@@ -64,8 +65,9 @@ name = 'humaneval'       # samples go to eval_NAME.jsonl: another name for other
 out_dir = ''             # for items and results; '' = the checkpoint's folder, or out/MODEL
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
+_types = {'bos': bool}
 _choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64'), 'mode': ('pass1', 'passk'),
-            'sandbox': ('full', 'process')}
+            'sandbox': ('full', 'process'), 'samples_form': ('auto', 'body', 'stripped')}
 
 MODES = {"pass1": {"n_samples": 50, "temperature": 0.2, "k": (1, 10)},
          "passk": {"n_samples": 256, "temperature": 0.8, "k": (1, 2, 4, 8, 16, 32, 64, 128, 256)}}
@@ -83,10 +85,6 @@ class Sampling(NamedTuple):
     bos: bool
     max_length: int
     strip_prompt: bool
-
-
-def prompt_of(problem, strip=True):
-    return problem["prompt"].strip() if strip else problem["prompt"]
 
 
 def truncate_at_stop(text, stops=STOPS + ("</s>",)):
@@ -119,25 +117,25 @@ def sample_problems(items, subject, problems, sampling, batch_size):
     # a completion ends with EOS, as an id or spelt out, or with a stop word
     eos = [text for text, i in tok.special_ids.items() if i == tok.eos_id]
     stops = STOPS + tuple(eos)
-    ended = text_stopper(tok, stops, {tok.eos_id})
+    ended = text_stopper(tok, stops, tok.stop_ids)
 
     # random numbers belong to (seed, problem, sample)
     tokens = [prompts[i][0] for i in items.todo]
     rooms = [most - len(ids) for ids in tokens]
     seeds = [sampling.seed * 1000 + i for i in items.todo]
-    answers = subject.model.generate_each(
-        tokens, rooms, sampling.temperature, sampling.top_p, sampling.n_samples, ended,
-        seed=seeds, batch_size=batch_size)
-    for index, rows in answers:
-        i = items.todo[index]
+    answers = generate_items(
+        subject, items.todo, tokens, rooms, temperature=sampling.temperature, top_p=sampling.top_p,
+        n=sampling.n_samples, stop=ended, seed=seeds, batch_size=batch_size)
+    for i, rows in answers:
         prompt, cut = prompts[i]
         completions = []
         truncated = []
         for new in rows:
             # decoded behind the prompt, or sentencepiece would drop a leading blank
-            text = tok.decode(prompt + new)[len(tok.decode(prompt)):]
+            text = tok.decode(prompt + without_eos(tok, new))[len(tok.decode(prompt)):]
             completions.append(truncate_at_stop(text, stops))
-            truncated.append(int(len(new) == rooms[index] and not ended(new)))
+            full = len(prompt) + len(new) == most
+            truncated.append(int(full and not ended(new)))
         items.finish(i, {"task_id": problems[i]["task_id"], "completions": completions,
                          "prompt_tokens": len(prompt), "cut": cut,
                          "new_tokens": [len(new) for new in rows], "truncated": truncated})
@@ -250,7 +248,7 @@ if __name__ == "__main__":
         check_sampling(n_samples, temperature, k, samples, allow_code_execution)
 
         # the problems
-        all_problems = read_items(data, FIELDS)
+        all_problems = read_items(data, dict.fromkeys(FIELDS, str))
         problems = all_problems[:limit or None]
         device = start_ranks(device)
         started = time.perf_counter()
@@ -262,8 +260,9 @@ if __name__ == "__main__":
             path = Path(samples)
             subject = subject_of_samples(path, out_dir)
             name = path.stem.removeprefix("eval_")
-            prompts = [prompt_of(problem, strip_prompt) for problem in all_problems]
-            found = read_samples(path, all_problems, prompts, limit)
+            found, form = read_samples(path, all_problems, samples_form, limit)
+            strip_prompt = form == "stripped"
+            settings["strip_prompt"] = strip_prompt
             if all_ks:
                 fewest = min(map(len, found.values()), default=1)
                 k = tuple(value for value in all_ks if value <= fewest)
@@ -272,9 +271,11 @@ if __name__ == "__main__":
         else:
             dtype = pick_dtype(dtype, device)
             subject = load_for_eval(model, adapter, device, dtype, tokenizer, out_dir)
-            front = f"BOS (id {subject.tokenizer.bos_id}) in front" if bos else "no BOS in front"
+            tok = subject.tokenizer
+            bos = tok.adds_bos if bos is None else bos
+            config["bos"] = bos
             print0(f"{len(problems)} problems, {n_samples} samples each, T={temperature}, "
-                   f"top_p={top_p}, {front}")
+                   f"top_p={top_p}, {begin_and_end(tok, bos)}")
             sampling = Sampling(n_samples, temperature, top_p, seed, bos, max_length, strip_prompt)
             items = open_items(subject, name, range(len(problems)), sampling._asdict())
             records = sample_problems(items, subject, problems, sampling, batch_size)
@@ -283,8 +284,6 @@ if __name__ == "__main__":
             seconds = time.perf_counter() - started
             write_result(subject, f"{name}_truncated", truncated, {**config, **settings}, seconds)
         check_samples(samples or f"eval_{name}.jsonl", found, problems, k)
-        if samples and strip_prompt:
-            warn_of_unstripped(found)
 
         # their verdicts
         if allow_code_execution:

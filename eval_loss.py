@@ -42,10 +42,16 @@ _choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 def check_rows(label, token_rows, subject):
     """Raises ValueError where the rows of a set are not for the model."""
-    if token_rows.meta["tokenizer_sha256"] != subject.tokenizer.sha256:
+    if token_rows.meta["tokenizer_sha256"] not in subject.tokenizer.same_sha256:
         raise ValueError(f"{label}: its tokens were made by {token_rows.meta['tokenizer_name']}, "
                          f"which is not the tokenizer of {subject.run} ({subject.tokenizer.name})")
-    context = subject.model.config.max_position_embeddings
+    # a tokenizer may have special ids that the model has no row for
+    config = subject.model.config
+    if subject.tokenizer.vocab_size > config.vocab_size:
+        highest = int(token_rows.tokens.max())
+        if highest >= config.vocab_size:
+            raise ValueError(f"{label}: token id {highest}, the model has {config.vocab_size} rows")
+    context = config.max_position_embeddings
     if token_rows.seq_len > context:
         raise ValueError(f"{label}: rows of {token_rows.seq_len} tokens are longer than the "
                          f"model's max_position_embeddings={context}")

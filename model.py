@@ -310,24 +310,24 @@ class Llama(nn.Module):
 
     # ------------------------------------------------------------- generation: llama/generate.py
     def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0,
-                 n=1, stop=None, seed=0, batch_size=64):
+                 n=1, stop=None, seed=0, batch_size=64, vocab_size=None):
         """n continuations of each prompt: list (prompts) of lists (n) of lists of new ids.
 
         For the arguments see generate_tokens in llama/generate.py."""
         return generate(self, prompts, max_new_tokens, temperature, top_p,
-                        n, stop, seed, batch_size)
+                        n, stop, seed, batch_size, vocab_size)
 
     def generate_each(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0,
-                      n=1, stop=None, seed=0, batch_size=64):
+                      n=1, stop=None, seed=0, batch_size=64, vocab_size=None):
         """Yield (index of a prompt, its n lists of new ids) as soon as the n are complete."""
         return generate_each(self, prompts, max_new_tokens, temperature, top_p,
-                             n, stop, seed, batch_size)
+                             n, stop, seed, batch_size, vocab_size)
 
     def generate_tokens(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0,
-                        n=1, stop=None, seed=0, batch_size=64):
+                        n=1, stop=None, seed=0, batch_size=64, vocab_size=None):
         """Yield (prompt, sample, new id, whether the row ends with it) as they come."""
         return generate_tokens(self, prompts, max_new_tokens, temperature, top_p,
-                               n, stop, seed, batch_size)
+                               n, stop, seed, batch_size, vocab_size)
 
     # ------------------------------------------------------------- files: llama/weights.py
     @classmethod

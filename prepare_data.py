@@ -53,7 +53,8 @@ from text.encode import make_encoder
 from text.packing import pack_best_fit, pack_no_wrap, pack_paper, write_rows
 from text.records import (describe, eval_ngrams, expand, is_contaminated, parse, text_of,
                           unescape)
-from text.report import examples_of, inspect_folder, print_report
+from text.report import (choose_bos, examples_of, inspect_folder, print_report, why_dropped,
+                         why_no_row)
 from text.shards import (DOCUMENT, WHY, checksums, encode_blocks, file_sha256, leave_out_repeated,
                          leave_out_unsampled, place_of, processes_for, read_tables, write_stream,
                          written_whole)
@@ -83,7 +84,7 @@ on_bad_record = 'error'      # 'error' = stop and name file:record | 'skip' = co
 # how it becomes tokens
 tokenizer = ''               # tokenizer.model or tokenizer.json, or the folder that holds it
 seq_len = 1024               # tokens a row
-add_bos = True               # BOS before each document or prompt
+bos = None                   # BOS before each document or prompt; None = as the tokenizer does
 add_eos = True               # EOS after each document or response
 double_bos = False           # cpt: BOS twice, as llm-foundry with bos_text and a tokenizer's own
 no_wrap = False              # cpt, llm-foundry's: a row's last document is cut, not continued
@@ -104,6 +105,7 @@ workers = 0                  # processes that tokenize; 0 = one a core, at most 
 block_mb = 8.0               # text a block; workers hold about two each
 _choices = {'kind': ('cpt', 'ift'), 'on_bad_record': ('error', 'skip'),
             'packing': ('best_fit', 'paper', 'none'), 'train_on_turns': ('last', 'all')}
+_types = {'bos': bool}
 _free = {'workers', 'block_mb', 'inspect'}  # knobs that change no byte of the output
 
 # -----------------------------------------------------------------------------
@@ -140,8 +142,8 @@ def check_knobs(config):
     if not 0 <= k.val_fraction < 1:
         refuse("val_fraction", "0 <= fraction < 1")
     # beside the others
-    if k.double_bos and not (k.kind == "cpt" and k.add_bos):
-        refuse("double_bos", "kind=cpt with add_bos")
+    if k.double_bos and (k.kind != "cpt" or k.bos is False):
+        refuse("double_bos", "kind=cpt with --bos=True")
     if k.no_wrap and k.kind != "cpt":
         refuse("no_wrap", "kind=cpt")
     if k.template in CHATS and k.kind != "ift":
@@ -155,20 +157,20 @@ def plan_job(config, tok):
     job.txt_split = unescape(job.txt_split)
 
     # ids, which are bytes until the rows are written
-    if job.add_bos and tok.bos_id is None:
-        raise ValueError(f"add_bos: {job.tokenizer} has no such token; say --add_bos=False")
+    if job.bos and tok.bos_id is None:
+        raise ValueError(f"bos: {job.tokenizer} has no such token; say --bos=False")
     if job.add_eos and tok.eos_id is None:
         raise ValueError(f"add_eos: {job.tokenizer} has no such token; say --add_eos=False")
     job.dtype = np.dtype("<u2" if tok.vocab_size <= 65536 else "<u4")
     job.encode = make_encoder(tok, job.dtype)
-    job.bos = b""
-    job.eos = b""
-    if job.add_bos:
-        job.bos = np.array(tok.bos_id, job.dtype).tobytes()
+    job.bos_bytes = b""
+    job.eos_bytes = b""
+    if job.bos:
+        job.bos_bytes = np.array(tok.bos_id, job.dtype).tobytes()
     if job.double_bos:
-        job.bos = job.bos + job.bos
+        job.bos_bytes = job.bos_bytes + job.bos_bytes
     if job.add_eos:
-        job.eos = np.array(tok.eos_id, job.dtype).tobytes()
+        job.eos_bytes = np.array(tok.eos_id, job.dtype).tobytes()
     job.pad = tok.eos_id or 0
 
     # the fields of a record that are read: those of the template, and more
@@ -241,8 +243,8 @@ def encode_document(job, turns):
     bos_each = job.template == "llama2"
     learn_all = job.train_on_turns == "all"
     prompt_from = job.train_on_prompt_from if job.train_on_prompt else None
-    ids, mask, why = encode_turns(job.encode, turns, job.seq_len, job.bos, job.eos, itemsize,
-                                  bos_each, learn_all, prompt_from)
+    ids, mask, why = encode_turns(job.encode, turns, job.seq_len, job.bos_bytes, job.eos_bytes,
+                                  itemsize, bos_each, learn_all, prompt_from)
     length = len(ids) // itemsize
     if job.kind == "ift":
         kept = min(length, job.seq_len)
@@ -266,10 +268,12 @@ def encode_turns(encode, turns, seq_len, bos=b"", eos=b"", itemsize=2, bos_each=
 
     As llm-foundry 0.9: each text is tokenized by itself; text never becomes a special id; the last
     response is learned, with its EOS (learn_all: every one), and prompts of at least prompt_from
-    tokens (None: none). An example without a target within seq_len, EOS aside, is dropped.
+    tokens (None: none). An example with an empty response, or without a target within seq_len, EOS
+    aside, is dropped.
     """
     ids = b""
     mask = b""
+    empty = False
     for number, (read, response) in enumerate(turns):
         # BOS before the first text, or before each turn
         head = encode(read)
@@ -278,18 +282,21 @@ def encode_turns(encode, turns, seq_len, bos=b"", eos=b"", itemsize=2, bos_each=
         body = encode(response)
         head_length = len(head) // itemsize
         body_length = len(body) // itemsize
+        empty = empty or not body
         # what is learned
         learn_head = prompt_from is not None and head_length >= prompt_from
         learn_body = learn_all or number == len(turns) - 1
         mask += bytes([learn_head]) * head_length + bytes([learn_body]) * body_length
-        if b"\1" in mask[1:seq_len]:
-            why = ""
-        else:
-            why = "no room" if body else "empty"  # the last turn's counts
+        has_target = b"\1" in mask[1:seq_len]
         # EOS after each response
         ids += head + body + eos
         if eos:
             mask += bytes([learn_body])
+    why = ""
+    if empty:
+        why = "empty"
+    elif not has_target:
+        why = "no room"
     # the first token has nothing before it from which it could be predicted
     return ids, b"\0" + mask[1:], why
 
@@ -312,11 +319,8 @@ def write_split(name, documents, work, count, folder, job):
     starts = np.cumsum(lengths) - lengths  # in the stream of all that are kept
     total = int(lengths.sum())
     if total == 0 or (job.kind == "cpt" and total < job.seq_len):
-        remedy = "see source and the fields"
-        if name == "val":
-            remedy = "documents are held out whole: give txt_split or --val_fraction=0"
         raise ValueError(f"{name}: {len(lengths)} documents, {total} tokens make no row of "
-                         f"{job.seq_len} ({left_out.sum()} dropped); {remedy}")
+                         f"{job.seq_len}; {why_no_row(documents, mine, left_out, job.kind)}")
 
     lost = documents["lost"][kept]
     powers = np.frexp(lengths)[1] - 1  # k of the documents of 2^k to 2^(k+1) - 1 tokens
@@ -324,7 +328,7 @@ def write_split(name, documents, work, count, folder, job):
         "truncated": int((lost > 0).sum()),
         "lost": int(lost.sum()),
         "dropped": int(left_out.sum()),
-        "dropped_why": {why: int(n) for why, n in zip(WHY, left_out) if n},
+        "dropped_why": why_dropped(left_out),
         "lengths": np.bincount(powers).tolist()}
     if job.kind == "cpt" and not job.no_wrap:
         # the rows are the stream itself, cut to whole rows
@@ -392,6 +396,7 @@ if __name__ == "__main__":
         print(knob_table(globals()))
         check_knobs(config)
         tok = load_tokenizer(tokenizer)
+        config["bos"] = choose_bos(True if double_bos else bos, tok)
         job = plan_job(config, tok)
         out = os.path.normpath(out_dir)
         if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):

@@ -11,7 +11,7 @@ import sys
 import time
 
 from configurator import configure
-from evaluation.evals import load_for_eval
+from evaluation.evals import begin_and_end, load_for_eval
 from runtime import one_line_errors, pick_device, pick_dtype
 from text.records import unescape
 from text.tokenizer import StreamDecoder, text_stopper
@@ -21,7 +21,7 @@ model = ''               # folder of a model, a checkpoint, or an adapter that n
 adapter = ''             # adapter folder to put on `model`
 tokenizer = ''           # tokenizer file or folder; '' = the model's folder
 prompt = ''              # text; \n, \t and \\ mean what they mean in templates; '' = standard input
-bos = True               # put the beginning-of-sequence token in front
+bos = None               # whether BOS stands in front; None = as the tokenizer does it
 max_new_tokens = 256
 temperature = 0.0        # 0 = greedy
 top_p = 1.0              # keep the likeliest tokens up to this share
@@ -30,6 +30,7 @@ seed = 1337
 stop = ()                # texts that end a continuation, read like the prompt
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
+_types = {'bos': bool}
 _choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 
@@ -45,7 +46,10 @@ if __name__ == "__main__":
         tok = loaded.tokenizer
         text = unescape(prompt) if prompt else sys.stdin.read()
         stop_texts = [unescape(end) for end in stop]
-        ids = tok.encode(text, bos=bos and tok.bos_id is not None)
+        # the error stream says how it begins and ends, the other has the text alone
+        bos = tok.adds_bos if bos is None else bos
+        ids = tok.encode(text, bos=bos)
+        print(f"[{begin_and_end(tok, bos)}]", file=sys.stderr)
 
         # one continuation after the other, so that each can be read while it is generated
         count = 0
@@ -53,12 +57,12 @@ if __name__ == "__main__":
         for i in range(n):
             print(text, end="", flush=True)
             decoder = StreamDecoder(tok, ids)
-            ended = text_stopper(tok, stop_texts, {tok.eos_id})
+            ended = text_stopper(tok, stop_texts, tok.stop_ids)
             tokens = llama.generate_tokens([ids], max_new_tokens, temperature, top_p,
-                                           stop=ended, seed=seed + i)
+                                           stop=ended, seed=seed + i, vocab_size=tok.vocab_size)
             for _, _, token, _ in tokens:
                 count += 1
-                if token != tok.eos_id:
+                if token not in tok.stop_ids:
                     print(decoder.push(token), end="", flush=True)
             print(decoder.finish())
             if i < n - 1:

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from configurator import configure, knob_table
-from evaluation.evals import cut_left, digest, load_for_eval, open_items, read_items, start_ranks
+from evaluation.evals import (begin_and_end, cut_left, digest, generate_items, load_for_eval,
+                              open_items, read_items, start_ranks, without_eos)
 from evaluation.scores import write_result
 from runtime import RANK, one_line_errors, pick_dtype, print0, write_whole
 from text.records import unescape
@@ -36,7 +37,7 @@ questions = ''           # FastChat's fastchat/llm_judge/data/mt_bench/question.
 template = '<|user|>\\n{message}\\n<|assistant|>\\n'
 separator = '\\n'        # between the EOS of an answer and the next turn
 stop = ('<|user|>',)     # texts that end an answer, beside EOS
-bos = True               # put the beginning-of-sequence token in front
+bos = None               # whether BOS stands in front; None = as the tokenizer does it
 max_new_tokens = 1024    # of each answer; FastChat's
 seed = 0
 limit = 0                # only the first so many questions; 0 = all
@@ -46,6 +47,7 @@ name = 'mtbench'         # items go to eval_NAME.jsonl: another name for other s
 out_dir = ''             # for items and mt_bench/; '' = the checkpoint's folder, or out/MODEL
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
+_types = {'bos': bool}
 _choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 # FastChat's llm_judge/common.py
@@ -59,12 +61,14 @@ def read_questions(path):
     if not path:
         raise ValueError("questions is not set: FastChat has them in "
                          "fastchat/llm_judge/data/mt_bench/question.jsonl")
-    asked = read_items(path, ("question_id", "category", "turns"), "questions")
+    types = {"question_id": object, "category": str, "turns": list}
+    asked = read_items(path, types, "questions")
     for number, question in enumerate(asked, 1):
-        has_turns = isinstance(question["turns"], list) and question["turns"]
+        turns = question["turns"]
+        has_turns = turns and all(isinstance(turn, str) for turn in turns)
         if question["category"] not in TEMPERATURES or not has_turns:
             raise ValueError(f"{path}, record {number}: expected a category out of "
-                             f"{', '.join(TEMPERATURES)} and a list of turns")
+                             f"{', '.join(TEMPERATURES)} and a list of turns, which are texts")
     return asked
 
 
@@ -108,7 +112,7 @@ def groups_of_questions(ids, questions, batch_size):
 def answer_group(subject, questions, ids, form, stop, temperature, max_new_tokens, seed):
     """Yield (i, record) for the questions i of `ids`, which are answered together, turn by turn."""
     tok = subject.tokenizer
-    ended = text_stopper(tok, stop, {tok.eos_id})
+    ended = text_stopper(tok, stop, tok.stop_ids)
     room = subject.model.config.max_position_embeddings - max_new_tokens
     talks = {i: Conversation() for i in ids}
 
@@ -122,10 +126,9 @@ def answer_group(subject, questions, ids, form, stop, temperature, max_new_token
         # the random numbers belong to (seed, question, turn)
         seeds = [(seed * 1000 + i) * 10 + turn for i in asked]
         prompts = [talks[i].history for i in asked]
-        answers = subject.model.generate_each(prompts, max_new_tokens, temperature, stop=ended,
-                                              batch_size=len(ids), seed=seeds)
-        for index, (new,) in answers:
-            i = asked[index]
+        answers = generate_items(subject, asked, prompts, max_new_tokens, temperature=temperature,
+                                 stop=ended, batch_size=len(ids), seed=seeds)
+        for i, (new,) in answers:
             talk = talks[i]
             talk.truncated += not ended(new)
             text, new = cut_answer(tok, new, stop)
@@ -140,14 +143,12 @@ def answer_group(subject, questions, ids, form, stop, temperature, max_new_token
 def cut_answer(tok, new, stop):
     """(text, ids) of an answer, without EOS and without the text of `stop` that ended it."""
     # the first of the texts that end an answer
-    text = tok.decode(new)
+    text = tok.decode(without_eos(tok, new))
     places = [text.find(string) for string in stop if string in text]
     if places:
         text = text[:min(places)]
         new = tok.encode(text)
-    if new[-1:] == [tok.eos_id]:
-        new = new[:-1]
-    return text, new
+    return text, without_eos(tok, new)
 
 
 def fastchat_line(record, model_id):
@@ -172,10 +173,10 @@ if __name__ == "__main__":
         config = configure(globals())
         print0(knob_table(globals()))
         # the questions and how they are put
-        form = Form(unescape(template), unescape(separator), bos)
+        template = unescape(template)
         stop = tuple(unescape(text) for text in stop)
-        if "{message}" not in form.template:
-            raise ValueError(f"template: expected {{message}} in it, found {form.template!r}")
+        if "{message}" not in template:
+            raise ValueError(f"template: expected {{message}} in it, found {template!r}")
         asked = read_questions(questions)
         data = digest(asked)
         asked = asked[:limit or None]
@@ -189,9 +190,11 @@ if __name__ == "__main__":
         if context <= max_new_tokens:
             raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a question in "
                              f"the model's context of {context}")
-        front = f"BOS (id {subject.tokenizer.bos_id}) in front" if bos else "no BOS in front"
-        first = next_prompt(subject.tokenizer, [], asked[0]["turns"][0], form)
-        print0(f"{len(asked)} questions, {front}; the first begins {first[:8]}")
+        tok = subject.tokenizer
+        bos = tok.adds_bos if bos is None else bos
+        form = Form(template, unescape(separator), bos)
+        first = next_prompt(tok, [], asked[0]["turns"][0], form)
+        print0(f"{len(asked)} questions, {begin_and_end(tok, bos)}; the first begins {first[:8]}")
 
         # the answers
         settings = {**form._asdict(), "stop": stop, "max_new_tokens": max_new_tokens, "seed": seed,

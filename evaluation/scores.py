@@ -95,8 +95,12 @@ def json_lines(path):
 def write_score(subject, metric, scored, values, settings, seconds):
     """Print a metric and append it to results.jsonl, and the items' values to values.jsonl.
 
-    scored: as score() returns it; settings: every knob; the subject's identity is added."""
+    scored: as score() returns it; settings: every knob; the subject's identity is added.
+    Raises ValueError for values that are NaN or infinite."""
     mean, stderr, low, high = scored
+    if not all(math.isfinite(number) for number in (*scored, *values)):
+        raise ValueError(f"{subject.run}, step {subject.step}: {metric} is {mean}, of values that "
+                         "are NaN or infinite")
     n = len(values)
     interval = f"({low:.4f} to {high:.4f} with 95%)"
     print0(f"{metric}: {mean:.4f} +- {stderr:.4f} {interval}, {n} items")

@@ -21,6 +21,13 @@ import time
 
 NOBODY = 65534
 
+# The environment of a program: libraries that start a thread for each core would fail, or wait
+# for threads that the limit on processes never lets start.
+ENVIRONMENT = {name: "1" for name in (
+    "OMP_NUM_THREADS", "OMP_THREAD_LIMIT", "OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS",
+    "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "NUMBA_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS", "RAYON_NUM_THREADS", "POLARS_MAX_THREADS")}
+
 # the kernel's numbers (linux/sched.h, linux/mount.h, linux/prctl.h)
 CLONE_NEWNS = 0x20000            # mounts
 CLONE_NEWIPC = 0x8000000
@@ -237,7 +244,7 @@ def start_program(order, text, pipe):
             os.dup2(old, new)
         os.closerange(4, 256)
         set_limits(order)
-        os.execve(sys.executable, [sys.executable, "-I", "-B", "-c", BOOT], {})
+        os.execve(sys.executable, [sys.executable, "-I", "-B", "-c", BOOT], ENVIRONMENT)
     finally:
         os._exit(127)
 

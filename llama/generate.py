@@ -22,14 +22,30 @@ READ_AT_ONCE = 2048  # tokens of prompts in one forward pass, unless one prompt 
 PACKED_ROWS = 32     # for more rows packed weights gain 15%, which is not worth their memory
 
 
+class NotFinite(ValueError):
+    """The logits behind some tokens of a prompt are not finite."""
+
+    def __init__(self, prompt, position):
+        super().__init__(f"the logits for new token {position} of prompt {prompt} are not finite")
+        self.prompt = prompt
+        self.position = position
+
+
 # ----------------------------------------------------------------------------- drawing a token
 def sample_ids(logits, temperature, top_p, uniform):
-    """One id a row: logits [B, V], uniform [B] fp64 in [0, 1) -> [B]; greedy at temperature 0.
+    """One id a row of logits [B, V], greedy at temperature 0; -1 where they are not finite."""
+    if temperature == 0:
+        best = logits.max(-1)  # argmax takes twice as long for bf16 on a CPU
+        return best.indices.where(best.values.isfinite(), -1)
+    # one NaN or +inf makes every probability of its row NaN
+    probs = torch.softmax(logits.float() / temperature, -1)
+    return draw_from(probs, top_p, uniform).where(probs[:, 0].isfinite(), -1)
+
+
+def draw_from(probs, top_p, uniform):
+    """One id a row: probs [B, V], uniform [B] fp64 in [0, 1) -> [B].
 
     Inverse CDF over the smallest set of likeliest tokens whose share reaches top_p."""
-    if temperature == 0:
-        return logits.max(-1).indices  # argmax takes twice as long for bf16 on a CPU
-    probs = torch.softmax(logits.float() / temperature, -1)
     if top_p >= 1:
         return inverse_cdf(probs, 1.0, uniform)
 
@@ -84,14 +100,15 @@ def generate(model, prompts, max_new_tokens, *knobs):
     return out
 
 
-def generate_each(model, prompts, max_new_tokens, temperature, top_p, n, stop, seed, batch_size):
+def generate_each(model, prompts, max_new_tokens, temperature, top_p, n, stop, seed, batch_size,
+                  vocab_size=None):
     """Yield (index of a prompt, its n lists of new ids) as soon as the n are complete."""
     rows = []
     for _ in prompts:
         rows.append([[] for _ in range(n)])
     running = [n] * len(prompts)
     tokens = generate_tokens(model, prompts, max_new_tokens, temperature, top_p,
-                             n, stop, seed, batch_size)
+                             n, stop, seed, batch_size, vocab_size)
     for prompt, sample, token, ended in tokens:
         rows[prompt][sample].append(token)
         if ended:
@@ -106,7 +123,8 @@ def generate_each(model, prompts, max_new_tokens, temperature, top_p, n, stop, s
 
 
 @torch.inference_mode()
-def generate_tokens(model, prompts, max_new_tokens, temperature, top_p, n, stop, seed, batch_size):
+def generate_tokens(model, prompts, max_new_tokens, temperature, top_p, n, stop, seed, batch_size,
+                    vocab_size=None):
     """Yield (prompt, sample, new id, whether the row ends with it), n samples of each prompt.
 
     temperature 0 is greedy; top_p keeps the likeliest tokens up to that share. stop is a collection
@@ -115,16 +133,13 @@ def generate_tokens(model, prompts, max_new_tokens, temperature, top_p, n, stop,
     in the queue. A prompt is read once for all its samples. max_new_tokens and seed are one number,
     or one a prompt. Random numbers belong to (seed, prompt, sample, position), so that a row's text
     does not depend on its neighbours; a prompt with a seed of its own draws what it draws alone.
-    Raises ValueError for an empty prompt, ids out of vocabulary, or no room for max_new_tokens."""
+    vocab_size: only ids below it are drawn; a model may have more rows than the tokenizer has ids.
+    Raises ValueError for an empty prompt, ids out of vocabulary, or no room for max_new_tokens, and
+    NotFinite where logits are NaN or infinite."""
     most = one_each(max_new_tokens, prompts)
-    # (seed, number) of each prompt's random numbers
-    if isinstance(seed, int):
-        keys = [(seed, prompt) for prompt in range(len(prompts))]
-    else:
-        keys = [(own, 0) for own in seed]
+    keys = random_keys(seed, len(prompts))
     length = check_prompts(model.config, prompts, most, keys)
     stops = stop if callable(stop) else frozenset(stop or ())
-    config = model.config
     device = model.device
     dtype = model.compute_dtype
 
@@ -134,8 +149,8 @@ def generate_tokens(model, prompts, max_new_tokens, temperature, top_p, n, stop,
         if most[prompt]:
             queue += [(prompt, sample) for sample in reversed(range(n))]
     places = min(batch_size, len(queue))
-    cache = KVCache(config, places, length, device, dtype)
-    logits = torch.empty(0, config.vocab_size, device=device, dtype=dtype)
+    cache = KVCache(model.config, places, length, device, dtype)
+    logits = torch.empty(0, model.config.vocab_size, device=device, dtype=dtype)
     rows = []  # that run, in the order of the cache
     read = {}  # prompt -> its keys, values and last logits, while it has samples to start
 
@@ -153,7 +168,11 @@ def generate_tokens(model, prompts, max_new_tokens, temperature, top_p, n, stop,
             # a token for each row
             noise = [row.noise[len(row.ids)] for row in rows]
             uniform = torch.tensor(noise, device=device)
-            ids = sample_ids(logits, temperature, top_p, uniform).tolist()
+            ids = sample_ids(logits[:, :vocab_size], temperature, top_p, uniform).tolist()
+            # a greedy id of NaN looks like any other
+            if -1 in ids:
+                bad = rows[ids.index(-1)]
+                raise NotFinite(bad.prompt, len(bad.ids))
             for row, token in zip(rows, ids):
                 row.ids.append(token)
                 row.ended = len(row.ids) == most[row.prompt] or stops_at(stops, row.ids)
@@ -169,6 +188,13 @@ def generate_tokens(model, prompts, max_new_tokens, temperature, top_p, n, stop,
 def one_each(value, prompts):
     """A number for all prompts, or a list with one for each -> such a list."""
     return [value] * len(prompts) if isinstance(value, int) else value
+
+
+def random_keys(seed, count):
+    """(seed, number) of each prompt's random numbers; a prompt with its own seed is number 0."""
+    if isinstance(seed, int):
+        return [(seed, prompt) for prompt in range(count)]
+    return [(own, 0) for own in seed]
 
 
 def check_prompts(config, prompts, most, keys):

@@ -150,7 +150,10 @@ def read_run(folder):
     # the values of the single items, which eval_*.py keeps apart
     items = {}
     for line in read_jsonl(folder / "values.jsonl"):
-        items[line.get("metric"), line.get("step")] = line.get("values")
+        # one that is no number would spoil every interval
+        values = line.get("values") or []
+        if None not in [number(value) for value in values]:
+            items[line.get("metric"), line.get("step")] = values
     name = folder.name if config else base_name(folder.name, results)
     return Run(name, config, dict(metrics), log, places, items)
 

@@ -9,7 +9,7 @@ from samples import program_records, programs, word_problems
 
 from eval_humaneval import STOPS, pass_at_k, prompt_of, run_program, scores_of_problems, truncate_at_stop
 from evaluation.evals import read_done, read_items
-from evaluation.samples import check_samples, read_samples, warn_of_unstripped
+from evaluation.samples import check_samples, read_samples
 from model import Llama
 from evaluation.sandbox import Sandbox
 
@@ -102,35 +102,33 @@ def test_one_program_without_a_sandbox_at_hand():
 # ----------------------------------------------------------------------------- samples
 def test_samples_of_three_kinds_are_read_alike(tmp_path):
     some = program_records()[:3]
-    prompts = [prompt_of(problem) for problem in some]
     texts = {i: [f"\n    return {i}\n", f"\n    return -{i}\n"] for i in range(3)}
     lines = [{"task_id": some[i]["task_id"], "completion": text} for i in (2, 0, 1) for text in texts[i]]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (tmp_path / "b.json").write_text(json.dumps([[prompt_of(some[i]) + text for text in texts[i]] for i in range(3)]))
     ours = [{"id": i, "task_id": some[i]["task_id"], "completions": texts[i]} for i in range(3)]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in ours))
-    for name in ("a.jsonl", "b.json", "c.jsonl"):
-        assert list(read_samples(tmp_path / name, some, prompts).items()) == list(texts.items())
+    (tmp_path / "c.settings.json").write_text('{"strip_prompt": true}')
+    for name, form in (("a.jsonl", "body"), ("b.json", "stripped"), ("c.jsonl", "stripped")):
+        found, found_form = read_samples(tmp_path / name, some)
+        assert list(found.items()) == list(texts.items()) and found_form == form
     (tmp_path / "d.json").write_text(json.dumps([["import os"]]))
     with pytest.raises(ValueError, match="Own/0 does not begin with its prompt, but with 'import os'"):
-        read_samples(tmp_path / "d.json", some, prompts)
+        read_samples(tmp_path / "d.json", some)
     for text in ('{"task_id": "HumanEval/999", "completion": ""}', '{"completion": ""}', "[1]", "{",
-                 '{"task_id": "Own/0"}'):
+                 '{"task_id": "Own/0"}', '{"task_id": "Own/0", "completion": 5}',
+                 '{"task_id": "Own/0", "completions": "x"}', '{"task_id": ["Own/0"], "completion": ""}'):
         (tmp_path / "e.jsonl").write_text(text)
         with pytest.raises(ValueError, match="expected lines with task_id and completion of 3 problems"):
-            read_samples(tmp_path / "e.jsonl", some, prompts)
+            read_samples(tmp_path / "e.jsonl", some)
 
 
-def test_missing_problems_and_too_few_samples_are_refused(capsys):
+def test_missing_problems_and_too_few_samples_are_refused():
     some = program_records()[:3]
     with pytest.raises(ValueError, match="no samples of 2 of 3 problems: Own/0, Own/2"):
         check_samples("x", {1: ["a"]}, some, (1,))
     with pytest.raises(ValueError, match="k=2 is more than the 1 samples of Own/1 in x"):
         check_samples("x", {0: ["a", "b"], 1: ["a"], 2: ["a", "b"]}, some, (1, 2))
-    warn_of_unstripped({i: ["    return 1"] for i in range(3)})
-    assert "--strip_prompt=False" in capsys.readouterr().out
-    warn_of_unstripped({i: ["\n    return 1"] for i in range(3)})
-    assert capsys.readouterr().out == ""
 
 
 def test_scores_count_unique_samples_by_verdict():

@@ -5,11 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import need, run_here, run_stage
 
 from eval_loss import values_of_rows
 from evaluation.evals import read_done
 from evaluation.scores import score
+from model import Llama
 from paper.results import falls
 
 
@@ -113,3 +115,18 @@ def test_tokens_of_another_tokenizer_are_refused(studied, tmp_path):
 def test_rows_without_targets_are_refused():
     with pytest.raises(ValueError, match="nothing in these rows"):
         values_of_rows([{"loss": 0.0, "targets": 0}])
+
+
+def test_a_loss_that_is_no_number_is_one_line_and_no_result(studied, tmp_path):
+    """Finite weights whose logits overflow."""
+    out, base, _ = studied
+    shutil.copytree(base, tmp_path / "model")
+    model = Llama.from_pretrained(base)
+    with torch.no_grad():
+        model.norm.weight *= 1e38
+    model.save_pretrained(tmp_path / "model")
+    done = run_here("eval_loss.py", f"--model={tmp_path / 'model'}", f"--data=a={out / 'ift'}", "--dtype=float32",
+                    f"--out_dir={tmp_path / 'out'}")
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1, done.stderr
+    assert f"{tmp_path / 'model'}, item " in done.stderr and "NaN or infinite" in done.stderr
+    assert not (tmp_path / "out/results.jsonl").exists()

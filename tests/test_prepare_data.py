@@ -249,7 +249,7 @@ def test_a_text_file_is_one_document(prepare, tokenizer_file, tmp_path):
 
 def test_meta(prepare, tokenizer_file, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"story": "word " * 50}, {"story": "  \n"}, {"story": "more words " * 20}])
-    status, out, err = prepare(source="*.jsonl", template="Story:\\n{story}", add_bos=False)
+    status, out, err = prepare(source="*.jsonl", template="Story:\\n{story}", bos=False)
     meta = json.loads((tmp_path / "data/meta.json").read_text())
     content, tok = (tmp_path / "a.jsonl").read_bytes(), load_tokenizer(tokenizer_file)
     assert (status, err) == (0, "") and "«Story:\nword word" in out
@@ -269,6 +269,7 @@ def test_large_vocabulary_takes_four_bytes(prepare, tmp_path, monkeypatch):
     """Ids above 65,535 survive; the vocabulary is a stub, since a real one of that size takes long to train."""
     class Wide:
         vocab_size, bos_id, eos_id, sha256, name = 70000, 69998, 69999, "0" * 64, "wide"
+        adds_bos, notes = True, []
         decode = staticmethod(lambda ids: "".join(chr(i - 66000) for i in ids))
 
         @staticmethod
@@ -488,7 +489,7 @@ MISTAKES = {  # name: (knobs, what the message says)
     "out_dir is a file": ({"source": "a.txt", "out_dir": "a.txt"}, "out_dir: a.txt is there already"),
     "out_dir of others": ({"source": "a.txt", "out_dir": "sub"}, "out_dir: sub is there already; delete it or name another"),
     "work folder of others": ({"source": "a.txt", "out_dir": "other"}, "other.work is not of this script"),
-    "BOS twice": ({"source": "a.txt", "double_bos": True, "add_bos": False}, "double_bos: expected kind=cpt with add_bos"),
+    "BOS twice": ({"source": "a.txt", "double_bos": True, "bos": False}, "double_bos: expected kind=cpt with --bos=True"),
     "no wrapping of ift": ({"source": "ift.jsonl", "kind": "ift", "no_wrap": True}, "no_wrap: expected kind=cpt"),
     "no epochs": ({"source": "a.txt", "paper_epochs": 0}, "paper_epochs: expected 1 or more, found 0"),
 }

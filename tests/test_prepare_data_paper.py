@@ -18,7 +18,7 @@ from test_prepare_data import documents_of, prepare, tokenizer_file, write_jsonl
 import prepare_data
 from configurator import configure
 from text.packing import auto_ratio, pack_first_fit, pack_no_wrap, pack_paper, packed_share
-from text.records import array_items, expand, parse, read_records, split_text
+from text.records import array_items, expand, parse, read_records, split_text, unescape
 from text.templates import tulu_turns
 from text.tokenizer import load_tokenizer
 
@@ -255,12 +255,97 @@ def test_tulu_turns_and_which_are_learned(prepare, tmp_path):
         assert status == 0, err
         [shown] = json.loads((tmp_path / "data/meta.json").read_text())["examples"]
         assert re.findall("« ?(.*?)<EOS>»", shown) == learned
-    for bad, message in [(messages[:-1], "the last one assistant"), ("text", "expected a list of messages"),
+    for bad, message in [(messages[:-1], "the last one is of role assistant"), ("text", "expected a list of messages"),
                          ([{"role": "bot", "content": ""}], "expected roles"),
                          ([{"role": "user"}], "expected a field 'content'")]:
         write_jsonl(tmp_path / "a.jsonl", [{"messages": bad}])
         status, out, err = prepare(source="a.jsonl", kind="ift", template="tulu", anew=True)
         assert status == 2 and "a.jsonl:1: " in err and message in err, err
+
+
+CHATS_OF = {"system": "Be kind.", "user": "Hi", "assistant": "Hello."}
+
+
+@pytest.mark.parametrize("template", ["tulu", "llama2"])
+def test_misplaced_turns_are_refused(prepare, tmp_path, template):
+    """As Llama-2's template in transformers raises, and llm-foundry for two of a role in a row."""
+    for roles, place in [("system system user assistant", 2), ("user system assistant", 2), ("user user assistant", 2),
+                         ("user assistant assistant", 3), ("assistant user assistant", 1), ("system assistant", 2),
+                         ("user assistant system user assistant", 3), ("assistant", 1)]:
+        messages = [{"role": role, "content": CHATS_OF[role]} for role in roles.split()]
+        write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}])
+        status, out, err = prepare(source="a.jsonl", kind="ift", template=template, anew=True)
+        wanted = f"message {place} of {len(messages)} is {messages[place - 1]['role']!r}"
+        assert status == 2 and wanted in err and err.count("\n") == 1, err
+    good = [{"role": role, "content": CHATS_OF[role]} for role in ("user", "assistant")]
+    write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}, {"messages": good}])
+    status, out, err = prepare(source="a.jsonl", kind="ift", template=template, anew=True, on_bad_record="skip")
+    assert status == 0 and "1 bad records skipped\n  a.jsonl:1: expected roles" in out, err
+
+
+@pytest.mark.parametrize("template", ["tulu", "llama2"])
+@pytest.mark.parametrize("learned", ["last", "all"])
+def test_an_empty_turn_drops_its_example(prepare, tmp_path, template, learned):
+    """As llm-foundry, wherever the empty response stands; what is only read may be empty."""
+    def chat(*contents):
+        return {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]}
+
+    good = [chat("Hi", "Hello.", "Bye", "See you."), chat("", "Hello.")]
+    empty = [chat("Hi", ""), chat("Hi", " \n"), chat("Hi", "", "Bye", "See you."), chat("Hi", "Hello.", "Bye", "")]
+    write_jsonl(tmp_path / "a.jsonl", [*good, *empty])
+    status, out, err = prepare(source="a.jsonl", kind="ift", template=template, train_on_turns=learned, seq_len=128,
+                               train_on_prompt=True)
+    assert status == 0, err
+    counts = json.loads((tmp_path / "data/meta.json").read_text())["splits"]["train"]
+    assert (counts["documents"], counts["dropped_why"]) == (2, {"empty": 4}) and "(4 empty)" in out
+
+
+def test_an_empty_response_drops_its_example(prepare, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "2+2?", "response": ""}, {"prompt": "2+2?", "response": "4"}])
+    assert prepare(source="a.jsonl", kind="ift", seq_len=64, train_on_prompt=True)[0] == 0
+    counts = json.loads((tmp_path / "data/meta.json").read_text())["splits"]["train"]
+    assert (counts["documents"], counts["dropped_why"]) == (1, {"empty": 1})
+
+
+def test_messages_as_columns(prepare, tmp_path):
+    """As datasets stores a sequence of objects."""
+    roles, contents, made = ["user", "assistant"] * 2, ["Hi", "Hello.", "Bye", "See you."], []
+    rows = [{"role": role, "content": content} for role, content in zip(roles, contents)]
+    for messages in (rows, {"role": roles, "content": contents}):
+        write_parquet(tmp_path / "a.parquet", [{"messages": messages}])
+        status, out, err = prepare(source="a.parquet", kind="ift", template="tulu", seq_len=128, anew=True)
+        assert status == 0, err
+        made.append((tmp_path / "data/train.bin").read_bytes())
+    assert made[0] == made[1]
+    for bad in ({"role": roles, "content": contents[1:]}, {"role": roles}):
+        write_jsonl(tmp_path / "a.jsonl", [{"messages": bad}])
+        status, out, err = prepare(source="a.jsonl", kind="ift", template="tulu", anew=True)
+        assert status == 2 and "as many contents as roles" in err
+
+
+def test_one_prompt_cannot_be_in_both_splits(prepare, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "2+2?", "response": str(i)} for i in range(30)])
+    for fraction in (0.01, 0.99):
+        status, out, err = prepare(source="a.jsonl", kind="ift", val_fraction=fraction, anew=True)
+        assert status == 2 and "txt_split" not in err, err
+        assert "0 dropped (none); prompts are held out whole, 30 went to the other split: give more prompts or" in err, err
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "2+2?", "response": ""}] * 3)
+    status, out, err = prepare(source="a.jsonl", kind="ift", val_fraction=0, anew=True)
+    assert status == 2 and "3 dropped (3 empty); see source and the fields" in err
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("separator", ["\\n\\n", "\\r\\n\\r\\n", "\\n---\\n", "---", "\\t\\n"])
+def test_windows_line_ends(prepare, tmp_path, monkeypatch, newline, separator):
+    """A newline of txt_split is one of the text, however that spells it and wherever a read ends."""
+    typed = separator.replace("\\r", "").replace("\\n", newline).replace("\\t", "\t")
+    texts = [f"one{newline}line", "two", f"three{newline}"]
+    (tmp_path / "a.txt").write_bytes(typed.join(texts).encode())
+    for chunk in (1, 2, 3, 1 << 20):
+        monkeypatch.setattr("text.records.CHUNK", chunk)
+        [source] = expand(["a.txt"], ())
+        found = [raw["text"].decode() for _, raw, _ in read_records(source, "text", unescape(separator))]
+        assert found == texts
 
 
 def test_train_on_prompt(prepare, tmp_path):

@@ -154,7 +154,8 @@ HARMLESS = {
     "processes are limited": "import os, time\ntry:\n    for _ in range(50):\n        if os.fork() == 0: time.sleep(9)\n"
                              "except BlockingIOError:\n" + "    def f(x):\n        return x + 1\n",
     "file size is limited": "try:\n    open('big', 'wb').write(bytes(10 ** 8))\nexcept OSError:\n    f = lambda x: x + 1\n",
-    "environment is empty, network is not there": "import os, socket\nassert not set(os.environ) - {'LC_CTYPE'}\ntry:\n"
+    "environment is bare, network is not there": "import os, socket\n"
+        "assert set(map(os.environ.get, set(os.environ) - {'LC_CTYPE'})) == {'1'}\ntry:\n"
         "    socket.create_connection(('1.1.1.1', 53), 1)\nexcept OSError:\n    f = lambda x: x + 1\n",
     "recurses": IN + "g = lambda n: g(n + 1)\n    try: g(0)\n    except RecursionError: return x + 1",
     "uses the library": "import collections, dataclasses, typing, enum, re, random, itertools, functools, math, logging\n"
@@ -254,6 +255,19 @@ def test_a_dead_warden_is_replaced():
         assert box.run(RIGHT, TEST, "f") == (True, "passed")
         folder = box.folder
     assert not os.path.exists(folder)
+
+
+@pytest.mark.parametrize("library", [
+    "import numpy\na = numpy.ones((600, 600), numpy.float32)\na @ a\n",
+    "import numpy\nnumpy.linalg.svd(numpy.ones((200, 200)))\n",
+    "import torch\na = torch.ones(600, 600)\na @ a\na.svd()\n"])
+def test_libraries_of_many_threads_start_one(library):
+    """A machine of many cores would start more than the limit on processes allows."""
+    full_or_skip()
+    count = "[line] = [line for line in open('/proc/self/status') if line.startswith('Threads')]\n"
+    program = library + count + "assert line.split() == ['Threads:', '1'], line\n" + RIGHT
+    with Sandbox(30, memory_mb=8192) as box:
+        assert box.run(program, TEST, "f") == (True, "passed")
 
 
 def test_when_the_caller_dies_so_does_the_program(tmp_path):

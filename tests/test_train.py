@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -425,9 +426,9 @@ def break_data(folder, how):
     if how == "truncated":
         os.truncate(folder / "data/train.bin", 100)
     elif how == "vocabulary":
-        (folder / "data/meta.json").write_text(json.dumps({**meta, "vocab_size": 62}))
+        write_tokens(folder / "data", np.full((4, 16), 61), vocab_size=62)
     elif how == "tokenizer":
-        (folder / "base/tokenizer.model").write_bytes(b"another")
+        shutil.copy(need("data/stories260k/tokenizer.model"), folder / "base")
     elif how == "masked":
         write_tokens(folder / "data", np.ones((4, 16)), np.full((4, 16), IGNORE))
     elif how == "empty":
@@ -437,7 +438,7 @@ def break_data(folder, how):
 
 
 @pytest.mark.parametrize("how, wanted", [
-    ("truncated", "truncated"), ("vocabulary", "vocabulary of 62"), ("tokenizer", "another tokenizer"),
+    ("truncated", "truncated"), ("vocabulary", "token id 61, the model a vocabulary of 61"), ("tokenizer", "another tokenizer"),
     ("masked", "no token of the batch is a target"), ("empty", "make no row"), ("garbage meta", "meta.json")])
 def test_bad_data(setting, how, wanted):
     break_data(setting[0], how)

@@ -293,19 +293,25 @@ def parquet_rows(file, fields):
 
 
 def split_text(stream, separator):
-    """Yield a text's documents as bytes; without a separator it is one."""
+    r"""
+    Yield a text's documents as bytes; without a separator it is one.
+
+    A newline in the separator is \n or \r\n in the text, which itself stays as it is.
+    """
     rest = stream.read(len(BYTE_ORDER_MARK)).removeprefix(BYTE_ORDER_MARK)
     if not separator:
         yield rest + stream.read()
         return
+    lines = [re.escape(line) for line in re.split(b"\r?\n", separator)]
+    border = re.compile(b"\r?\n".join(lines))
     while True:
         chunk = stream.read(CHUNK)
         if not chunk:
             break
         # the last piece may continue in the next chunk
-        *documents, rest = (rest + chunk).split(separator)
+        *documents, rest = border.split(rest + chunk)
         yield from documents
-    yield from rest.split(separator)
+    yield from border.split(rest)
 
 
 BEFORE_ITEM = re.compile(r"\s*[\[,]\s*")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from text.shards import file_sha256
+from text.shards import WHY, file_sha256
 
 
 def show_document(folder, name, meta, tok, which, most=400):
@@ -101,6 +101,43 @@ def print_split(name, counts, seq_len):
         if count:
             bar = "#" * -(-40 * count // most)
             print(f"  {2 ** power:9,} to {2 ** (power + 1) - 1:9,} tokens {count:10,}  {bar}")
+
+
+def choose_bos(bos, tok):
+    """Whether documents begin with BOS, printed: as the knob says, or the tokenizer does."""
+    for line in tok.notes:
+        print(line)
+    chosen = tok.adds_bos if bos is None else bos
+    habit = "puts one" if tok.adds_bos else "puts none"
+    front = "with" if chosen else "without"
+    print(f"tokenizer: {tok.name}, BOS {tok.bos_id} (by itself it {habit}), EOS {tok.eos_id}; "
+          f"documents begin {front} BOS")
+    return chosen
+
+
+def why_dropped(left_out):
+    """{why: how many}, of the documents left out, which are counted by their place in WHY."""
+    return {why: int(count) for why, count in zip(WHY, left_out) if count}
+
+
+def why_no_row(documents, mine, left_out, kind):
+    """
+    The end of the message for a split without a row: what was dropped, and what to do.
+
+    mine: which of the documents are of this split.
+    """
+    reasons = [f"{count} {why}" for why, count in why_dropped(left_out).items()]
+    found = f"{left_out.sum()} dropped ({', '.join(reasons) or 'none'})"
+    others = len(documents) - int(mine.sum())
+    if not others:
+        return f"{found}; see source and the fields"
+    if kind == "ift":
+        unit = "prompts"
+        remedy = "give more prompts or --val_fraction=0"
+    else:
+        unit = "documents"
+        remedy = "give txt_split or --val_fraction=0"
+    return f"{found}; {unit} are held out whole, {others} went to the other split: {remedy}"
 
 
 def inspect_folder(folder):

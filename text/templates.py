@@ -50,11 +50,14 @@ def llama2_turns(messages):
         if role == "system":
             system = f"<<SYS>>\n{content}\n<</SYS>>\n\n"
         elif role == "user":
-            read += f"[INST] {(system + content).strip()} [/INST]"
+            read = f"[INST] {(system + content).strip()} [/INST]"
             system = ""
         else:
-            turns.append((read, f" {content.strip()} "))
-            read = ""
+            # an empty response stays empty, so that it is dropped
+            response = content.strip()
+            if response:
+                response = f" {response} "
+            turns.append((read, response))
     return turns
 
 
@@ -106,14 +109,38 @@ def turns_of(record, job):
 
 
 def messages_of(record, name):
-    """The conversation in one field of a record, [(role, content)]; it ends with a response."""
-    if not (isinstance(record, dict) and isinstance(record.get(name), list)):
+    """
+    The conversation in one field of a record, [(role, content)].
+
+    ValueError unless system comes first or not at all, then user and assistant in turn, with a
+    response at the end: Llama-2's template and llm-foundry refuse other orders as well.
+    """
+    messages = record.get(name) if isinstance(record, dict) else None
+    # a column of roles and one of contents, as datasets stores a sequence of objects
+    if isinstance(messages, dict) and isinstance(messages.get("role"), list):
+        messages = rows_of_columns(messages, name)
+    if not isinstance(messages, list):
         text_of(record, name)  # says what is wrong
         raise ValueError(f"expected a list of messages in field {name!r}, found text")
-    messages = [(text_of(message, "role"), text_of(message, "content"))
-                for message in record[name]]
-    roles = [role for role, _ in messages]
-    if set(roles) - {"system", "user", "assistant"} or roles[-1:] != ["assistant"]:
-        raise ValueError("expected roles system, user and assistant, the last one assistant; "
+    pairs = [(text_of(message, "role"), text_of(message, "content")) for message in messages]
+    roles = [role for role, _ in pairs]
+
+    # the order of roles
+    first = 1 if roles[:1] == ["system"] else 0
+    for number, role in enumerate(roles[first:]):
+        if role != ("user", "assistant")[number % 2]:
+            raise ValueError(f"expected roles system first or not at all, then user and assistant "
+                             f"in turn; message {first + number + 1} of {len(roles)} is {role!r}")
+    if roles[-1:] != ["assistant"]:
+        raise ValueError("expected messages of which the last one is of role assistant; "
                          f"found {roles[-8:]}")
-    return messages
+    return pairs
+
+
+def rows_of_columns(columns, name):
+    """{"role": [...], "content": [...]} -> [{"role": ..., "content": ...}]."""
+    contents = columns.get("content")
+    if not isinstance(contents, list) or len(contents) != len(columns["role"]):
+        raise ValueError(f"expected as many contents as roles in the columns of field {name!r}")
+    return [{"role": role, "content": content}
+            for role, content in zip(columns["role"], contents)]

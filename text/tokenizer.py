@@ -11,9 +11,17 @@ The content of the file decides which tool reads it:
     tokenizer.model of Llama-3   lines of "base64-token rank"   tiktoken
     tokenizer.json               JSON                           tokenizers (Hugging Face)
 
-Special tokens are ids, never text: "</s>" inside a text is four ordinary characters, with every
-tool (by default Hugging Face makes it one id, so that a document can end itself), and special ids
-decode to nothing. Added tokens that are not special, such as "<think>", are one id.
+A folder gives the ids, BOS and EOS that transformers 4.57's AutoTokenizer gives for it:
+
+    tokenizer.json counts, not tokenizer.model; where they are the same, sentencepiece reads.
+    tokenizer_config.json and its like add tokens, name BOS and EOS: see text/tokenizer_folder.py.
+    tokenizer.model with added tokens that texts can hold becomes a tokenizer.json in memory.
+
+Two deviations. Special tokens are ids, never text: "</s>" inside a text is four ordinary
+characters, with every tool (by default Hugging Face makes it one id, so that a document can end
+itself), and special ids decode to nothing. And a tokenizer.model alone is read by sentencepiece
+with its own rules for blanks, which transformers' conversion forgets. Added tokens that are not
+special, such as "<think>", are one id.
 """
 import base64
 import hashlib
@@ -24,7 +32,10 @@ from pathlib import Path
 
 import sentencepiece
 import tiktoken
-import tokenizers
+
+from text.tokenizer_folder import id_named, read_settings
+from text.tokenizer_json import (describes, kind_of, merges_of_model, open_spec, parse_spec,
+                                 piece_types, spec_of_model)
 
 # Llama-3's words and special tokens; its tokenizer.model holds neither
 LLAMA3_WORDS = (
@@ -43,8 +54,6 @@ LLAMA3_SPECIAL = [
 LLAMA3_SPECIAL += [f"<|reserved_special_token_{i}|>" for i in range(2, 246)]  # 256 in all
 
 MAX_BLANKS = 100_000  # blanks in a row that tiktoken gets: its regex stack ends near 1,000,000
-BYTE_TOKENS = {f"<0x{b:02X}>": b for b in range(256)}  # how Llama-2's vocabulary names a byte
-HIDDEN = "\0special\0"  # stands before the names of special tokens that no text shall match
 
 
 class Tokenizer:
@@ -52,22 +61,29 @@ class Tokenizer:
     What load_tokenizer returns.
 
     vocab_size   counts all ids, special ones too
-    bos_id, eos_id   None where the file has none
+    bos_id, eos_id   None where there is none
+    adds_bos     whether the tokenizer by itself puts BOS in front of a text
+    stop_ids     {id} that end a generated text: EOS, and those of generation_config.json
     special_ids  {name of a special token: its id}
     silent       the ids that decode to nothing
-    sha256       of the file
+    sha256       of the file, and of what else decides the ids of a text
+    same_sha256  the sha256 of all files that give the same ids, {sha256}
+    notes        lines that say which file counts where two disagree
     name         for printing
     """
 
-    def __init__(self, tool, kind, vocab_size, bos_id, eos_id, special_ids, silent):
-        # tool: any object with encode(text) -> ids and decode(ids) -> text
+    def __init__(self, tool, kind, ids, vocab_size, special_ids, silent):
+        # tool: any object with encode(text) -> ids and decode(ids) -> text; ids: {name: id}
         self.tool = tool
         self.name = f"{kind}, {vocab_size:,} ids"
+        self.ids = ids
         self.vocab_size = vocab_size
-        self.bos_id = bos_id
-        self.eos_id = eos_id
         self.special_ids = special_ids
         self.silent = silent
+        self.bos_id = None
+        self.eos_id = None
+        self.first_id = None  # what the file itself puts in front of a text
+        self.notes = []
 
     def encode(self, text, bos=False, eos=False):
         """
@@ -89,15 +105,19 @@ class Tokenizer:
 
     def decode(self, ids):
         """
-        The text of ids; bytes that are not UTF-8 become U+FFFD.
+        The text of ids; bytes that are not UTF-8 become U+FFFD. Ids above the vocabulary, which a
+        model with padded rows can draw, have no text.
 
-        ValueError: an id outside the vocabulary.
+        ValueError: an id below 0.
         """
         ids = [int(i) for i in ids]
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise ValueError(f"token ids from {min(ids)} to {max(ids)} reach outside the "
-                             f"vocabulary ({self.name})")
-        return self.tool.decode(ids)
+        if ids and min(ids) < 0:
+            raise ValueError(f"token id {min(ids)} is below 0")
+        return self.tool.decode([i for i in ids if i < self.vocab_size])
+
+    def is_silent(self, token_id):
+        """Whether an id decodes to nothing, wherever it stands."""
+        return token_id in self.silent or token_id >= self.vocab_size
 
     def __reduce__(self):
         # pickled as the path: another process reads the file again
@@ -106,63 +126,228 @@ class Tokenizer:
 
 def load_tokenizer(folder_or_file):
     """
-    The Tokenizer of a file; in a folder, of its tokenizer.model or else its tokenizer.json.
+    The Tokenizer of a folder or a file, with what the JSON files beside it add.
 
     FileNotFoundError: there is none. ValueError: it is damaged, or the tool cannot read it.
     """
-    path = find_file(Path(folder_or_file))
+    model_file, json_file = find_files(Path(folder_or_file))
+    folder = (model_file or json_file).parent
+    settings = read_settings(folder, model_file is not None)
+    # as transformers: tokenizer.json counts, unless the blank before a text is configured
+    if json_file and not (model_file and settings.passes_json_over):
+        tokenizer = read_huggingface(json_file, model_file, settings)
+    else:
+        tokenizer = read_model(model_file, settings)
+        if json_file:
+            tokenizer.notes.append(f"{folder}: tokenizer.model counts, not tokenizer.json: "
+                                   "tokenizer_config.json has add_prefix_space")
+    name_special_ids(tokenizer, settings)
+    tokenizer.path = str(folder_or_file)
+    return tokenizer
+
+
+def find_files(path):
+    """(tokenizer.model or None, tokenizer.json or None) that a path names. FileNotFoundError."""
+    # a file: its content tells which it is
+    if path.is_file():
+        if read_whole(path).startswith(b"{"):
+            return None, path
+        return path, None
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such file; expected tokenizer.model, tokenizer.json "
+                                "or their folder")
+    # a folder
+    model_file = path / "tokenizer.model"
+    json_file = path / "tokenizer.json"
+    if not model_file.is_file():
+        model_file = None
+    if not json_file.is_file():
+        json_file = None
+    if not (model_file or json_file):
+        raise FileNotFoundError(f"{path}: no tokenizer.model and no tokenizer.json in this folder, "
+                                f"{what_is_held(path)}")
+    return model_file, json_file
+
+
+def what_is_held(folder):
+    """The end of a message about a folder without a tokenizer."""
+    # a Trainer's output folder: the models and their tokenizers lie in checkpoint-N
+    below = sorted({file.parent.name for file in folder.glob("*/tokenizer.*")})
+    if below:
+        return f"but in {', '.join(below[:8])} below it; name one of these"
+    names = sorted(entry.name for entry in folder.iterdir())
+    held = ", ".join(names[:8]) or "nothing"
+    if len(names) > 8:
+        held += ", ..."
+    return f"which holds {held}"
+
+
+def read_whole(path):
+    """The bytes of a tokenizer file. ValueError: git-lfs left a pointer in its place."""
     data = path.read_bytes()
     if data.startswith(b"version https://git-lfs"):
         raise ValueError(f"{path}: this is a git-lfs pointer and not the tokenizer; "
                          "run `git lfs pull` in its folder")
-    if data.startswith(b"{"):
-        tokenizer = read_huggingface(path, data)
-    elif re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):
-        tokenizer = read_llama3(path, data)
+    return data
+
+
+def name_special_ids(tokenizer, settings):
+    """BOS, EOS and the ids that stop a text, by the files of the folder or the tokenizer's own."""
+    tokenizer.bos_id = id_named(settings, "bos", tokenizer.ids, tokenizer.bos_id)
+    tokenizer.eos_id = id_named(settings, "eos", tokenizer.ids, tokenizer.eos_id)
+    # Llama's tokenizer has a switch for BOS, every other one a post-processor in its file
+    if settings.add_bos is not None:
+        tokenizer.adds_bos = bool(settings.add_bos)
     else:
-        tokenizer = read_sentencepiece(path, data)
-    tokenizer.path = str(path)
-    tokenizer.sha256 = hashlib.sha256(data).hexdigest()
+        tokenizer.adds_bos = tokenizer.first_id == tokenizer.bos_id
+    if tokenizer.bos_id is None:
+        tokenizer.adds_bos = False
+
+    # a model may end a text at more ids than the tokenizer names
+    listed = settings.ids["eos"]
+    tokenizer.stop_ids = set(listed)
+    if tokenizer.eos_id is not None:
+        tokenizer.stop_ids.add(tokenizer.eos_id)
+    if listed and tokenizer.eos_id not in listed:
+        tokenizer.notes.append(
+            f"EOS is id {tokenizer.eos_id}, the tokenizer's, which counts in data; generation "
+            f"stops there and at the model's eos_token_id {', '.join(map(str, listed))}")
+
+
+def fingerprint(data, extra):
+    """sha256 of a tokenizer file, and of what beside it decides the ids of a text, if anything."""
+    digest = hashlib.sha256(data).hexdigest()
+    if extra:
+        digest = hashlib.sha256((digest + json.dumps(extra)).encode()).hexdigest()
+    return digest
+
+
+# ------------------------------------------------------------------ tokenizer.json
+
+def read_huggingface(path, model_file, settings):
+    """Of tokenizer.json; by sentencepiece, which is faster, where tokenizer.model says the same."""
+    data = read_whole(path)
+    spec, extra = parse_spec(path, data, settings)
+    model = None
+    is_form = False
+    if model_file:
+        model_data = model_file.read_bytes()
+        model = open_sentencepiece(model_data)
+    if model:
+        is_form = describes(spec, model, piece_types(model_data))
+    # opening hides the names of special tokens
+    added = [dict(token) for token in spec["added_tokens"]]
+    kind = kind_of(spec)
+    tool = open_spec(path, spec)
+    sha256 = fingerprint(data, extra)
+
+    if is_form and same_ids(model, tool):
+        tokenizer = by_sentencepiece(model, added)
+        tokenizer.sha256 = fingerprint(model_data, extra)
+    else:
+        tokenizer = by_huggingface(tool, kind)
+        tokenizer.sha256 = sha256
+        if model_file:
+            tokenizer.notes.append(f"{path.parent}: tokenizer.json counts, as in transformers, not "
+                                   "tokenizer.model, which says otherwise")
+    tokenizer.same_sha256 = {tokenizer.sha256, sha256}
+    tokenizer.first_id = tool.first_id
     return tokenizer
 
 
-def find_file(path):
-    """The tokenizer file that a path names, itself or as its folder. FileNotFoundError."""
-    if path.is_dir():
-        for name in ("tokenizer.model", "tokenizer.json"):
-            if (path / name).is_file():
-                return path / name
-        names = sorted(entry.name for entry in path.iterdir())
-        held = ", ".join(names[:8]) or "nothing"
-        if len(names) > 8:
-            held += ", ..."
-        raise FileNotFoundError(f"{path}: no tokenizer.model and no tokenizer.json in this folder, "
-                                f"which holds {held}")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected tokenizer.model, tokenizer.json "
-                                "or their folder")
-    return path
+def by_huggingface(tool, kind):
+    """The Tokenizer of a HuggingFaceFile."""
+    return Tokenizer(tool, kind, tool.ids, tool.size, tool.special_ids, tool.silent)
+
+
+def same_ids(model, tool):
+    """Whether two tools encode all pieces, next to each other, and blanks alike."""
+    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    probe = " ".join(pieces) + "  a\n\n b\t日\U0001f600"
+    return model.encode(probe) == tool.encode(probe)
+
+
+# ------------------------------------------------------------------ tokenizer.model
+
+def read_model(path, settings):
+    """Of tokenizer.model, whichever tool made it."""
+    data = read_whole(path)
+    if data.startswith(b"{"):
+        return read_huggingface(path, None, settings)
+    extra = []
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\s", data):
+        tokenizer = read_llama3(path, data)
+    else:
+        tokenizer, extra = read_sentencepiece(path, data, settings)
+    tokenizer.sha256 = fingerprint(data, extra)
+    tokenizer.same_sha256 = {tokenizer.sha256}
+    return tokenizer
 
 
 # ------------------------------------------------------------------ tokenizer.model of Llama-2
 
-def read_sentencepiece(path, data):
+class SentencePieceModel:
+    """A sentencepiece model; special ids added above its own have no text."""
+
+    def __init__(self, model):
+        self.model = model
+        self.size = model.vocab_size()
+        self.encode = model.encode
+
+    def decode(self, ids):
+        return self.model.decode([i for i in ids if i < self.size])
+
+
+def open_sentencepiece(data):
+    """A sentencepiece model of a file's bytes, or None where it is none."""
     try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=data) if data else None
+        return sentencepiece.SentencePieceProcessor(model_proto=data) if data else None
     except RuntimeError:
-        model = None
+        return None
+
+
+def read_sentencepiece(path, data, settings):
+    """Returns the Tokenizer, and what the folder's files change in how a text is encoded."""
+    model = open_sentencepiece(data)
     if model is None:
         raise ValueError(f"{path}: neither a sentencepiece model nor tiktoken ranks nor a "
                          f"tokenizer.json (cut short?): {len(data):,} bytes that begin with "
                          f"{data[:16]!r}")
-    # unknown is no special token: it stands for text
-    size = model.vocab_size()
-    special_ids = {model.id_to_piece(i): i for i in range(size) if model.is_control(i)}
-    # -1 stands for an id that the model does not have
-    bos_id = model.bos_id() if model.bos_id() >= 0 else None
-    eos_id = model.eos_id() if model.eos_id() >= 0 else None
-    silent = set(special_ids.values())
-    return Tokenizer(model, "sentencepiece", size, bos_id, eos_id, special_ids, silent)
+    spec, extra = spec_of_model(model, piece_types(data), settings)
+    if not extra:
+        return by_sentencepiece(model, spec["added_tokens"]), extra
+    # tokens or blanks that sentencepiece does not know: the tokenizers package does
+    try:
+        spec["model"]["merges"] = merges_of_model(model, spec["model"]["vocab"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    kind = f"{kind_of(spec)} of tokenizer.model"
+    tokenizer = by_huggingface(open_spec(path, spec), kind)
+    own_ids(tokenizer, model)
+    return tokenizer, extra
+
+
+def by_sentencepiece(model, added):
+    """The Tokenizer of a sentencepiece model and special tokens, as tokenizer.json lists them."""
+    ids = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    special_ids = {}
+    for token in added:
+        # unknown is no special token here: it stands for text
+        if token["special"] and token["id"] != model.unk_id():
+            special_ids[token["content"]] = token["id"]
+    ids |= special_ids
+    tokenizer = Tokenizer(SentencePieceModel(model), "sentencepiece", ids, max(ids.values()) + 1,
+                          special_ids, set(special_ids.values()))
+    own_ids(tokenizer, model)
+    return tokenizer
+
+
+def own_ids(tokenizer, model):
+    """BOS and EOS of a sentencepiece model, which says -1 where it has none."""
+    if model.bos_id() >= 0:
+        tokenizer.bos_id = model.bos_id()
+    if model.eos_id() >= 0:
+        tokenizer.eos_id = model.eos_id()
 
 
 # ------------------------------------------------------------------ tokenizer.model of Llama-3
@@ -207,158 +392,11 @@ def read_llama3(path, data):
                          f"among them; found {size:,} tokens that are not so (cut short?)")
     # special tokens follow the ranks, BOS and EOS first
     special_ids = {name: size + i for i, name in enumerate(LLAMA3_SPECIAL)}
-    return Tokenizer(Llama3Ranks(ranks), "Llama-3 tiktoken", size + len(special_ids),
-                     size, size + 1, special_ids, set(special_ids.values()))
-
-
-# ------------------------------------------------------------------ tokenizer.json
-
-class HuggingFaceFile:
-    """A tokenizer.json, read by Hugging Face's tokenizers package."""
-
-    def __init__(self, spec):
-        # no threads: worker processes share the work, and threads do not survive a fork
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self.tool = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        self.tool.encode_special_tokens = True  # special tokens inside a text are text
-        self.vocab = self.tool.get_vocab(with_added_tokens=True)
-        self.silent = set()
-        # for decoding bytes; only where the file has all of them
-        self.byte_of_id = {}
-        falls_back = "ByteFallback" in json.dumps(spec.get("decoder"))
-        if falls_back and BYTE_TOKENS.keys() <= self.vocab.keys():
-            self.byte_of_id = {self.vocab[name]: b for name, b in BYTE_TOKENS.items()}
-
-    def encode(self, text):
-        # the fast one does not compute where in the text each token stands
-        [encoding] = self.tool.encode_batch_fast([text], add_special_tokens=False)
-        return encoding.ids
-
-    def decode(self, ids):
-        ids = [i for i in ids if i not in self.silent]
-        if not self.byte_of_id.keys().isdisjoint(ids):
-            ids = self.mend_bytes(ids)
-        return self.tool.decode(ids)
-
-    def mend_bytes(self, ids):
-        """
-        Ids in which each stray byte (no part of a character) is U+FFFD, spelled in bytes.
-
-        The package makes every byte of a run U+FFFD if one of them is stray. Here the characters
-        around it stay, as with sentencepiece: what was already generated never changes.
-        """
-        mended = []
-        run = b""
-        for i in [*ids, None]:
-            if i in self.byte_of_id:
-                run += bytes([self.byte_of_id[i]])
-                continue
-            # a run of bytes ends here: undecodable ones come out as lone surrogates
-            characters = run.decode("utf-8", "surrogateescape")
-            characters = re.sub("[\udc80-\udcff]", "\ufffd", characters)
-            mended += [self.vocab[f"<0x{b:02X}>"] for b in characters.encode()]
-            run = b""
-            if i is not None:
-                mended.append(i)
-        return mended
-
-
-def read_huggingface(path, data):
-    spec = read_json(path, data)
-    special_ids = hide_special_tokens(spec)
-    # what would cut a text, pad it, or encode it differently each time
-    spec["truncation"] = None
-    spec["padding"] = None
-    model = spec.get("model") or {}
-    if "dropout" in model:
-        model["dropout"] = None
-    try:
-        tool = HuggingFaceFile(spec)
-    except Exception as error:  # the package raises no narrower class
-        raise ValueError(f"{path}: not readable by the tokenizers package "
-                         f"{tokenizers.__version__}: {error}") from None
-
-    # the ids: those that no token has are silent as well
-    ids = {name.removeprefix(HIDDEN): i for name, i in tool.vocab.items()}
-    size = max(ids.values(), default=-1) + 1
-    tool.silent = set(special_ids.values()) | set(range(size)).difference(ids.values())
-    bos_id = id_from_configs(path.parent, "bos", ids)
-    eos_id = id_from_configs(path.parent, "eos", ids)
-
-    # for printing, and for meta.json
-    kind = model.get("type") or "BPE"
-    if "ByteLevel" in json.dumps(spec.get("pre_tokenizer")):
-        kind = f"byte-level {kind}"
-    elif model.get("byte_fallback"):
-        kind = f"{kind} with byte fallback"
-    return Tokenizer(tool, kind, size, bos_id, eos_id, special_ids, tool.silent)
-
-
-def hide_special_tokens(spec):
-    """
-    Rename the special tokens in a tokenizer.json, as read; returns {their own name: id}.
-
-    A model may spell one from pieces (Llama-2's file has merges that end in "</s>"), and then a
-    text would become the end of itself.
-    """
-    special_ids = {}
-    for token in spec.get("added_tokens") or []:
-        if token.get("special"):
-            special_ids[token["content"]] = token["id"]
-            token["content"] = HIDDEN + token["content"]
-
-    def hidden(name):
-        return HIDDEN + name if name in special_ids else name
-
-    # wherever the model names one
-    model = spec.get("model") or {}
-    vocab = model.get("vocab")
-    if isinstance(vocab, dict):
-        model["vocab"] = {hidden(name): i for name, i in vocab.items()}
-    if isinstance(vocab, list):  # Unigram: [[piece, score]]
-        model["vocab"] = [[hidden(name), score] for name, score in vocab]
-    if model.get("unk_token"):
-        model["unk_token"] = hidden(model["unk_token"])
-    if model.get("merges"):
-        model["merges"] = merges_without(model["merges"], special_ids)
-    return special_ids
-
-
-def merges_without(merges, names):
-    """The merges that neither form nor use one of `names`; a merge is "a b" or ["a", "b"]."""
-    kept = []
-    for merge in merges:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        if names.keys().isdisjoint((left, right, left + right)):
-            kept.append(merge)
-    return kept
-
-
-def id_from_configs(folder, name, ids):
-    """The id of 'bos' or 'eos' by the first file of the folder that knows it, or None."""
-    places = (("tokenizer_config.json", f"{name}_token"),
-              ("config.json", f"{name}_token_id"),
-              ("generation_config.json", f"{name}_token_id"))
-    for file, key in places:
-        if not (folder / file).is_file():
-            continue
-        value = read_json(folder / file, (folder / file).read_bytes()).get(key)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, list):  # Llama-3.1 lists all ids that end a turn
-            value = value[0]
-        if isinstance(value, str):
-            value = ids.get(value)
-        if value is not None:
-            return value
-    return None
-
-
-def read_json(path, data):
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON (cut short?): {error}") from None
+    tokenizer = Tokenizer(Llama3Ranks(ranks), "Llama-3 tiktoken", special_ids,
+                          size + len(special_ids), special_ids, set(special_ids.values()))
+    tokenizer.bos_id = tokenizer.first_id = size
+    tokenizer.eos_id = size + 1
+    return tokenizer
 
 
 # ------------------------------------------------------------------ generation, id by id
@@ -383,7 +421,7 @@ def text_stopper(tokenizer, stop_strings, stop_ids=()):
     def stop(new_ids):
         if new_ids and new_ids[-1] in stop_ids:
             return True
-        text = tokenizer.decode(end_of(new_ids, longest + 4, tokenizer.silent))
+        text = tokenizer.decode(end_of(new_ids, longest + 4, tokenizer))
         return any(string in text for string in stop_strings)
 
     return stop
@@ -398,7 +436,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer, prompt_ids=()):
         self.tokenizer = tokenizer
-        self.ids = end_of(list(prompt_ids), 8, tokenizer.silent)
+        self.ids = end_of(list(prompt_ids), 8, tokenizer)
         self.shown = len(tokenizer.decode(self.ids))  # characters of the ids' text
 
     def push(self, token_id):
@@ -411,7 +449,7 @@ class StreamDecoder:
         # a few ids are context enough, and a short list decodes fast
         if len(self.ids) > 64 and self.shown == len(settled):
             unsettled = len(text) - len(settled)
-            self.ids = end_of(self.ids, 8, self.tokenizer.silent)
+            self.ids = end_of(self.ids, 8, self.tokenizer)
             self.shown = len(self.tokenizer.decode(self.ids)) - unsettled
         return new
 
@@ -419,11 +457,11 @@ class StreamDecoder:
         return self.tokenizer.decode(self.ids)[self.shown:]
 
 
-def end_of(ids, count, silent):
+def end_of(ids, count, tokenizer):
     """The shortest end of ids in which `count` are not silent."""
     start = len(ids)
     while start and count:
         start -= 1
-        if ids[start] not in silent:
+        if not tokenizer.is_silent(ids[start]):
             count -= 1
     return ids[start:]

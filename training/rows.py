@@ -9,7 +9,6 @@ What train.py reads: rows of the token files that prepare_data.py wrote, and the
     step      0     1     2     3     4     10 rows, global_batch = 4: every epoch has a permutation
     rows   3805  9614  72|19  6083  4527    of its own; epochs follow each other without a gap
 """
-import hashlib
 import json
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 
 from model import IGNORE
 from runtime import print0
+from text.tokenizer import load_tokenizer
 
 
 class TokenRows:
@@ -149,30 +149,36 @@ def open_sets(knobs, shape):
         entries.insert(0, f"val={knobs.data}")
     watched = held_out(entries, knobs.seq_len, knobs.doc_mask)
     for rows in (train_rows, *watched.values()):
-        check_tokenizer(knobs.base, rows.meta, shape.vocab_size)
+        check_tokenizer(knobs.base, rows, shape.vocab_size)
     check_length(train_rows, shape)
     return train_rows, watched
 
 
-def check_tokenizer(folder, meta, vocab_size):
-    """Raise ValueError for data made with another tokenizer than the one in the model's folder."""
+def check_tokenizer(folder, rows, vocab_size):
+    """
+    Raise ValueError for rows made with another tokenizer than the one in the model's folder, or
+    with ids that the model has no row for.
+    """
+    meta = rows.meta
+    # a tokenizer may have ids that the model lacks (an added pad) so long as no text uses them
     if meta["vocab_size"] > vocab_size:
-        raise ValueError(f"data has a vocabulary of {meta['vocab_size']}, "
-                         f"the model of {vocab_size}")
-    # either form of the model's tokenizer may be the one that the data was made with
-    found = {}
-    for name in ("tokenizer.model", "tokenizer.json"):
-        path = Path(folder) / name
-        if path.is_file():
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not found:
+        highest = int(rows.tokens.max())
+        if highest >= vocab_size:
+            raise ValueError(f"data has token id {highest}, the model a vocabulary of {vocab_size}")
+    try:
+        tokenizer = load_tokenizer(folder)
+    except FileNotFoundError:
         print0(f"note: {folder} has no tokenizer, so only the size of the data's vocabulary "
                "could be checked")
-    elif meta["tokenizer_sha256"] not in found.values():
-        theirs = ", ".join(f"{name} {sha[:12]}" for name, sha in found.items())
+        return
+    if meta["tokenizer_sha256"] not in tokenizer.same_sha256:
         ours = f"{meta['tokenizer_name']}, sha256 {meta['tokenizer_sha256'][:12]}"
-        raise ValueError(f"data was made with another tokenizer than the model's: {ours}; "
-                         f"{folder} has {theirs}")
+        raise ValueError(f"data was made with another tokenizer than the model's: {ours}; {folder} "
+                         f"has {tokenizer.name}, sha256 {tokenizer.sha256[:12]}")
+    ends = meta.get("settings", {}).get("add_eos", True)
+    if ends and meta["eos_id"] != tokenizer.eos_id:
+        raise ValueError(f"data ends its documents with EOS id {meta['eos_id']}; the EOS of "
+                         f"{folder} is {tokenizer.eos_id}")
 
 
 def check_length(rows, shape):
