@@ -297,6 +297,7 @@ def test_byte_level_without_regex(tmp_path):
     assert_as_auto_tokenizer(save(tmp_path / "folder", tool))
 
 
+@only_4  # 5.24 goes by the file alone
 @pytest.mark.parametrize("config", [{}, {"add_prefix_space": True}, {"add_prefix_space": False}, {"add_prefix_space": None}])
 @pytest.mark.parametrize("prefix", [True, False])
 def test_the_blank_in_front_of_byte_level(tmp_path, config, prefix):
