@@ -34,11 +34,9 @@ out_dir then holds, for SPLIT in train and val (raw little-endian arrays without
 With packing='paper' the rows of train are paper_epochs epochs, one after the other, in the order
 in which they are to be read.
 """
-import hashlib
 import json
 import os
 import platform
-import struct
 import time
 from collections import Counter
 from importlib.metadata import version
@@ -55,9 +53,9 @@ from text.records import (describe, eval_ngrams, expand, is_contaminated, parse,
                           unescape)
 from text.report import (choose_bos, examples_of, inspect_folder, print_report, why_dropped,
                          why_no_row)
-from text.shards import (DOCUMENT, WHY, checksums, encode_blocks, file_sha256, leave_out_repeated,
-                         leave_out_unsampled, place_of, processes_for, read_tables, write_stream,
-                         written_whole)
+from text.shards import (DOCUMENT, WHY, checksums, encode_blocks, file_sha256, hashes,
+                         leave_out_repeated, leave_out_unsampled, place_of, processes_for,
+                         read_tables, write_stream, written_whole)
 from text.templates import CHATS, read_template, turns_of
 from text.tokenizer import load_tokenizer
 
@@ -299,11 +297,6 @@ def encode_turns(encode, turns, seq_len, bos=b"", eos=b"", itemsize=2, bos_each=
         why = "no room"
     # the first token has nothing before it from which it could be predicted
     return ids, b"\0" + mask[1:], why
-
-
-def hashes(text):
-    """Four numbers below 2^64 that are a text's sha256."""
-    return struct.unpack(">4Q", hashlib.sha256(text.encode()).digest())
 
 # -----------------------------------------------------------------------------
 # Shards -> the rows of a split

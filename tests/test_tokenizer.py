@@ -536,3 +536,17 @@ def test_unreadable_tokenizer_json(tiny_bpe, tmp_path, change):
     with pytest.raises(ValueError, match="not readable by the tokenizers package 0") as caught:
         load_tokenizer(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_that_no_token_has(kinds, kind):
+    """A model with padded rows can draw them: they have no text, and hide none."""
+    tokenizer = kinds[kind]
+    above = [tokenizer.vocab_size, tokenizer.vocab_size + 7]
+    a, b = tokenizer.encode("a\n")[-1], tokenizer.encode("ab")[-1]
+    assert tokenizer.decode(above) == "" and tokenizer.decode([b, *above, b]) == tokenizer.decode([b, b])
+    stop = text_stopper(tokenizer, tokenizer.decode([b, a, b]))
+    assert stop([b, *above * 9, a, *above * 9, b])
+    stream = StreamDecoder(tokenizer, [*above, b])
+    shown = "".join(stream.push(i) for i in [a, *above * 50, b])
+    assert shown + stream.finish() == tokenizer.decode([b, a, b])[len(tokenizer.decode([b])):]

@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import struct
 import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -41,6 +42,11 @@ DOCUMENT = np.dtype([
     ("why", "u1")])     # why it is left out, a number in WHY
 WHY = ("", "empty", "no room", "contaminated", "repeated id", "not sampled")
 FEW = 16  # so few finished shards are not worth keeping after an error
+
+
+def hashes(text):
+    """Four numbers below 2^64 that are a text's sha256."""
+    return struct.unpack(">4Q", hashlib.sha256(text.encode()).digest())
 
 # -----------------------------------------------------------------------------
 # records to shards

@@ -148,35 +148,46 @@ def open_sets(knobs, shape):
     if "val" in train_rows.meta["splits"]:
         entries.insert(0, f"val={knobs.data}")
     watched = held_out(entries, knobs.seq_len, knobs.doc_mask)
+    tokenizer = tokenizer_of(knobs.base)
     for rows in (train_rows, *watched.values()):
-        check_tokenizer(knobs.base, rows, shape.vocab_size)
+        check_ids(rows, shape.vocab_size)
+        if tokenizer is not None:
+            check_tokenizer(knobs.base, tokenizer, rows.meta)
     check_length(train_rows, shape)
     return train_rows, watched
 
 
-def check_tokenizer(folder, rows, vocab_size):
-    """
-    Raise ValueError for rows made with another tokenizer than the one in the model's folder, or
-    with ids that the model has no row for.
-    """
-    meta = rows.meta
-    # a tokenizer may have ids that the model lacks (an added pad) so long as no text uses them
-    if meta["vocab_size"] > vocab_size:
-        highest = int(rows.tokens.max())
-        if highest >= vocab_size:
-            raise ValueError(f"data has token id {highest}, the model a vocabulary of {vocab_size}")
+def tokenizer_of(folder):
+    """The tokenizer of a model's folder, or None; says which of its files counts."""
     try:
         tokenizer = load_tokenizer(folder)
     except FileNotFoundError:
         print0(f"note: {folder} has no tokenizer, so only the size of the data's vocabulary "
                "could be checked")
+        return None
+    for line in tokenizer.notes:
+        print0(line)
+    return tokenizer
+
+
+def check_ids(rows, vocab_size):
+    """Raise ValueError for rows with an id that the model has no embedding for."""
+    if rows.meta["vocab_size"] <= vocab_size:
         return
+    # a tokenizer may have more ids (an added pad) so long as no text uses them
+    highest = int(rows.tokens.max())
+    if highest >= vocab_size:
+        raise ValueError(f"data has token id {highest}, the model a vocabulary of {vocab_size}")
+
+
+def check_tokenizer(folder, tokenizer, meta):
+    """Raise ValueError for data made with another tokenizer, or EOS, than the model folder's."""
     if meta["tokenizer_sha256"] not in tokenizer.same_sha256:
         ours = f"{meta['tokenizer_name']}, sha256 {meta['tokenizer_sha256'][:12]}"
         raise ValueError(f"data was made with another tokenizer than the model's: {ours}; {folder} "
                          f"has {tokenizer.name}, sha256 {tokenizer.sha256[:12]}")
-    ends = meta.get("settings", {}).get("add_eos", True)
-    if ends and meta["eos_id"] != tokenizer.eos_id:
+    has_eos = meta.get("settings", {}).get("add_eos", True)
+    if has_eos and meta["eos_id"] != tokenizer.eos_id:
         raise ValueError(f"data ends its documents with EOS id {meta['eos_id']}; the EOS of "
                          f"{folder} is {tokenizer.eos_id}")
 
