@@ -12,17 +12,19 @@ are used. The product, its backward pass and what that keeps are in llama/lora_m
 """
 import hashlib
 import json
+import math
 import re
 import shutil
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import nn
 
+from llama.folder import carry_files
 from llama.lora_matmul import adapter_parts, lora_matmul
-from llama.weights import GROUPS, PROJECTIONS, compare_names, fill, full_tensor, open_weights
+from llama.weights import (GROUPS, PROJECTIONS, check_finite, compare_names, fill, full_tensor,
+                           open_weights, write_safetensors)
 from model import Llama, Projection
 from runtime import read_object
 
@@ -33,7 +35,6 @@ out = ""            # folder to write the merged model to
 dtype = "float32"   # of the merged weights; bf16 rounds small updates away, their share is printed
 _choices = {"dtype": ("float32", "bfloat16", "float16")}
 
-COPIED = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
 TARGETS = {"all": PROJECTIONS, "attention": PROJECTIONS[:4], "mlp": PROJECTIONS[4:]}
 
 
@@ -170,7 +171,10 @@ def merge_lora(model):
             continue
         # the rows of each adapted part
         with torch.no_grad():
-            for (start, end), delta in zip(module.spans, module.deltas().values()):
+            for (start, end), (part, delta) in zip(module.spans, module.deltas().items()):
+                if not math.isfinite(delta.norm()):
+                    raise ValueError(f"{path}: the adapter's change of {part} has the norm "
+                                     f"{delta.norm():.3g} in {delta.dtype}; expected a finite one")
                 merged = module.weight[start:end].to(delta.dtype) + delta
                 module.weight[start:end] = merged.to(module.weight.dtype)
         # a Projection around the weight that is there
@@ -238,7 +242,7 @@ def save_adapter(model, folder, base_name="", get=full_tensor):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata)
+    write_safetensors(tensors, folder / "adapter_model.safetensors", metadata)
 
 
 def peft_config(model, places, base_name):
@@ -380,7 +384,9 @@ def load_adapter_weights(model, folder):
     # a parameter is filled at once, from its adapters' tensors in row order
     parts_of = {}
     for name, (p, _, _) in places.items():
-        parts_of.setdefault(p, []).append(where[name].get_tensor(name))
+        tensor = where[name].get_tensor(name)
+        check_finite(tensor, folder, name)
+        parts_of.setdefault(p, []).append(tensor)
     for p, parts in parts_of.items():
         fill(p, torch.cat(parts))
     return model
@@ -426,22 +432,26 @@ def merge_folders(base, adapter, out, dtype):
 
     # written under another name, and read again
     partial = Path(f"{out}.tmp")
-    model.save_pretrained(partial, dtype)
-    again, _ = Llama.from_pretrained(partial)(tokens)
+    try:
+        model.save_pretrained(partial, dtype)
+        again, _ = Llama.from_pretrained(partial)(tokens)
+    except ValueError:  # beyond what dtype holds
+        shutil.rmtree(partial)
+        raise
     written = (again - want).abs().max().item()
 
     # the bound on fp32 is on arithmetic; 16-bit weights are off by their rounding as well
+    # NaN agrees with nothing; and a row of zeros has lost its token to an overflow on the way
     bound = 1e-4 if dtype == torch.float32 else 0.1
-    if in_fp32 > 1e-4 * largest or written > bound * largest:
+    agrees = in_fp32 <= 1e-4 * largest and written <= bound * largest
+    if not agrees or not want.any(-1).all():
         shutil.rmtree(partial)
         raise ValueError(f"merged and unmerged logits differ by {written:.3g} (largest logit "
                          f"{largest:.3g}, {in_fp32:.3g} before rounding to {dtype}): "
                          "nothing was written")
 
     # the tokenizer, and only then the name that readers look for
-    for file in COPIED:
-        if (Path(base) / file).is_file():
-            shutil.copyfile(Path(base) / file, partial / file)
+    carry_files(base, partial)
     partial.rename(out)
     return written, largest, lost
 

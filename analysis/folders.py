@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from llama.weights import compare_names, open_weights, PROJECTIONS
+from llama.weights import PROJECTIONS, check_finite, compare_names, open_weights
 from lora import fingerprint_of, is_adapter, open_adapter_weights, read_adapter_config
 from training.checkpoint import checkpoints, read_state
 
@@ -34,8 +34,7 @@ class Checkpoint(NamedTuple):
     def read(self, name, device):
         """A tensor; raises ValueError where it holds NaN or infinity."""
         tensor = self.files[name].get_tensor(name).to(device)
-        if not tensor.isfinite().all():
-            raise ValueError(f"{self.folder}: {name} holds NaN or infinity")
+        check_finite(tensor, self.folder, name)
         return tensor
 
     def read_weight(self, layer, module, device):

@@ -19,15 +19,14 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from llama.weights import fill, full_tensor
+from llama.folder import carry_files
+from llama.weights import check_finite, fill, full_tensor, local_part, write_safetensors
 from lora import known_by, save_adapter
 from training.parallel import barrier, gloo_group, is_sharded
 from runtime import RANK, fsync_folder, print0, read_object, write_whole
-
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 
 # ----------------------------------------------------------------------------- the run's folder
@@ -104,7 +103,7 @@ def save_checkpoint(model, optim, out_dir, state, base, keep_last, keep=(), pool
             if is_sharded(model):
                 dcp.save(momenta, checkpoint_id=partial / "state")
             elif RANK == 0:
-                save_file(momenta, partial / "state" / "optimizer.safetensors")
+                write_safetensors(momenta, partial / "state" / "optimizer.safetensors")
             publish(partial, final, text, base)
         delete_oldest(out_dir, keep_last, keep)
         barrier()
@@ -127,7 +126,7 @@ def save_checkpoint(model, optim, out_dir, state, base, keep_last, keep=(), pool
             if saving:
                 saving.result()
             elif RANK == 0:
-                save_file(momenta, partial / "state" / "optimizer.safetensors")
+                write_safetensors(momenta, partial / "state" / "optimizer.safetensors")
             publish(partial, final, text, base)
         delete_oldest(out_dir, keep_last, keep)
 
@@ -187,9 +186,7 @@ def publish(partial, final, text, base):
         return
     # a model folder brings its tokenizer; an adapter's is its base's
     if not (partial / "adapter_config.json").is_file():
-        for name in TOKENIZER_FILES:
-            if (Path(base) / name).is_file():
-                shutil.copyfile(Path(base) / name, partial / name)
+        carry_files(base, partial)
     (partial / "state" / "state.json").write_text(text)
     # on disk before it gets the name; a checkpoint of that name is replaced
     fsync_folder(partial)
@@ -281,6 +278,7 @@ def load_optimizer(model, optim, folder):
     # fill them: each rank takes what it holds
     if is_one_file:
         for key, tensor in saved.items():
+            check_finite(tensor, state, key)
             if tensor.dim():
                 fill(momenta[key], tensor)
             else:
@@ -290,3 +288,6 @@ def load_optimizer(model, optim, folder):
         # one rank without a process group is fine
         warnings.filterwarnings("ignore", message="torch.distributed is")
         dcp.load(momenta, storage_reader=reader)
+    for key, tensor in momenta.items():
+        mine, _ = local_part(tensor)
+        check_finite(mine, state, key)
