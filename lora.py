@@ -10,7 +10,6 @@ Projections that read the same input are one matrix W (GROUPS in llama/weights.p
 act on row slices of it, so x is read once. A and B are fp32 and are rounded to x's dtype where they
 are used. The product, its backward pass and what that keeps are in llama/lora_matmul.py.
 """
-import hashlib
 import json
 import math
 import re
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from llama.folder import carry_files
+from llama.identity import identity_of, is_same_base
 from llama.lora_matmul import adapter_parts, lora_matmul
 from llama.weights import (GROUPS, PROJECTIONS, check_finite, compare_names, fill, full_tensor,
                            open_weights, write_safetensors)
@@ -187,27 +187,6 @@ def merge_lora(model):
     return model
 
 
-# ----------------------------------------------------------------------------- which base
-def known_by(model):
-    """The parameters that a base is known by."""
-    return model.norm.weight, model.embed_tokens.weight, model.layers[0].self_attn.qkv_proj.weight
-
-
-def fingerprint(model, get=full_tensor):
-    """Tells bases apart, loaded in bf16 or better; under FSDP all ranks must call it."""
-    norm, embedding, qkv = known_by(model)
-    return fingerprint_of(get(norm), get(embedding), get(qkv))
-
-
-def fingerprint_of(norm, embedding, qkv):
-    """sha256 of the last norm, 64 rows of the embedding and 64 of the first qkv_proj, in bf16."""
-    digest = hashlib.sha256()
-    for w in (norm, embedding[:64], qkv[:64]):
-        w = w.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(w.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 # ----------------------------------------------------------------------------- PEFT folders: out
 def adapter_tensors(model):
     """PEFT tensor name -> (the parameter of ours that holds it, its first row there, its rows)."""
@@ -234,7 +213,7 @@ def save_adapter(model, folder, base_name="", get=full_tensor):
     tensors = {}
     for name, (p, first, rows) in places.items():
         tensors[name] = get(p)[first:first + rows].to("cpu", copy=True)
-    metadata = {"format": "pt", "base_fingerprint": fingerprint(model, get)}
+    metadata = {"format": "pt", **identity_of(model, get)}
     if dist.is_initialized() and dist.get_rank() != 0:
         return
 
@@ -359,15 +338,15 @@ def apply_saved_lora(model, folder):
     return add_adapters(model, rank, alpha, dropout, tuple(names), rslora, chosen)
 
 
-def open_adapter_weights(folder, expected, base_fingerprint):
-    """{name: open file} of a PEFT folder; expected {name: shape}, base_fingerprint() of the base.
+def open_adapter_weights(folder, expected, base_identity):
+    """{name: open file} of a PEFT folder; expected {name: shape}, base_identity() of the base.
 
     Raises ValueError when a tensor is missing, unexpected or misshaped, or was trained on another
-    base. An adapter of peft's names no base; then base_fingerprint is not called."""
+    base. An adapter of peft's names no base; then base_identity is not called."""
     shapes, where = open_weights(folder, "adapter_model.safetensors")
     for file in list(where.values())[:1]:  # one file holds them all
-        trained_on = (file.metadata() or {}).get("base_fingerprint")
-        if trained_on and trained_on != base_fingerprint():
+        trained_on = file.metadata() or {}
+        if "base_fingerprint" in trained_on and not is_same_base(trained_on, base_identity()):
             raise ValueError(f"{folder}: this adapter was trained on another base model")
     problems = compare_names(expected, shapes)
     if problems:
@@ -380,7 +359,7 @@ def load_adapter_weights(model, folder):
     """Fill a model's adapters from a PEFT folder; raises as open_adapter_weights."""
     places = adapter_tensors(model)
     expected = {name: (rows, p.shape[1]) for name, (p, _, rows) in places.items()}
-    where = open_adapter_weights(Path(folder), expected, lambda: fingerprint(model))
+    where = open_adapter_weights(Path(folder), expected, lambda: identity_of(model))
     # a parameter is filled at once, from its adapters' tensors in row order
     parts_of = {}
     for name, (p, _, _) in places.items():

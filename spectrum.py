@@ -257,7 +257,7 @@ if __name__ == "__main__":
         before = open_model(base, shape)
         checkpoints = []
         for folder in folders:
-            checkpoints.append(open_checkpoint(folder, shape, before.identity))
+            checkpoints.append(open_checkpoint(folder, shape, before))
 
         # what the numbers depend on: a file made with something else is not continued
         identities = [[checkpoint.folder.name, checkpoint.identity] for checkpoint in checkpoints]

@@ -7,14 +7,15 @@
         base_model.model.PATH.lora_B.weight [out, rank]
 """
 import hashlib
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from llama.identity import identity_of_files
 from llama.weights import PROJECTIONS, check_finite, compare_names, open_weights
-from lora import fingerprint_of, is_adapter, open_adapter_weights, read_adapter_config
+from lora import is_adapter, open_adapter_weights, read_adapter_config
+from runtime import read_object
 from training.checkpoint import checkpoints, read_state
 
 
@@ -61,10 +62,12 @@ def adapter_name(path, letter):
 
 
 # ----------------------------------------------------------------------------- opening
-def open_checkpoint(folder, config, base_identity):
-    """A Checkpoint of a model or adapter folder, checked against the base's config."""
+def open_checkpoint(folder, config, base):
+    """A Checkpoint of a model or adapter folder, checked against the base's config.
+
+    base: its Checkpoint, which an adapter must have been trained on."""
     if is_adapter(folder):
-        return open_adapter(folder, config, base_identity)
+        return open_adapter(folder, config, base)
     return open_model(folder, config)
 
 
@@ -85,26 +88,11 @@ def open_model(folder, config):
     if problems:
         raise ValueError(f"{folder}: its projections do not fit the base's config.json: "
                          f"{problems}")
-    return Checkpoint(Path(folder), files, model_identity(files))
+    identity = identity_of_files(files)["base_fingerprint"]
+    return Checkpoint(Path(folder), files, identity)
 
 
-def model_identity(files):
-    """The fingerprint that lora.py stores in adapters, from an opened model folder."""
-    # the embedding is tied and under the head's name in some folders
-    norm = files["model.norm.weight"].get_tensor("model.norm.weight")
-    embedding = "model.embed_tokens.weight"
-    if embedding not in files:
-        embedding = "lm_head.weight"
-
-    # q, k and v of the first block, as our model stores them together
-    parts = []
-    for module in PROJECTIONS[:3]:
-        name = f"{module_path(0, module)}.weight"
-        parts.append(files[name].get_tensor(name))
-    return fingerprint_of(norm, files[embedding].get_slice(embedding), torch.cat(parts))
-
-
-def open_adapter(folder, config, base_identity):
+def open_adapter(folder, config, base):
     """A Checkpoint of a PEFT folder.
 
     Raises as read_adapter_config, or ValueError for an adapter that does not fit the base."""
@@ -117,7 +105,7 @@ def open_adapter(folder, config, base_identity):
                 path = module_path(layer, module)
                 expected[adapter_name(path, "A")] = (rank, columns)
                 expected[adapter_name(path, "B")] = (rows, rank)
-    files = open_adapter_weights(folder, expected, lambda: base_identity)
+    files = open_adapter_weights(folder, expected, lambda: identity_of_files(base.files))
 
     # what it multiplies B A with, and what tells it from other adapters
     scale = alpha / (rank ** 0.5 if rslora else rank)
@@ -148,16 +136,17 @@ def find_checkpoints(folders):
 
 def base_named_by(folders):
     """The base folder that all checkpoints name. Raises ValueError when there is no such folder."""
-    named = set()
+    named = {}  # the folder -> how it was named: base, base/ and ../here/base are one
     for folder in folders:
         if is_adapter(folder):
-            settings = json.loads((folder / "adapter_config.json").read_text())
-            named.add(settings.get("base_model_name_or_path") or "")
+            settings = read_object(folder / "adapter_config.json")
+            name = settings.get("base_model_name_or_path") or ""
         else:
-            named.add(read_state(folder).get("config", {}).get("base", ""))
+            name = read_state(folder).get("config", {}).get("base", "")
+        named.setdefault(Path(name).resolve(), name)
     # exactly one, and here
-    name = named.pop()
-    if named or not name or not Path(name).is_dir():
+    name = list(named.values())[0]
+    if len(named) > 1 or not name or not Path(name).is_dir():
         raise ValueError("base is not set, and the checkpoints do not all name the same folder; "
                          "see --help")
     return name

@@ -14,9 +14,10 @@ from test_model import one_thread  # noqa: F401 (a fixture of the whole file)
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
+from llama.identity import fingerprint
 from llama.lora_matmul import LoRAMatmul, keep_mask
 from llama.weights import PROJECTIONS
-from lora import (LoRAProjection, adapter_tensors, apply_lora, fingerprint, init_adapters, load_adapter, merge_folders,
+from lora import (LoRAProjection, adapter_tensors, apply_lora, init_adapters, load_adapter, merge_folders,
                   merge_lora, resolve_targets, save_adapter)
 from model import Llama, LlamaConfig
 

@@ -3,7 +3,7 @@ Checkpoints of train.py: written whole or not at all, found again, and read by a
 
     out/RUN/step_500/                     the weights: a model folder, or a PEFT adapter folder
         adapter_model.safetensors ...
-        state/state.json                  step, tokens, resolved knobs, fingerprint of the data
+        state/state.json                  step, tokens, knobs, identity of the base and the data
         state/optimizer.safetensors       the optimizer's state, "NAME:exp_avg" and the like; or,
         state/.metadata, *.distcp         when FSDP had sharded it, torch.distributed.checkpoint's
 
@@ -12,6 +12,7 @@ A checkpoint is written as step_500.tmp, forced to disk and then renamed: every 
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -23,8 +24,9 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from llama.folder import carry_files
+from llama.identity import identity_of_folder, is_same_base, known_by
 from llama.weights import check_finite, fill, full_tensor, local_part, write_safetensors
-from lora import known_by, save_adapter
+from lora import save_adapter
 from training.parallel import barrier, gloo_group, is_sharded
 from runtime import RANK, fsync_folder, print0, read_object, write_whole
 
@@ -86,7 +88,8 @@ def save_checkpoint(model, optim, out_dir, state, base, keep_last, keep=(), pool
     too) when it could not be written; earlier checkpoints are then untouched."""
     final = Path(out_dir) / f"step_{state['step']}"
     partial = final.with_suffix(".tmp")
-    text = json.dumps(state, indent=1)  # now: training changes `state` while the thread writes
+    # now: training changes `state` while the thread writes
+    text = json.dumps({**state, "base": identity_of_folder(base)}, indent=1)
     momenta = named_state(model, optim)
 
     # an empty folder
@@ -222,7 +225,8 @@ def checkpoint_state(folder, config, defaults, fingerprint, free):
     """state.json of a checkpoint to resume from.
 
     Raises ValueError when it is of a run with other data than `fingerprint` (sha256), or with
-    other knobs than `config`, those of `free` aside. A knob that is newer had its default then."""
+    other knobs than `config`, those of `free` aside. A knob that is newer had its default then.
+    Folders are compared by what they hold: a run goes on where its base and data were moved."""
     folder = Path(folder)
     if not (folder / "state" / "state.json").is_file():
         raise ValueError(f"{folder}: no complete checkpoint of train.py "
@@ -238,11 +242,34 @@ def checkpoint_state(folder, config, defaults, fingerprint, free):
     # what makes another run of it
     changed = []
     for knob, value in config.items():
-        if knob not in free and before[knob] != value:
+        if knob in free or before[knob] == value:
+            continue
+        if not means_the_same(knob, before[knob], value, state, config):
             changed.append(f"{knob}={before[knob]!r}, not {value!r}")
     if changed:
         raise ValueError(f"resume: {folder} was trained with " + ", ".join(changed))
     return state
+
+
+def means_the_same(knob, before, value, state, config):
+    """Whether a knob with another value leaves the run of a checkpoint what it was."""
+    if knob == "data":
+        return True  # its sha256 has been compared
+    # the masks of dropout are drawn for each microbatch; losses are the same sum
+    if knob == "microbatch" and config["loss_norm"] == "token":
+        print0(f"note: microbatch was {before}, and is {value} from here on: the same loss, other "
+               "dropout masks")
+        return True
+    if knob not in ("base", "adapter"):
+        return False
+    if os.path.realpath(str(before)) == os.path.realpath(value):
+        return True
+    if knob == "base" and (config["lora_rank"] or config["adapter"]):
+        return True  # its adapter is checked against it where it is loaded
+    if knob == "base" and isinstance(state.get("base"), dict):
+        found = identity_of_folder(value)
+        return found is not None and is_same_base(state["base"], found)
+    return False
 
 
 @torch.no_grad()
