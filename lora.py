@@ -8,25 +8,26 @@
 
 Projections that read the same input are one matrix W (GROUPS in llama/weights.py); their adapters
 act on row slices of it, so x is read once. A and B are fp32 and are rounded to x's dtype where they
-are used. The product, its backward pass and what that keeps are in llama/lora_matmul.py.
+are used. The product, its backward pass and what that keeps are in llama/lora_matmul.py; which
+projections an adapter folder is for, and of which rank, in llama/adapter_config.py.
 """
 import json
 import math
-import re
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from llama.adapter_config import MERGE, read_adapter_config, scale_of
 from llama.folder import carry_files
 from llama.identity import identity_of, is_same_base
 from llama.lora_matmul import adapter_parts, lora_matmul
 from llama.weights import (GROUPS, PROJECTIONS, check_finite, compare_names, fill, full_tensor,
-                           open_weights, write_safetensors)
+                           local_part, open_weights, write_safetensors)
 from model import Llama, Projection
-from runtime import read_object
 
 # ----------------------------------------------------------------------------- knobs of the script
 base = ""           # model folder the adapter was trained on
@@ -35,22 +36,30 @@ out = ""            # folder to write the merged model to
 dtype = "float32"   # of the merged weights; bf16 rounds small updates away, their share is printed
 _choices = {"dtype": ("float32", "bfloat16", "float16")}
 
+# what peft saves along with some adapters, as it is in the base unless it was trained
+EMBEDDINGS = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
 TARGETS = {"all": PROJECTIONS, "attention": PROJECTIONS[:4], "mlp": PROJECTIONS[4:]}
 
 
 # ----------------------------------------------------------------------------- the module
 class LoRAProjection(nn.Module):
-    """A Projection with adapters on some of its parts, whose A and B are stacked."""
+    """A Projection with adapters on some of its parts, whose A and B are stacked.
 
-    def __init__(self, projection, adapted, rank, scale, dropout):
+    sizes: {part: (rank, alpha)} of those parts. Smaller ranks than the largest are filled up with
+    zeros, which stay zeros in training; other scales than the largest are factors in B."""
+
+    def __init__(self, projection, sizes, rslora, dropout):
         super().__init__()
         self.parts = projection.parts
         self.weight = projection.weight
-        self.adapted = adapted  # names of the parts with an adapter
-        self.rank = rank
-        self.scale = scale
+        self.adapted = list(sizes)
+        self.sizes = sizes
         self.dropout = dropout
         self.kernel = "torch"  # see choose_kernel
+        self.rank = max(rank for rank, _ in sizes.values())
+        scales = {name: scale_of(rank, alpha, rslora) for name, (rank, alpha) in sizes.items()}
+        self.scale = max(scales.values(), key=abs)
+        self.factors = {name: scale / (self.scale or 1) for name, scale in scales.items()}
 
         # (start, end) of the adapted parts' rows in the weight
         spans = []
@@ -58,7 +67,7 @@ class LoRAProjection(nn.Module):
         for name, rows in self.parts.items():
             start = end
             end += rows
-            if name in adapted:
+            if name in sizes:
                 spans.append((start, end))
         self.spans = tuple(spans)
 
@@ -67,8 +76,8 @@ class LoRAProjection(nn.Module):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         columns = self.weight.shape[1]
         rows = sum(end - start for start, end in spans)
-        A = torch.empty(len(adapted) * rank, columns, device=device, dtype=dtype)
-        B = torch.empty(rows, rank, device=device, dtype=dtype)
+        A = torch.empty(len(sizes) * self.rank, columns, device=device, dtype=dtype)
+        B = torch.empty(rows, self.rank, device=device, dtype=dtype)
         self.lora_A = nn.Parameter(A)
         self.lora_B = nn.Parameter(B)
 
@@ -123,37 +132,33 @@ def apply_lora(model, rank, alpha, dropout=0.0, targets="all", rslora=False):
 
     The scale is alpha / rank, or alpha / sqrt(rank) with rslora. On a model on meta, init_adapters
     must follow once it has memory. Raises ValueError for impossible values."""
-    add_adapters(model, rank, alpha, dropout, resolve_targets(targets), rslora)
+    names = resolve_targets(targets)
+    if rank < 1 or not alpha > 0 or not 0 <= dropout <= 0.99:
+        raise ValueError("LoRA needs rank >= 1, alpha > 0 and 0 <= dropout <= 0.99, "
+                         f"found {rank}, {alpha}, {dropout}")
+    lora = dict(rank=rank, alpha=alpha, dropout=dropout, targets=names, rslora=rslora)
+    add_adapters(model, lora, [dict.fromkeys(names, (rank, alpha))] * len(model.layers))
     if model.device.type != "meta":
         init_adapters(model)
     return model
 
 
-def add_adapters(model, rank, alpha, dropout, names, rslora, chosen=None):
+def add_adapters(model, lora, sizes):
     """apply_lora without values: A and B are yet to be filled, and no random number is drawn.
 
-    chosen(layer, name) may leave out some of the targets (adapters on a part of the blocks)."""
-    if rank < 1 or not alpha > 0 or not 0 <= dropout <= 0.99:
-        raise ValueError("LoRA needs rank >= 1, alpha > 0 and 0 <= dropout <= 0.99, "
-                         f"found {rank}, {alpha}, {dropout}")
+    lora: what model.lora shall be; sizes: for each block {projection: (rank, alpha)}."""
     if any(isinstance(module, LoRAProjection) for module in model.modules()):
         raise ValueError("the model already has adapters")
-
     # only A and B are trained
     model.requires_grad_(False)
-    scale = alpha / rank
-    if rslora:
-        scale = alpha / rank ** 0.5
-    for layer, block in enumerate(model.layers):
+    for block, of_block in zip(model.layers, sizes):
         for parent in (block.self_attn, block.mlp):
             for group, plain in list(parent.named_children()):
-                adapted = [name for name in GROUPS[group] if name in names]
-                if chosen is not None:
-                    adapted = [name for name in adapted if chosen(layer, name)]
-                if adapted:
-                    module = LoRAProjection(plain, adapted, rank, scale, dropout)
+                of_group = {name: of_block[name] for name in GROUPS[group] if name in of_block}
+                if of_group:
+                    module = LoRAProjection(plain, of_group, lora["rslora"], lora["dropout"])
                     setattr(parent, group, module)
-    model.lora = dict(rank=rank, alpha=alpha, dropout=dropout, targets=names, rslora=rslora)
+    model.lora = lora
     return model
 
 
@@ -188,18 +193,31 @@ def merge_lora(model):
 
 
 # ----------------------------------------------------------------------------- PEFT folders: out
+class Place(NamedTuple):
+    """Where a tensor of a PEFT folder is here: some rows of a parameter, its first columns."""
+    parameter: nn.Parameter
+    first: int     # row
+    rows: int
+    columns: int
+    factor: float  # what is here is this times what is in the file
+
+
 def adapter_tensors(model):
-    """PEFT tensor name -> (the parameter of ours that holds it, its first row there, its rows)."""
+    """PEFT tensor name -> its Place."""
     tensors = {}
     for path, module in model.named_modules():
         if not isinstance(module, LoRAProjection):
             continue
         parent, _, _ = path.rpartition(".")
+        A = module.lora_A
         first = 0  # row of B
         for i, (name, (start, end)) in enumerate(zip(module.adapted, module.spans)):
             published = f"base_model.model.model.{parent}.{name}"
-            tensors[f"{published}.lora_A.weight"] = module.lora_A, i * module.rank, module.rank
-            tensors[f"{published}.lora_B.weight"] = module.lora_B, first, end - start
+            rank, _ = module.sizes[name]
+            factor = module.factors[name]
+            tensors[f"{published}.lora_A.weight"] = Place(A, i * module.rank, rank, A.shape[1], 1.0)
+            of_B = Place(module.lora_B, first, end - start, rank, factor)
+            tensors[f"{published}.lora_B.weight"] = of_B
             first += end - start
     return tensors
 
@@ -211,8 +229,9 @@ def save_adapter(model, folder, base_name="", get=full_tensor):
     ranks must call it: all gather, rank 0 writes."""
     places = adapter_tensors(model)
     tensors = {}
-    for name, (p, first, rows) in places.items():
-        tensors[name] = get(p)[first:first + rows].to("cpu", copy=True)
+    for name, (p, first, rows, columns, factor) in places.items():
+        part = get(p)[first:first + rows, :columns] / factor
+        tensors[name] = part.to("cpu").contiguous()
     metadata = {"format": "pt", **identity_of(model, get)}
     if dist.is_initialized() and dist.get_rank() != 0:
         return
@@ -227,6 +246,16 @@ def save_adapter(model, folder, base_name="", get=full_tensor):
 def peft_config(model, places, base_name):
     """The dict that peft reads as its LoraConfig; places: the adapters' tensors, by name."""
     lora = model.lora
+    # modules of another rank or alpha are named one by one
+    ranks = {}
+    alphas = {}
+    for parent, module in model.named_modules():
+        for name, (rank, alpha) in getattr(module, "sizes", {}).items():
+            path = f"model.{parent.rpartition('.')[0]}.{name}"
+            if rank != lora["rank"]:
+                ranks[path] = rank
+            if alpha != lora["alpha"]:
+                alphas[path] = alpha
     # the targets' names, or one by one the modules if some blocks have no adapters
     paths = []
     for name in places:
@@ -251,91 +280,46 @@ def peft_config(model, places, base_name):
             "init_lora_weights": True,
             "modules_to_save": None,
             "layers_to_transform": None,
-            "rank_pattern": {},
-            "alpha_pattern": {}}
+            "rank_pattern": ranks,
+            "alpha_pattern": alphas}
 
 
 # ----------------------------------------------------------------------------- PEFT folders: in
-def is_adapter(folder):
-    """Whether a folder is a PEFT adapter's."""
-    return (Path(folder) / "adapter_config.json").is_file()
-
-
-# key of adapter_config.json -> the values that this LoRA computes; messages name the last one
-SUPPORTED = {"peft_type": ("LORA",),
-             "use_dora": (None, False),
-             "fan_in_fan_out": (None, False),
-             "bias": (None, "none"),
-             "modules_to_save": (None, []),
-             "rank_pattern": (None, {}),
-             "alpha_pattern": (None, {}),
-             "layer_replication": (None, []),
-             "exclude_modules": (None, []),
-             "alora_invocation_tokens": (None, []),
-             # the other inits (pissa, olora, loftq ...) change the base's weights as well
-             "init_lora_weights": (None, False, "gaussian", "eva", "orthogonal", True)}
-
-
-def read_adapter_config(folder):
-    """(rank, alpha, dropout, rslora, chosen) of a PEFT folder; chosen(layer, projection) -> bool.
-
-    Raises FileNotFoundError, or ValueError for what this LoRA does not compute."""
-    path = Path(folder) / "adapter_config.json"
-    config = read_object(path, "an adapter folder holds it and adapter_model.safetensors")
-    for key, allowed in SUPPORTED.items():
-        found = config.get(key)
-        if found not in allowed:
-            raise ValueError(f"{path}: {key} is {found!r}; only {allowed[-1]!r} is supported")
-    missing = [key for key in ("r", "lora_alpha", "target_modules") if not config.get(key)]
-    if missing:
-        raise ValueError(f"{path}: missing {', '.join(missing)}")
-
-    # the projections that have an adapter, and the blocks: None is all of them
-    wanted = config["target_modules"]
-    if isinstance(wanted, list):
-        unknown = [name for name in wanted if name.split(".")[-1] not in PROJECTIONS]
-        if unknown:
-            raise ValueError(f"{path}: target_modules {', '.join(unknown)} unsupported; "
-                             f"adapters go on {', '.join(PROJECTIONS)}")
-    layers = config.get("layers_to_transform")
-    if isinstance(layers, int):
-        layers = [layers]
-
-    def chosen(layer, name):
-        if layers is not None and layer not in layers:
-            return False
-        parent = "self_attn" if name in TARGETS["attention"] else "mlp"
-        full = f"model.layers.{layer}.{parent}.{name}"
-        if isinstance(wanted, str):  # PEFT: a regex over the whole name, or one special word
-            return wanted == "all-linear" or re.fullmatch(wanted, full) is not None
-        return any(full == name or full.endswith(f".{name}") for name in wanted)
-
-    dropout = config.get("lora_dropout", 0.0)
-    rslora = config.get("use_rslora", False)
-    return config["r"], config["lora_alpha"], dropout, rslora, chosen
-
-
 def load_adapter(model, folder):
     """Put the adapters of a PEFT folder on a plain model, in place; returns the model.
 
     Raises FileNotFoundError, or ValueError as apply_saved_lora and load_adapter_weights do."""
-    return load_adapter_weights(apply_saved_lora(model, folder), folder)
+    return load_adapter_weights(apply_saved_lora(model, folder, trains=False), folder)
 
 
-def apply_saved_lora(model, folder):
+def apply_saved_lora(model, folder, trains=True):
     """Adapters with the settings of a PEFT folder, without its weights; returns the model.
 
-    Raises ValueError when the settings are not supported or fit nothing."""
-    rank, alpha, dropout, rslora, chosen = read_adapter_config(folder)
-    # the projections that have an adapter in some block
-    names = []
-    for name in PROJECTIONS:
-        if any(chosen(layer, name) for layer in range(len(model.layers))):
-            names.append(name)
-    if not names:
+    Raises ValueError when the settings are not supported or fit nothing, or if it `trains` and
+    projections of one group have other scales: training would move their B by other steps."""
+    config = read_adapter_config(folder)
+    sizes = []
+    found = set()
+    for layer in range(len(model.layers)):
+        of_block = {}
+        for name in PROJECTIONS:
+            if config.adapts(layer, name):
+                of_block[name] = config.size_of(layer, name)
+        sizes.append(of_block)
+        found.update(of_block)
+    if not found:
         raise ValueError(f"{folder}: target_modules of adapter_config.json match no projection "
                          "of this model")
-    return add_adapters(model, rank, alpha, dropout, tuple(names), rslora, chosen)
+    names = tuple(name for name in PROJECTIONS if name in found)
+    lora = dict(rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=names,
+                rslora=config.rslora)
+    add_adapters(model, lora, sizes)
+    for path, module in model.named_modules():
+        if trains and isinstance(module, LoRAProjection) and set(module.factors.values()) != {1.0}:
+            raise ValueError(f"{folder}: rank_pattern or alpha_pattern gives {path} the sizes "
+                             f"{module.sizes}; to be trained here they need one alpha / rank: "
+                             "train it with peft, or merge it")
+    return model
 
 
 def open_adapter_weights(folder, expected, base_identity):
@@ -348,7 +332,8 @@ def open_adapter_weights(folder, expected, base_identity):
         trained_on = file.metadata() or {}
         if "base_fingerprint" in trained_on and not is_same_base(trained_on, base_identity()):
             raise ValueError(f"{folder}: this adapter was trained on another base model")
-    problems = compare_names(expected, shapes)
+    adapters = {name: shape for name, shape in shapes.items() if name not in EMBEDDINGS}
+    problems = compare_names(expected, adapters)
     if problems:
         raise ValueError(f"{folder}: adapter does not fit this model: {problems}")
     return where
@@ -358,17 +343,38 @@ def open_adapter_weights(folder, expected, base_identity):
 def load_adapter_weights(model, folder):
     """Fill a model's adapters from a PEFT folder; raises as open_adapter_weights."""
     places = adapter_tensors(model)
-    expected = {name: (rows, p.shape[1]) for name, (p, _, rows) in places.items()}
+    expected = {name: (place.rows, place.columns) for name, place in places.items()}
     where = open_adapter_weights(Path(folder), expected, lambda: identity_of(model))
-    # a parameter is filled at once, from its adapters' tensors in row order
-    parts_of = {}
-    for name, (p, _, _) in places.items():
+    check_embeddings(model, folder, where)
+    # a parameter is filled at once, from its adapters' tensors
+    values = {}
+    for name, (p, first, rows, columns, factor) in places.items():
         tensor = where[name].get_tensor(name)
         check_finite(tensor, folder, name)
-        parts_of.setdefault(p, []).append(tensor)
-    for p, parts in parts_of.items():
-        fill(p, torch.cat(parts))
+        if p not in values:
+            values[p] = torch.zeros(p.shape, dtype=p.dtype)
+        values[p][first:first + rows, :columns] = tensor.to(p.dtype) * factor
+    for p, value in values.items():
+        fill(p, value)
     return model
+
+
+def check_embeddings(model, folder, where):
+    """Raise ValueError unless embeddings that peft saved along with an adapter are the base's."""
+    for name in EMBEDDINGS:
+        if name not in where:
+            continue
+        p = model.head_weight if "lm_head" in name else model.embed_tokens.weight
+        stored = where[name].get_slice(name)
+        is_same = tuple(stored.get_shape()) == tuple(p.shape)
+        mine, first = local_part(p)
+        if is_same and len(mine):
+            # as the dtypes of both round
+            theirs = stored[first:first + len(mine)]
+            is_same = torch.equal(mine.cpu().to(theirs.dtype).to(p.dtype), theirs.to(p.dtype))
+        if not is_same:
+            raise ValueError(f"{folder}: {name} {stored.get_shape()} is not the base's: trained or "
+                             f"resized embeddings are not supported; {MERGE}")
 
 
 # ----------------------------------------------------------------------------- the script

@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 import torch
 
+from llama.adapter_config import (AdapterConfig, full_name, is_adapter,
+                                  read_adapter_config)
 from llama.identity import identity_of_files
 from llama.weights import PROJECTIONS, check_finite, compare_names, open_weights
-from lora import is_adapter, open_adapter_weights, read_adapter_config
+from lora import open_adapter_weights
 from runtime import read_object
 from training.checkpoint import checkpoints, read_state
 
@@ -25,11 +27,11 @@ class Checkpoint(NamedTuple):
     files: dict          # tensor name -> open file that holds it
     identity: str        # tells its weights from others
     rank: int = None     # of an adapter; None for a model
-    scale: float = 1.0   # of an adapter: alpha / rank
+    config: AdapterConfig = None  # the same
 
     def has(self, layer, module):
         """Whether the folder holds this projection, or an adapter for it."""
-        path = module_path(layer, module)
+        path = full_name(layer, module)
         return f"{path}.weight" in self.files or adapter_name(path, "A") in self.files
 
     def read(self, name, device):
@@ -40,20 +42,14 @@ class Checkpoint(NamedTuple):
 
     def read_weight(self, layer, module, device):
         """A projection of a model, [out, in], in the dtype of the file."""
-        return self.read(f"{module_path(layer, module)}.weight", device)
+        return self.read(f"{full_name(layer, module)}.weight", device)
 
     def read_adapter(self, layer, module, device):
-        """A [rank, in] and B [out, rank] of an adapter, fp64."""
-        path = module_path(layer, module)
+        """A [rank, in] and B [out, rank] of an adapter, fp64, and the scale of B A."""
+        path = full_name(layer, module)
         A = self.read(adapter_name(path, "A"), device).double()
         B = self.read(adapter_name(path, "B"), device).double()
-        return A, B
-
-
-def module_path(layer, module):
-    """Published name of a projection, such as model.layers.0.self_attn.q_proj."""
-    part = "self_attn" if module in PROJECTIONS[:4] else "mlp"
-    return f"model.layers.{layer}.{part}.{module}"
+        return A, B, self.config.scale_of(layer, module)
 
 
 def adapter_name(path, letter):
@@ -78,7 +74,7 @@ def open_model(folder, config):
     expected = {}
     for layer in range(config.num_hidden_layers):
         for module, shape in config.projection_shapes.items():
-            expected[f"{module_path(layer, module)}.weight"] = shape
+            expected[f"{full_name(layer, module)}.weight"] = shape
     # what the folder holds of them
     found = {}
     for name, shape in shapes.items():
@@ -96,22 +92,22 @@ def open_adapter(folder, config, base):
     """A Checkpoint of a PEFT folder.
 
     Raises as read_adapter_config, or ValueError for an adapter that does not fit the base."""
-    rank, alpha, _, rslora, chosen = read_adapter_config(folder)
+    adapter = read_adapter_config(folder)
     # the tensors that its settings ask for
     expected = {}
     for layer in range(config.num_hidden_layers):
         for module, (rows, columns) in config.projection_shapes.items():
-            if chosen(layer, module):
-                path = module_path(layer, module)
+            if adapter.adapts(layer, module):
+                rank, _ = adapter.size_of(layer, module)
+                path = full_name(layer, module)
                 expected[adapter_name(path, "A")] = (rank, columns)
                 expected[adapter_name(path, "B")] = (rows, rank)
     files = open_adapter_weights(folder, expected, lambda: identity_of_files(base.files))
 
-    # what it multiplies B A with, and what tells it from other adapters
-    scale = alpha / (rank ** 0.5 if rslora else rank)
+    # what tells it from other adapters
     weights = (Path(folder) / "adapter_model.safetensors").read_bytes()
     digest = hashlib.sha256(weights).hexdigest()
-    return Checkpoint(Path(folder), files, digest, rank, scale)
+    return Checkpoint(Path(folder), files, digest, adapter.rank, adapter)
 
 
 # ----------------------------------------------------------------------------- finding

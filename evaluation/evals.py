@@ -31,8 +31,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from evaluation.scores import json_lines, with_identity
+from llama.adapter_config import is_adapter
 from llama.identity import fingerprint
-from lora import is_adapter, load_adapter, merge_lora
+from lora import load_adapter, merge_lora
 from model import Llama
 from runtime import RANK, WORLD, join_ranks, pick_device, print0, write_whole
 from text.records import Source, check_format, from_hub, parse, read_records
