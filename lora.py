@@ -23,7 +23,7 @@ from torch import nn
 
 from llama.adapter_config import MERGE, read_adapter_config, scale_of
 from llama.folder import carry_files
-from llama.identity import identity_of, is_same_base
+from llama.identity import BF16_STEP, identity_of, is_same_base
 from llama.lora_matmul import adapter_parts, lora_matmul
 from llama.weights import (GROUPS, PROJECTIONS, check_finite, compare_names, fill, full_tensor,
                            local_part, open_weights, write_safetensors)
@@ -59,7 +59,9 @@ class LoRAProjection(nn.Module):
         self.rank = max(rank for rank, _ in sizes.values())
         scales = {name: scale_of(rank, alpha, rslora) for name, (rank, alpha) in sizes.items()}
         self.scale = max(scales.values(), key=abs)
-        self.factors = {name: scale / (self.scale or 1) for name, scale in scales.items()}
+        self.factors = dict.fromkeys(sizes, 1.0)
+        if self.scale:
+            self.factors = {name: scale / self.scale for name, scale in scales.items()}
 
         # (start, end) of the adapted parts' rows in the weight
         spans = []
@@ -230,6 +232,8 @@ def save_adapter(model, folder, base_name="", get=full_tensor):
     places = adapter_tensors(model)
     tensors = {}
     for name, (p, first, rows, columns, factor) in places.items():
+        if not factor:
+            raise ValueError(f"{name}: alpha 0 beside another alpha is merged, but not saved again")
         part = get(p)[first:first + rows, :columns] / factor
         tensors[name] = part.to("cpu").contiguous()
     metadata = {"format": "pt", **identity_of(model, get)}
@@ -369,9 +373,11 @@ def check_embeddings(model, folder, where):
         is_same = tuple(stored.get_shape()) == tuple(p.shape)
         mine, first = local_part(p)
         if is_same and len(mine):
-            # as the dtypes of both round
+            # as the dtypes of both round; fp16 on the way to bf16 may round to the other side
             theirs = stored[first:first + len(mine)]
-            is_same = torch.equal(mine.cpu().to(theirs.dtype).to(p.dtype), theirs.to(p.dtype))
+            ours = mine.cpu().to(theirs.dtype).to(p.dtype)
+            step = BF16_STEP if theirs.dtype == torch.float16 and p.dtype == torch.bfloat16 else 0
+            is_same = torch.allclose(ours, theirs.to(p.dtype), rtol=step, atol=step * 2 ** -17)
         if not is_same:
             raise ValueError(f"{folder}: {name} {stored.get_shape()} is not the base's: trained or "
                              f"resized embeddings are not supported; {MERGE}")
