@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from llama.adapter_config import MERGE, read_adapter_config, scale_of
+from llama.adapter_config import MERGE, adapter_json, read_adapter_config, scale_of
 from llama.folder import carry_files
 from llama.identity import BF16_STEP, identity_of, is_same_base
 from llama.lora_matmul import adapter_parts, lora_matmul
@@ -240,52 +240,18 @@ def save_adapter(model, folder, base_name="", get=full_tensor):
     if dist.is_initialized() and dist.get_rank() != 0:
         return
 
-    config = peft_config(model, places, base_name)
+    # the settings: of each module its rank and alpha
+    sizes = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoRAProjection):
+            parent, _, _ = path.rpartition(".")
+            for name, size in module.sizes.items():
+                sizes[f"model.{parent}.{name}"] = size
+    config = adapter_json(model.lora, sizes, len(model.layers), base_name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
     write_safetensors(tensors, folder / "adapter_model.safetensors", metadata)
-
-
-def peft_config(model, places, base_name):
-    """The dict that peft reads as its LoraConfig; places: the adapters' tensors, by name."""
-    lora = model.lora
-    # modules of another rank or alpha are named one by one
-    ranks = {}
-    alphas = {}
-    for parent, module in model.named_modules():
-        for name, (rank, alpha) in getattr(module, "sizes", {}).items():
-            path = f"model.{parent.rpartition('.')[0]}.{name}"
-            if rank != lora["rank"]:
-                ranks[path] = rank
-            if alpha != lora["alpha"]:
-                alphas[path] = alpha
-    # the targets' names, or one by one the modules if some blocks have no adapters
-    paths = []
-    for name in places:
-        if name.endswith(".lora_A.weight"):
-            path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            paths.append(path)
-    targets = paths
-    if len(paths) == len(lora["targets"]) * len(model.layers):
-        targets = list(lora["targets"])
-    return {"peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_name,
-            "r": lora["rank"],
-            "lora_alpha": lora["alpha"],
-            "lora_dropout": lora["dropout"],
-            "target_modules": targets,
-            "use_rslora": lora["rslora"],
-            "use_dora": False,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-            "init_lora_weights": True,
-            "modules_to_save": None,
-            "layers_to_transform": None,
-            "rank_pattern": ranks,
-            "alpha_pattern": alphas}
 
 
 # ----------------------------------------------------------------------------- PEFT folders: in

@@ -124,17 +124,18 @@ def read_adapter_config(folder):
     Raises FileNotFoundError, or ValueError for what this LoRA does not compute."""
     path = Path(folder) / "adapter_config.json"
     config = read_object(path, "an adapter folder holds it and adapter_model.safetensors")
+    # options that this LoRA does not compute
     for key, allowed in COMPUTED.items():
         found = config.get(key)
         if found not in allowed:
             advice = CONVERT if key == "init_lora_weights" else MERGE
-            advice = "" if key == "peft_type" else f"; {advice}"
-            raise ValueError(f"{path}: {key} is {found!r:.60}; only {allowed[-1]!r} is supported"
+            raise ValueError(f"{path}: {key} is {found!r:.60}; only {allowed[-1]!r} is supported; "
                              f"{advice}")
     missing = [key for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]
     if missing:
         raise ValueError(f"{path}: missing {', '.join(missing)}")
 
+    # one block may stand without a list, and one pattern too
     layers = config.get("layers_to_transform")
     if not isinstance(layers, list):
         layers = [] if layers is None else [layers]
@@ -157,6 +158,7 @@ def read_adapter_config(folder):
 
 def check_types(path, config):
     """Raise ValueError for values of the wrong type, and for what is no regex."""
+    # numbers
     for rank in (config.rank, *values_of(path, "rank_pattern", config.rank_pattern)):
         if not isinstance(rank, int) or isinstance(rank, bool) or not 0 < rank < 2 ** 20:
             raise ValueError(f"{path}: r or rank_pattern has {rank!r:.60}; expected a rank from 1")
@@ -166,6 +168,7 @@ def check_types(path, config):
                              "number")
     if not is_number(config.dropout) or not 0 <= config.dropout <= 0.99:
         raise ValueError(f"{path}: lora_dropout is {config.dropout!r:.60}; expected 0 to 0.99")
+    # switches and names
     if not isinstance(config.rslora, bool):
         raise ValueError(f"{path}: use_rslora is {config.rslora!r:.60}; expected true or false")
     for key, names in (("target_modules", config.targets), ("exclude_modules", config.excluded),
@@ -176,7 +179,7 @@ def check_types(path, config):
     if not all(isinstance(layer, int) for layer in config.layers):
         raise ValueError(f"{path}: layers_to_transform is {config.layers!r:.60}; expected numbers "
                          "of blocks")
-    # each regex is used once
+    # regexes: each is compiled
     try:
         config.matches(full_name(0, "q_proj"))
         config.size_of(0, "q_proj")
@@ -190,3 +193,39 @@ def values_of(path, key, patterns):
     if not isinstance(patterns, dict):
         raise ValueError(f"{path}: {key} is {patterns!r:.60}; expected an object")
     return patterns.values()
+
+
+# ----------------------------------------------------------------------------- writing
+def adapter_json(lora, sizes, blocks, base_name):
+    """The dict that peft reads as its LoraConfig.
+
+    lora: model.lora; sizes: {module: (rank, alpha)}; blocks: how many the model has."""
+    # the targets' names, or one by one the modules if some blocks have no adapters
+    targets = list(sizes)
+    if len(sizes) == len(lora["targets"]) * blocks:
+        targets = list(lora["targets"])
+    # modules of another rank or alpha one by one: peft forgets the order of patterns
+    ranks = {}
+    alphas = {}
+    for path, (rank, alpha) in sizes.items():
+        if rank != lora["rank"]:
+            ranks[path] = rank
+        if alpha != lora["alpha"]:
+            alphas[path] = alpha
+    return {"peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_name,
+            "r": lora["rank"],
+            "lora_alpha": lora["alpha"],
+            "lora_dropout": lora["dropout"],
+            "target_modules": targets,
+            "use_rslora": lora["rslora"],
+            "use_dora": False,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "modules_to_save": None,
+            "layers_to_transform": None,
+            "rank_pattern": ranks,
+            "alpha_pattern": alphas}

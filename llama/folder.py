@@ -44,18 +44,31 @@ def read_config(folder, fields):
         if hf.get(key) is not None and key not in ("rope_theta", "rope_scaling"):
             check_type(path, key, hf[key], field.type)
             known[key] = hf[key]
-    known.setdefault("num_key_value_heads", known["num_attention_heads"])
-    known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
-    if known["num_hidden_layers"] > 1000 or known["num_attention_heads"] > known["hidden_size"]:
-        raise ValueError(f"{path}: {known['num_hidden_layers']} layers of "
-                         f"{known['num_attention_heads']} heads and hidden_size "
-                         f"{known['hidden_size']} are no Llama's")
-    if known["num_attention_heads"] % known["num_key_value_heads"] or known["head_dim"] % 2:
-        raise ValueError(f"{path}: num_key_value_heads {known['num_key_value_heads']} must divide "
-                         f"num_attention_heads {known['num_attention_heads']}, and head_dim "
-                         f"{known['head_dim']} must be even")
-    known["rope_theta"], known["rope_scaling"] = read_rope(path, hf)
+    heads = known["num_attention_heads"]
+    known.setdefault("num_key_value_heads", heads)
+    known.setdefault("head_dim", known["hidden_size"] // heads)
+    check_shape(path, known)
+    theta, scaling = read_rope(path, hf)
+    known["rope_theta"] = theta
+    known["rope_scaling"] = scaling
     return known
+
+
+def check_shape(path, known):
+    """Raise ValueError for numbers that no model can have together."""
+    layers = known["num_hidden_layers"]
+    heads = known["num_attention_heads"]
+    kv_heads = known["num_key_value_heads"]
+    head_dim = known["head_dim"]
+    # building the modules of a mistyped number would take minutes
+    if layers > 1000:
+        raise ValueError(f"{path}: num_hidden_layers is {layers}; expected at most 1000")
+    if heads % kv_heads:
+        raise ValueError(f"{path}: num_key_value_heads is {kv_heads}; expected a divisor of "
+                         f"num_attention_heads, {heads}")
+    # rotary positions turn pairs of numbers
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"{path}: head_dim is {head_dim}; expected an even number")
 
 
 def read_rope(path, hf):
@@ -63,6 +76,7 @@ def read_rope(path, hf):
 
     transformers 4 writes rope_theta and rope_scaling, 5 both in rope_parameters. Where a file has
     both, rope_scaling replaces all of rope_parameters, as in transformers 5.24."""
+    # which of the two counts, and its theta
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(hf.get(key), dict | None):
             raise ValueError(f"{path}: {key} is {hf[key]!r:.60}; expected an object or null")
@@ -73,8 +87,10 @@ def read_rope(path, hf):
                          "that the model was trained with (Llama 2: 10000.0)")
     check_type(path, "rope_theta", theta, float)
 
+    # transformers 4 turns a part of each head, transformers 5 all of it
     partial = rope.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))
     check_value(path, "partial_rotary_factor", partial or 1.0, 1.0)
+    # how positions beyond the first training are reached
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "llama3":
         check_value(path, "rope_type", rope_type, "default")
@@ -149,6 +165,7 @@ def carry_files(base, folder):
     These are CARRIED, and the keys of config.json that the model folder's own lacks."""
     base = Path(base)
     folder = Path(folder)
+    # files, as they are
     for name in CARRIED:
         if (base / name).is_file():
             shutil.copyfile(base / name, folder / name)
@@ -156,7 +173,7 @@ def carry_files(base, folder):
     if templates.is_dir():
         shutil.copytree(templates, folder / templates.name, dirs_exist_ok=True)
 
-    # ours come first, but for the ids of tokens, which may be null or missing in the base
+    # keys of config.json; ours come first, but for the ids of tokens, which the base may lack
     if not (base / "config.json").is_file():
         return
     before = read_object(base / "config.json")

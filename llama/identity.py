@@ -64,12 +64,16 @@ def describe(norm, embedding, qkv):
     digest = hashlib.sha256()
     sample = b""
     for w, count in ((norm, 64), (embedding[:64], 128), (qkv[:64], 128)):
-        w = w.detach().to("cpu", torch.bfloat16).flatten()
-        digest.update(w.view(torch.uint8).numpy().tobytes())
+        rounded = w.detach().to("cpu", torch.bfloat16).flatten()
+        digest.update(bytes_of(rounded))
         # so many numbers, evenly spaced
-        chosen = torch.arange(count) * len(w) // count
-        sample += w[chosen].view(torch.uint8).numpy().tobytes()
+        chosen = torch.arange(count) * len(rounded) // count
+        sample += bytes_of(rounded[chosen])
     return {"base_fingerprint": digest.hexdigest(), "base_sample": sample.hex()}
+
+
+def bytes_of(tensor):
+    return tensor.view(torch.uint8).numpy().tobytes()
 
 
 def is_same_base(one, other):
@@ -80,17 +84,23 @@ def is_same_base(one, other):
     without a sample, of an older adapter, has to be equal."""
     if one.get("base_fingerprint") == other["base_fingerprint"]:
         return True
-    samples = []
-    for identity in (one, other):
-        try:
-            stored = bytearray.fromhex(identity.get("base_sample", ""))
-        except (ValueError, TypeError):
-            return False
-        if len(stored) != 2 * NUMBERS:
-            return False
-        samples.append(torch.frombuffer(stored, dtype=torch.bfloat16).float())
-    a, b = samples
+    a = read_sample(one)
+    b = read_sample(other)
+    if a is None or b is None:
+        return False
+    # numbers smaller than fp16 has are no difference
     distance = (a - b).abs()
     is_close = distance <= b.abs() * BF16_STEP + FP16_STEP
-    differ = (distance > FP16_STEP).float().mean()
-    return bool(is_close.all()) and differ.item() <= 1 / 8
+    differing = (distance > FP16_STEP).sum().item()
+    return bool(is_close.all()) and differing <= NUMBERS / 8
+
+
+def read_sample(identity):
+    """The numbers of an identity's sample, fp32; None where it has none or a broken one."""
+    try:
+        stored = bytearray.fromhex(identity.get("base_sample", ""))
+    except (ValueError, TypeError):
+        return None
+    if len(stored) != 2 * NUMBERS:
+        return None
+    return torch.frombuffer(stored, dtype=torch.bfloat16).float()
