@@ -56,12 +56,18 @@ class LoRAProjection(nn.Module):
         self.sizes = sizes
         self.dropout = dropout
         self.kernel = "torch"  # see choose_kernel
-        self.rank = max(rank for rank, _ in sizes.values())
-        scales = {name: scale_of(rank, alpha, rslora) for name, (rank, alpha) in sizes.items()}
-        self.scale = max(scales.values(), key=abs)
-        self.factors = dict.fromkeys(sizes, 1.0)
-        if self.scale:
-            self.factors = {name: scale / self.scale for name, scale in scales.items()}
+
+        # one rank and one scale for all parts
+        ranks = []
+        scales = []
+        for rank, alpha in sizes.values():
+            ranks.append(rank)
+            scales.append(scale_of(rank, alpha, rslora))
+        self.rank = max(ranks)
+        self.scale = max(scales, key=abs)
+        self.factors = {}
+        for name, scale in zip(sizes, scales):
+            self.factors[name] = scale / self.scale if self.scale else 1.0
 
         # (start, end) of the adapted parts' rows in the weight
         spans = []
@@ -139,7 +145,9 @@ def apply_lora(model, rank, alpha, dropout=0.0, targets="all", rslora=False):
         raise ValueError("LoRA needs rank >= 1, alpha > 0 and 0 <= dropout <= 0.99, "
                          f"found {rank}, {alpha}, {dropout}")
     lora = dict(rank=rank, alpha=alpha, dropout=dropout, targets=names, rslora=rslora)
-    add_adapters(model, lora, [dict.fromkeys(names, (rank, alpha))] * len(model.layers))
+    # the same in each block
+    of_block = dict.fromkeys(names, (rank, alpha))
+    add_adapters(model, lora, [of_block] * len(model.layers))
     if model.device.type != "meta":
         init_adapters(model)
     return model
@@ -156,7 +164,10 @@ def add_adapters(model, lora, sizes):
     for block, of_block in zip(model.layers, sizes):
         for parent in (block.self_attn, block.mlp):
             for group, plain in list(parent.named_children()):
-                of_group = {name: of_block[name] for name in GROUPS[group] if name in of_block}
+                of_group = {}
+                for name in GROUPS[group]:
+                    if name in of_block:
+                        of_group[name] = of_block[name]
                 if of_group:
                     module = LoRAProjection(plain, of_group, lora["rslora"], lora["dropout"])
                     setattr(parent, group, module)
@@ -178,10 +189,13 @@ def merge_lora(model):
             continue
         # the rows of each adapted part
         with torch.no_grad():
-            for (start, end), (part, delta) in zip(module.spans, module.deltas().items()):
-                if not math.isfinite(delta.norm()):
+            deltas = module.deltas()
+            for part, (start, end) in zip(module.adapted, module.spans):
+                delta = deltas[part]
+                norm = delta.norm().item()
+                if not math.isfinite(norm):
                     raise ValueError(f"{path}: the adapter's change of {part} has the norm "
-                                     f"{delta.norm():.3g} in {delta.dtype}; expected a finite one")
+                                     f"{norm:.3g} in {delta.dtype}; expected a finite one")
                 merged = module.weight[start:end].to(delta.dtype) + delta
                 module.weight[start:end] = merged.to(module.weight.dtype)
         # a Projection around the weight that is there
@@ -212,15 +226,18 @@ def adapter_tensors(model):
             continue
         parent, _, _ = path.rpartition(".")
         A = module.lora_A
-        first = 0  # row of B
-        for i, (name, (start, end)) in enumerate(zip(module.adapted, module.spans)):
+        B = module.lora_B
+        first_of_A = 0
+        first_of_B = 0
+        for name, (start, end) in zip(module.adapted, module.spans):
             published = f"base_model.model.model.{parent}.{name}"
             rank, _ = module.sizes[name]
             factor = module.factors[name]
-            tensors[f"{published}.lora_A.weight"] = Place(A, i * module.rank, rank, A.shape[1], 1.0)
-            of_B = Place(module.lora_B, first, end - start, rank, factor)
-            tensors[f"{published}.lora_B.weight"] = of_B
-            first += end - start
+            rows = end - start
+            tensors[f"{published}.lora_A.weight"] = Place(A, first_of_A, rank, A.shape[1], 1.0)
+            tensors[f"{published}.lora_B.weight"] = Place(B, first_of_B, rows, rank, factor)
+            first_of_A += module.rank
+            first_of_B += rows
     return tensors
 
 
@@ -285,7 +302,9 @@ def apply_saved_lora(model, folder, trains=True):
                 rslora=config.rslora)
     add_adapters(model, lora, sizes)
     for path, module in model.named_modules():
-        if trains and isinstance(module, LoRAProjection) and set(module.factors.values()) != {1.0}:
+        if not trains or not isinstance(module, LoRAProjection):
+            continue
+        if set(module.factors.values()) != {1.0}:
             raise ValueError(f"{folder}: rank_pattern or alpha_pattern gives {path} the sizes "
                              f"{module.sizes}; to be trained here they need one alpha / rank: "
                              "train it with peft, or merge it")
@@ -302,8 +321,10 @@ def open_adapter_weights(folder, expected, base_identity):
         trained_on = file.metadata() or {}
         if "base_fingerprint" in trained_on and not is_same_base(trained_on, base_identity()):
             raise ValueError(f"{folder}: this adapter was trained on another base model")
-    adapters = {name: shape for name, shape in shapes.items() if name not in EMBEDDINGS}
-    problems = compare_names(expected, adapters)
+    # embeddings are compared by value, in check_embeddings
+    for name in EMBEDDINGS:
+        shapes.pop(name, None)
+    problems = compare_names(expected, shapes)
     if problems:
         raise ValueError(f"{folder}: adapter does not fit this model: {problems}")
     return where
@@ -342,8 +363,11 @@ def check_embeddings(model, folder, where):
             # as the dtypes of both round; fp16 on the way to bf16 may round to the other side
             theirs = stored[first:first + len(mine)]
             ours = mine.cpu().to(theirs.dtype).to(p.dtype)
-            step = BF16_STEP if theirs.dtype == torch.float16 and p.dtype == torch.bfloat16 else 0
-            is_same = torch.allclose(ours, theirs.to(p.dtype), rtol=step, atol=step * 2 ** -17)
+            step = 0.0
+            if theirs.dtype == torch.float16 and p.dtype == torch.bfloat16:
+                step = BF16_STEP
+            smallest = step * 2 ** -17
+            is_same = torch.allclose(ours, theirs.to(p.dtype), rtol=step, atol=smallest)
         if not is_same:
             raise ValueError(f"{folder}: {name} {stored.get_shape()} is not the base's: trained or "
                              f"resized embeddings are not supported; {MERGE}")
@@ -357,7 +381,9 @@ def lost_to_rounding(model, dtype):
     for module in model.modules():
         if not isinstance(module, LoRAProjection):
             continue
-        for (start, end), delta in zip(module.spans, module.deltas().values()):
+        deltas = module.deltas()
+        for name, (start, end) in zip(module.adapted, module.spans):
+            delta = deltas[name]
             # where adding the change in fp32 and in dtype differ
             exact = module.weight[start:end] + delta
             rounded = exact.to(dtype).to(exact.dtype)

@@ -141,7 +141,7 @@ def weight_files(folder, name):
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-            return sorted(set(weight_map.values()))
+            return sorted({str(file) for file in weight_map.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             message = f"{index}: cut short, or not an index with a weight_map ({e!r})"
             raise ValueError(message) from None

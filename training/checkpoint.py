@@ -68,12 +68,20 @@ def lock(out_dir):
 
 
 def start_log(path, last_step):
-    """Keep the lines of log.jsonl up to last_step: the steps after it will be done again."""
+    """Keep the lines of log.jsonl up to last_step: the steps after it will be done again.
+
+    Raises ValueError for a line that train.py did not write."""
     kept = []
     if path.exists():
-        for line in path.read_text().splitlines(True):
+        for number, line in enumerate(path.read_text().splitlines(True), 1):
             # a line that was cut short has no end
-            if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+            if not line.endswith("\n"):
+                continue
+            try:
+                is_kept = json.loads(line)["step"] <= last_step
+            except (ValueError, KeyError, TypeError) as e:
+                raise ValueError(f"{path}, line {number}: not written by train.py ({e!r})") from None
+            if is_kept:
                 kept.append(line)
     write_whole(path, "".join(kept))
 
