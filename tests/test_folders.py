@@ -5,17 +5,15 @@ import math
 import os
 import shutil
 import stat
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_here, run_stage
+from conftest import run_here
 from safetensors.torch import load_file, save_file
 from test_model import SHAPE, close, edit_config, edit_tensors, one_line, tiny, tokens_like
 from test_model import one_thread  # noqa: F401 (a fixture of the whole file)
 from test_train import setting  # noqa: F401
 from transformers import AutoConfig, GenerationConfig, LlamaForCausalLM
-from transformers import LlamaConfig as HFConfig
 
 from analysis.folders import open_model
 from llama.functions import rotary_frequencies
@@ -309,8 +307,10 @@ def check_carried(folder, base):
         assert (folder / name).read_bytes() == content
     assert (folder / "additional_chat_templates" / "rag.jinja").read_text() == "r"
     config, before = (AutoConfig.from_pretrained(path) for path in (folder, base))
-    for key in ("eos_token_id", "bos_token_id", "pad_token_id", "use_cache", "rope_theta", "rope_scaling", "vocab_size"):
+    for key in ("eos_token_id", "bos_token_id", "pad_token_id", "use_cache", "vocab_size"):
         assert getattr(config, key) == getattr(before, key), key
+    ours, its = (LlamaConfig.from_json(path) for path in (folder, base))
+    assert (ours.rope_theta, ours.rope_scaling) == (its.rope_theta, its.rope_scaling)
     assert config.eos_token_id == [2, 7] and config.bos_token_id is None and config.pad_token_id == 60
     assert config.dtype == torch.float32
     assert GenerationConfig.from_pretrained(folder).eos_token_id == [2, 7]
