@@ -9,6 +9,8 @@ import stat
 import pytest
 import torch
 from conftest import run_here
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_model import SHAPE, close, edit_config, edit_tensors, one_line, tiny, tokens_like
 from test_model import one_thread  # noqa: F401 (a fixture of the whole file)
@@ -64,6 +66,29 @@ def test_a_base_that_is_not_finite_is_refused_by_tensor_name(base, name, value):
         with pytest.raises(ValueError) as error:
             Llama.from_pretrained(base, dtype)
         one_line(error, str(base), name, "NaN or infinity")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(which=st.integers(0, 20), entry=st.integers(0, 10 ** 6), stored=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+       loaded=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+       value=st.one_of(st.sampled_from([math.nan, math.inf, -math.inf, 3e38, -3e38, 65504.0, 65520.0, 1e-45, -0.0]),
+                       st.floats(width=32)))
+def test_a_base_loads_if_all_entries_are_finite_and_only_then(tmp_path_factory, which, entry, stored, loaded, value):
+    folder = tmp_path_factory.mktemp("base")
+    tiny().save_pretrained(folder, stored, shard_bytes=10 ** 9 if entry % 2 else 12000)
+    files = sorted(folder.glob("*.safetensors"))
+    file = files[which % len(files)]
+    tensors = load_file(file)
+    name = sorted(tensors)[which % len(tensors)]
+    tensor = tensors[name]
+    tensor.view(-1)[entry % tensor.numel()] = value
+    save_file(tensors, file, {"format": "pt"})
+    if tensor.to(loaded).isfinite().all():
+        Llama.from_pretrained(folder, loaded)
+        return
+    with pytest.raises(ValueError) as error:
+        Llama.from_pretrained(folder, loaded)
+    one_line(error, str(folder), name, "NaN or infinity")
 
 
 def test_a_base_that_overflows_in_the_dtype_asked_for_is_refused(base):
@@ -192,6 +217,33 @@ def test_a_single_file_is_read_before_an_index_as_in_transformers(tmp_path, caps
     # and the tensors of spectrum.py are the same file's
     files = open_model(tmp_path / "old", model.config).files
     assert torch.equal(files["model.norm.weight"].get_tensor("model.norm.weight"), new.norm.weight)
+
+
+LEFT = [(single, index, shards) for single in (False, True) for index in (False, True) for shards in range(8)]
+
+
+@pytest.mark.parametrize("single, index, shards", LEFT)
+def test_whatever_is_left_of_two_saves_is_read_as_transformers_reads_it(tmp_path, single, index, shards):
+    """Of a newer single file, an older index and three older shards, all that may be there."""
+    total = sum(p.nbytes for p in tiny().parameters())
+    tiny(seed=0).save_pretrained(tmp_path, shard_bytes=total * 2 // 5)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 3
+    for number, file in enumerate(files):
+        if not shards & 1 << number:
+            file.unlink()
+    if not index:
+        (tmp_path / "model.safetensors.index.json").unlink()
+    if single:
+        tiny(seed=1).save_pretrained(tmp_path / "new")
+        shutil.copyfile(tmp_path / "new" / "model.safetensors", tmp_path / "model.safetensors")
+    try:
+        want = transformers_norm(tmp_path)
+    except Exception:  # 4.57 and 5.24 raise different ones
+        with pytest.raises(FileNotFoundError):
+            Llama.from_pretrained(tmp_path)
+        return
+    assert torch.equal(Llama.from_pretrained(tmp_path).norm.weight, want)
 
 
 def test_shards_without_a_single_file_are_read_by_their_index_without_a_note(tmp_path, capsys):
