@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from llama.adapter_config import (AdapterConfig, full_name, is_adapter,
+from llama.adapter_config import (AdapterConfig, is_adapter, module_path,
                                   read_adapter_config)
 from llama.identity import identity_of_files
 from llama.weights import PROJECTIONS, check_finite, compare_names, open_weights
@@ -31,7 +31,7 @@ class Checkpoint(NamedTuple):
 
     def has(self, layer, module):
         """Whether the folder holds this projection, or an adapter for it."""
-        path = full_name(layer, module)
+        path = module_path(layer, module)
         return f"{path}.weight" in self.files or adapter_name(path, "A") in self.files
 
     def read(self, name, device):
@@ -42,11 +42,11 @@ class Checkpoint(NamedTuple):
 
     def read_weight(self, layer, module, device):
         """A projection of a model, [out, in], in the dtype of the file."""
-        return self.read(f"{full_name(layer, module)}.weight", device)
+        return self.read(f"{module_path(layer, module)}.weight", device)
 
     def read_adapter(self, layer, module, device):
         """A [rank, in] and B [out, rank] of an adapter, fp64, and the scale of B A."""
-        path = full_name(layer, module)
+        path = module_path(layer, module)
         A = self.read(adapter_name(path, "A"), device).double()
         B = self.read(adapter_name(path, "B"), device).double()
         return A, B, self.config.scale_of(layer, module)
@@ -74,7 +74,7 @@ def open_model(folder, config):
     expected = {}
     for layer in range(config.num_hidden_layers):
         for module, shape in config.projection_shapes.items():
-            expected[f"{full_name(layer, module)}.weight"] = shape
+            expected[f"{module_path(layer, module)}.weight"] = shape
     # what the folder holds of them
     found = {}
     for name, shape in shapes.items():
@@ -99,7 +99,7 @@ def open_adapter(folder, config, base):
         for module, (rows, columns) in config.projection_shapes.items():
             if adapter.adapts(layer, module):
                 rank, _ = adapter.size_of(layer, module)
-                path = full_name(layer, module)
+                path = module_path(layer, module)
                 expected[adapter_name(path, "A")] = (rank, columns)
                 expected[adapter_name(path, "B")] = (rows, rank)
     files = open_adapter_weights(folder, expected, lambda: identity_of_files(base.files))

@@ -54,7 +54,7 @@ class AdapterConfig(NamedTuple):
 
     def adapts(self, layer, name):
         """Whether a projection has an adapter."""
-        return self.matches(full_name(layer, name))
+        return self.matches(module_path(layer, name))
 
     def matches(self, path):
         """Whether a module of this name has an adapter, by peft's rules."""
@@ -73,7 +73,7 @@ class AdapterConfig(NamedTuple):
 
     def size_of(self, layer, name):
         """(rank, alpha) of a projection's adapter."""
-        path = full_name(layer, name)
+        path = module_path(layer, name)
         rank = first_match(self.rank_pattern, path, self.rank)
         alpha = first_match(self.alpha_pattern, path, self.alpha)
         return rank, alpha
@@ -84,7 +84,7 @@ class AdapterConfig(NamedTuple):
         return scale_of(rank, alpha, self.rslora)
 
 
-def full_name(layer, name):
+def module_path(layer, name):
     """Published name of a projection, such as model.layers.0.self_attn.q_proj."""
     part = "self_attn" if name in PROJECTIONS[:4] else "mlp"
     return f"model.layers.{layer}.{part}.{name}"
@@ -181,7 +181,7 @@ def check_types(path, config):
                          "of blocks")
     # regexes: each is compiled
     try:
-        config.matches(full_name(0, "q_proj"))
+        config.matches(module_path(0, "q_proj"))
         config.size_of(0, "q_proj")
         for pattern in (*config.rank_pattern, *config.alpha_pattern, *config.layers_pattern):
             re.compile(pattern)

@@ -15,7 +15,7 @@ from test_model import one_thread  # noqa: F401 (a fixture of the whole file)
 from test_train import setting  # noqa: F401
 from transformers import LlamaForCausalLM
 
-from llama.adapter_config import full_name, read_adapter_config
+from llama.adapter_config import module_path, read_adapter_config
 from llama.weights import PROJECTIONS
 from lora import load_adapter, merge_folders, merge_lora, save_adapter
 from model import Llama
@@ -96,7 +96,7 @@ def test_every_module_has_pefts_rank_and_scale(tmp_path_factory, theirs, targets
     ours = read_adapter_config(folder)
     for layer in range(2):
         for name in PROJECTIONS:
-            module = model and model.base_model.model.get_submodule(full_name(layer, name))
+            module = model and model.base_model.model.get_submodule(module_path(layer, name))
             has = hasattr(module, "lora_A")
             assert ours.adapts(layer, name) == has
             if has:
