@@ -80,7 +80,8 @@ def start_log(path, last_step):
             try:
                 is_kept = json.loads(line)["step"] <= last_step
             except (ValueError, KeyError, TypeError) as e:
-                raise ValueError(f"{path}, line {number}: not written by train.py ({e!r})") from None
+                message = f"{path}, line {number}: not written by train.py ({e!r})"
+                raise ValueError(message) from None
             if is_kept:
                 kept.append(line)
     write_whole(path, "".join(kept))
