@@ -8,23 +8,26 @@
 
 Projections that read the same input are one matrix W (GROUPS in llama/weights.py); their adapters
 act on row slices of it, so x is read once. A and B are fp32 and are rounded to x's dtype where they
-are used. The product, its backward pass and what that keeps are in llama/lora_matmul.py.
+are used. The product, its backward pass and what that keeps are in llama/lora_matmul.py; which
+projections an adapter folder is for, and of which rank, in llama/adapter_config.py.
 """
-import hashlib
 import json
-import re
+import math
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import nn
 
+from llama.adapter_config import MERGE, adapter_json, read_adapter_config, scale_of
+from llama.folder import carry_files
+from llama.identity import BF16_STEP, identity_of, is_same_base
 from llama.lora_matmul import adapter_parts, lora_matmul
-from llama.weights import GROUPS, PROJECTIONS, compare_names, fill, full_tensor, open_weights
+from llama.weights import (GROUPS, PROJECTIONS, check_finite, compare_names, fill, full_tensor,
+                           local_part, open_weights, write_safetensors)
 from model import Llama, Projection
-from runtime import read_object
 
 # ----------------------------------------------------------------------------- knobs of the script
 base = ""           # model folder the adapter was trained on
@@ -33,23 +36,38 @@ out = ""            # folder to write the merged model to
 dtype = "float32"   # of the merged weights; bf16 rounds small updates away, their share is printed
 _choices = {"dtype": ("float32", "bfloat16", "float16")}
 
-COPIED = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "generation_config.json")
+# what peft saves along with some adapters, as it is in the base unless it was trained
+EMBEDDINGS = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
 TARGETS = {"all": PROJECTIONS, "attention": PROJECTIONS[:4], "mlp": PROJECTIONS[4:]}
 
 
 # ----------------------------------------------------------------------------- the module
 class LoRAProjection(nn.Module):
-    """A Projection with adapters on some of its parts, whose A and B are stacked."""
+    """A Projection with adapters on some of its parts, whose A and B are stacked.
 
-    def __init__(self, projection, adapted, rank, scale, dropout):
+    sizes: {part: (rank, alpha)} of those parts. Smaller ranks than the largest are filled up with
+    zeros, which stay zeros in training; other scales than the largest are factors in B."""
+
+    def __init__(self, projection, sizes, rslora, dropout):
         super().__init__()
         self.parts = projection.parts
         self.weight = projection.weight
-        self.adapted = adapted  # names of the parts with an adapter
-        self.rank = rank
-        self.scale = scale
+        self.adapted = list(sizes)
+        self.sizes = sizes
         self.dropout = dropout
         self.kernel = "torch"  # see choose_kernel
+
+        # one rank and one scale for all parts
+        ranks = []
+        scales = []
+        for rank, alpha in sizes.values():
+            ranks.append(rank)
+            scales.append(scale_of(rank, alpha, rslora))
+        self.rank = max(ranks)
+        self.scale = max(scales, key=abs)
+        self.factors = {}
+        for name, scale in zip(sizes, scales):
+            self.factors[name] = scale / self.scale if self.scale else 1.0
 
         # (start, end) of the adapted parts' rows in the weight
         spans = []
@@ -57,7 +75,7 @@ class LoRAProjection(nn.Module):
         for name, rows in self.parts.items():
             start = end
             end += rows
-            if name in adapted:
+            if name in sizes:
                 spans.append((start, end))
         self.spans = tuple(spans)
 
@@ -66,8 +84,8 @@ class LoRAProjection(nn.Module):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         columns = self.weight.shape[1]
         rows = sum(end - start for start, end in spans)
-        A = torch.empty(len(adapted) * rank, columns, device=device, dtype=dtype)
-        B = torch.empty(rows, rank, device=device, dtype=dtype)
+        A = torch.empty(len(sizes) * self.rank, columns, device=device, dtype=dtype)
+        B = torch.empty(rows, self.rank, device=device, dtype=dtype)
         self.lora_A = nn.Parameter(A)
         self.lora_B = nn.Parameter(B)
 
@@ -122,37 +140,38 @@ def apply_lora(model, rank, alpha, dropout=0.0, targets="all", rslora=False):
 
     The scale is alpha / rank, or alpha / sqrt(rank) with rslora. On a model on meta, init_adapters
     must follow once it has memory. Raises ValueError for impossible values."""
-    add_adapters(model, rank, alpha, dropout, resolve_targets(targets), rslora)
+    names = resolve_targets(targets)
+    if rank < 1 or not alpha > 0 or not 0 <= dropout <= 0.99:
+        raise ValueError("LoRA needs rank >= 1, alpha > 0 and 0 <= dropout <= 0.99, "
+                         f"found {rank}, {alpha}, {dropout}")
+    lora = dict(rank=rank, alpha=alpha, dropout=dropout, targets=names, rslora=rslora)
+    # the same in each block
+    of_block = dict.fromkeys(names, (rank, alpha))
+    add_adapters(model, lora, [of_block] * len(model.layers))
     if model.device.type != "meta":
         init_adapters(model)
     return model
 
 
-def add_adapters(model, rank, alpha, dropout, names, rslora, chosen=None):
+def add_adapters(model, lora, sizes):
     """apply_lora without values: A and B are yet to be filled, and no random number is drawn.
 
-    chosen(layer, name) may leave out some of the targets (adapters on a part of the blocks)."""
-    if rank < 1 or not alpha > 0 or not 0 <= dropout <= 0.99:
-        raise ValueError("LoRA needs rank >= 1, alpha > 0 and 0 <= dropout <= 0.99, "
-                         f"found {rank}, {alpha}, {dropout}")
+    lora: what model.lora shall be; sizes: for each block {projection: (rank, alpha)}."""
     if any(isinstance(module, LoRAProjection) for module in model.modules()):
         raise ValueError("the model already has adapters")
-
     # only A and B are trained
     model.requires_grad_(False)
-    scale = alpha / rank
-    if rslora:
-        scale = alpha / rank ** 0.5
-    for layer, block in enumerate(model.layers):
+    for block, of_block in zip(model.layers, sizes):
         for parent in (block.self_attn, block.mlp):
             for group, plain in list(parent.named_children()):
-                adapted = [name for name in GROUPS[group] if name in names]
-                if chosen is not None:
-                    adapted = [name for name in adapted if chosen(layer, name)]
-                if adapted:
-                    module = LoRAProjection(plain, adapted, rank, scale, dropout)
+                of_group = {}
+                for name in GROUPS[group]:
+                    if name in of_block:
+                        of_group[name] = of_block[name]
+                if of_group:
+                    module = LoRAProjection(plain, of_group, lora["rslora"], lora["dropout"])
                     setattr(parent, group, module)
-    model.lora = dict(rank=rank, alpha=alpha, dropout=dropout, targets=names, rslora=rslora)
+    model.lora = lora
     return model
 
 
@@ -170,7 +189,13 @@ def merge_lora(model):
             continue
         # the rows of each adapted part
         with torch.no_grad():
-            for (start, end), delta in zip(module.spans, module.deltas().values()):
+            deltas = module.deltas()
+            for part, (start, end) in zip(module.adapted, module.spans):
+                delta = deltas[part]
+                norm = delta.norm().item()
+                if not math.isfinite(norm):
+                    raise ValueError(f"{path}: the adapter's change of {part} has the norm "
+                                     f"{norm:.3g} in {delta.dtype}; expected a finite one")
                 merged = module.weight[start:end].to(delta.dtype) + delta
                 module.weight[start:end] = merged.to(module.weight.dtype)
         # a Projection around the weight that is there
@@ -183,41 +208,36 @@ def merge_lora(model):
     return model
 
 
-# ----------------------------------------------------------------------------- which base
-def known_by(model):
-    """The parameters that a base is known by."""
-    return model.norm.weight, model.embed_tokens.weight, model.layers[0].self_attn.qkv_proj.weight
-
-
-def fingerprint(model, get=full_tensor):
-    """Tells bases apart, loaded in bf16 or better; under FSDP all ranks must call it."""
-    norm, embedding, qkv = known_by(model)
-    return fingerprint_of(get(norm), get(embedding), get(qkv))
-
-
-def fingerprint_of(norm, embedding, qkv):
-    """sha256 of the last norm, 64 rows of the embedding and 64 of the first qkv_proj, in bf16."""
-    digest = hashlib.sha256()
-    for w in (norm, embedding[:64], qkv[:64]):
-        w = w.detach().to("cpu", torch.bfloat16).contiguous()
-        digest.update(w.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 # ----------------------------------------------------------------------------- PEFT folders: out
+class Place(NamedTuple):
+    """Where a tensor of a PEFT folder is here: some rows of a parameter, its first columns."""
+    parameter: nn.Parameter
+    first: int     # row
+    rows: int
+    columns: int
+    factor: float  # what is here is this times what is in the file
+
+
 def adapter_tensors(model):
-    """PEFT tensor name -> (the parameter of ours that holds it, its first row there, its rows)."""
+    """PEFT tensor name -> its Place."""
     tensors = {}
     for path, module in model.named_modules():
         if not isinstance(module, LoRAProjection):
             continue
         parent, _, _ = path.rpartition(".")
-        first = 0  # row of B
-        for i, (name, (start, end)) in enumerate(zip(module.adapted, module.spans)):
+        A = module.lora_A
+        B = module.lora_B
+        first_of_A = 0
+        first_of_B = 0
+        for name, (start, end) in zip(module.adapted, module.spans):
             published = f"base_model.model.model.{parent}.{name}"
-            tensors[f"{published}.lora_A.weight"] = module.lora_A, i * module.rank, module.rank
-            tensors[f"{published}.lora_B.weight"] = module.lora_B, first, end - start
-            first += end - start
+            rank, _ = module.sizes[name]
+            factor = module.factors[name]
+            rows = end - start
+            tensors[f"{published}.lora_A.weight"] = Place(A, first_of_A, rank, A.shape[1], 1.0)
+            tensors[f"{published}.lora_B.weight"] = Place(B, first_of_B, rows, rank, factor)
+            first_of_A += module.rank
+            first_of_B += rows
     return tensors
 
 
@@ -228,143 +248,82 @@ def save_adapter(model, folder, base_name="", get=full_tensor):
     ranks must call it: all gather, rank 0 writes."""
     places = adapter_tensors(model)
     tensors = {}
-    for name, (p, first, rows) in places.items():
-        tensors[name] = get(p)[first:first + rows].to("cpu", copy=True)
-    metadata = {"format": "pt", "base_fingerprint": fingerprint(model, get)}
+    for name, (p, first, rows, columns, factor) in places.items():
+        if not factor:
+            raise ValueError(f"{name}: alpha 0 beside another alpha is merged, but not saved again")
+        part = get(p)[first:first + rows, :columns] / factor
+        tensors[name] = part.to("cpu").contiguous()
+    metadata = {"format": "pt", **identity_of(model, get)}
     if dist.is_initialized() and dist.get_rank() != 0:
         return
 
-    config = peft_config(model, places, base_name)
+    # the settings: of each module its rank and alpha
+    sizes = {}
+    for path, module in model.named_modules():
+        if isinstance(module, LoRAProjection):
+            parent, _, _ = path.rpartition(".")
+            for name, size in module.sizes.items():
+                sizes[f"model.{parent}.{name}"] = size
+    config = adapter_json(model.lora, sizes, len(model.layers), base_name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
-    save_file(tensors, folder / "adapter_model.safetensors", metadata)
-
-
-def peft_config(model, places, base_name):
-    """The dict that peft reads as its LoraConfig; places: the adapters' tensors, by name."""
-    lora = model.lora
-    # the targets' names, or one by one the modules if some blocks have no adapters
-    paths = []
-    for name in places:
-        if name.endswith(".lora_A.weight"):
-            path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            paths.append(path)
-    targets = paths
-    if len(paths) == len(lora["targets"]) * len(model.layers):
-        targets = list(lora["targets"])
-    return {"peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base_name,
-            "r": lora["rank"],
-            "lora_alpha": lora["alpha"],
-            "lora_dropout": lora["dropout"],
-            "target_modules": targets,
-            "use_rslora": lora["rslora"],
-            "use_dora": False,
-            "bias": "none",
-            "fan_in_fan_out": False,
-            "inference_mode": True,
-            "init_lora_weights": True,
-            "modules_to_save": None,
-            "layers_to_transform": None,
-            "rank_pattern": {},
-            "alpha_pattern": {}}
+    write_safetensors(tensors, folder / "adapter_model.safetensors", metadata)
 
 
 # ----------------------------------------------------------------------------- PEFT folders: in
-def is_adapter(folder):
-    """Whether a folder is a PEFT adapter's."""
-    return (Path(folder) / "adapter_config.json").is_file()
-
-
-# key of adapter_config.json -> the values that this LoRA computes; messages name the last one
-SUPPORTED = {"peft_type": ("LORA",),
-             "use_dora": (None, False),
-             "fan_in_fan_out": (None, False),
-             "bias": (None, "none"),
-             "modules_to_save": (None, []),
-             "rank_pattern": (None, {}),
-             "alpha_pattern": (None, {}),
-             "layer_replication": (None, []),
-             "exclude_modules": (None, []),
-             "alora_invocation_tokens": (None, []),
-             # the other inits (pissa, olora, loftq ...) change the base's weights as well
-             "init_lora_weights": (None, False, "gaussian", "eva", "orthogonal", True)}
-
-
-def read_adapter_config(folder):
-    """(rank, alpha, dropout, rslora, chosen) of a PEFT folder; chosen(layer, projection) -> bool.
-
-    Raises FileNotFoundError, or ValueError for what this LoRA does not compute."""
-    path = Path(folder) / "adapter_config.json"
-    config = read_object(path, "an adapter folder holds it and adapter_model.safetensors")
-    for key, allowed in SUPPORTED.items():
-        found = config.get(key)
-        if found not in allowed:
-            raise ValueError(f"{path}: {key} is {found!r}; only {allowed[-1]!r} is supported")
-    missing = [key for key in ("r", "lora_alpha", "target_modules") if not config.get(key)]
-    if missing:
-        raise ValueError(f"{path}: missing {', '.join(missing)}")
-
-    # the projections that have an adapter, and the blocks: None is all of them
-    wanted = config["target_modules"]
-    if isinstance(wanted, list):
-        unknown = [name for name in wanted if name.split(".")[-1] not in PROJECTIONS]
-        if unknown:
-            raise ValueError(f"{path}: target_modules {', '.join(unknown)} unsupported; "
-                             f"adapters go on {', '.join(PROJECTIONS)}")
-    layers = config.get("layers_to_transform")
-    if isinstance(layers, int):
-        layers = [layers]
-
-    def chosen(layer, name):
-        if layers is not None and layer not in layers:
-            return False
-        parent = "self_attn" if name in TARGETS["attention"] else "mlp"
-        full = f"model.layers.{layer}.{parent}.{name}"
-        if isinstance(wanted, str):  # PEFT: a regex over the whole name, or one special word
-            return wanted == "all-linear" or re.fullmatch(wanted, full) is not None
-        return any(full == name or full.endswith(f".{name}") for name in wanted)
-
-    dropout = config.get("lora_dropout", 0.0)
-    rslora = config.get("use_rslora", False)
-    return config["r"], config["lora_alpha"], dropout, rslora, chosen
-
-
 def load_adapter(model, folder):
     """Put the adapters of a PEFT folder on a plain model, in place; returns the model.
 
     Raises FileNotFoundError, or ValueError as apply_saved_lora and load_adapter_weights do."""
-    return load_adapter_weights(apply_saved_lora(model, folder), folder)
+    return load_adapter_weights(apply_saved_lora(model, folder, trains=False), folder)
 
 
-def apply_saved_lora(model, folder):
+def apply_saved_lora(model, folder, trains=True):
     """Adapters with the settings of a PEFT folder, without its weights; returns the model.
 
-    Raises ValueError when the settings are not supported or fit nothing."""
-    rank, alpha, dropout, rslora, chosen = read_adapter_config(folder)
-    # the projections that have an adapter in some block
-    names = []
-    for name in PROJECTIONS:
-        if any(chosen(layer, name) for layer in range(len(model.layers))):
-            names.append(name)
-    if not names:
+    Raises ValueError when the settings are not supported or fit nothing, or if it `trains` and
+    projections of one group have other scales: training would move their B by other steps."""
+    config = read_adapter_config(folder)
+    sizes = []
+    found = set()
+    for layer in range(len(model.layers)):
+        of_block = {}
+        for name in PROJECTIONS:
+            if config.adapts(layer, name):
+                of_block[name] = config.size_of(layer, name)
+        sizes.append(of_block)
+        found.update(of_block)
+    if not found:
         raise ValueError(f"{folder}: target_modules of adapter_config.json match no projection "
                          "of this model")
-    return add_adapters(model, rank, alpha, dropout, tuple(names), rslora, chosen)
+    names = tuple(name for name in PROJECTIONS if name in found)
+    lora = dict(rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=names,
+                rslora=config.rslora)
+    add_adapters(model, lora, sizes)
+    for path, module in model.named_modules():
+        if not trains or not isinstance(module, LoRAProjection):
+            continue
+        if set(module.factors.values()) != {1.0}:
+            raise ValueError(f"{folder}: rank_pattern or alpha_pattern gives {path} the sizes "
+                             f"{module.sizes}; to be trained here they need one alpha / rank: "
+                             "train it with peft, or merge it")
+    return model
 
 
-def open_adapter_weights(folder, expected, base_fingerprint):
-    """{name: open file} of a PEFT folder; expected {name: shape}, base_fingerprint() of the base.
+def open_adapter_weights(folder, expected, base_identity):
+    """{name: open file} of a PEFT folder; expected {name: shape}, base_identity() of the base.
 
     Raises ValueError when a tensor is missing, unexpected or misshaped, or was trained on another
-    base. An adapter of peft's names no base; then base_fingerprint is not called."""
+    base. An adapter of peft's names no base; then base_identity is not called."""
     shapes, where = open_weights(folder, "adapter_model.safetensors")
     for file in list(where.values())[:1]:  # one file holds them all
-        trained_on = (file.metadata() or {}).get("base_fingerprint")
-        if trained_on and trained_on != base_fingerprint():
+        trained_on = file.metadata() or {}
+        if "base_fingerprint" in trained_on and not is_same_base(trained_on, base_identity()):
             raise ValueError(f"{folder}: this adapter was trained on another base model")
+    # embeddings are compared by value, in check_embeddings
+    for name in EMBEDDINGS:
+        shapes.pop(name, None)
     problems = compare_names(expected, shapes)
     if problems:
         raise ValueError(f"{folder}: adapter does not fit this model: {problems}")
@@ -375,15 +334,43 @@ def open_adapter_weights(folder, expected, base_fingerprint):
 def load_adapter_weights(model, folder):
     """Fill a model's adapters from a PEFT folder; raises as open_adapter_weights."""
     places = adapter_tensors(model)
-    expected = {name: (rows, p.shape[1]) for name, (p, _, rows) in places.items()}
-    where = open_adapter_weights(Path(folder), expected, lambda: fingerprint(model))
-    # a parameter is filled at once, from its adapters' tensors in row order
-    parts_of = {}
-    for name, (p, _, _) in places.items():
-        parts_of.setdefault(p, []).append(where[name].get_tensor(name))
-    for p, parts in parts_of.items():
-        fill(p, torch.cat(parts))
+    expected = {name: (place.rows, place.columns) for name, place in places.items()}
+    where = open_adapter_weights(Path(folder), expected, lambda: identity_of(model))
+    check_embeddings(model, folder, where)
+    # a parameter is filled at once, from its adapters' tensors
+    values = {}
+    for name, (p, first, rows, columns, factor) in places.items():
+        tensor = where[name].get_tensor(name)
+        check_finite(tensor, folder, name)
+        if p not in values:
+            values[p] = torch.zeros(p.shape, dtype=p.dtype)
+        values[p][first:first + rows, :columns] = tensor.to(p.dtype) * factor
+    for p, value in values.items():
+        fill(p, value)
     return model
+
+
+def check_embeddings(model, folder, where):
+    """Raise ValueError unless embeddings that peft saved along with an adapter are the base's."""
+    for name in EMBEDDINGS:
+        if name not in where:
+            continue
+        p = model.head_weight if "lm_head" in name else model.embed_tokens.weight
+        stored = where[name].get_slice(name)
+        is_same = tuple(stored.get_shape()) == tuple(p.shape)
+        mine, first = local_part(p)
+        if is_same and len(mine):
+            # as the dtypes of both round; fp16 on the way to bf16 may round to the other side
+            theirs = stored[first:first + len(mine)]
+            ours = mine.cpu().to(theirs.dtype).to(p.dtype)
+            step = 0.0
+            if theirs.dtype == torch.float16 and p.dtype == torch.bfloat16:
+                step = BF16_STEP
+            smallest = step * 2 ** -17
+            is_same = torch.allclose(ours, theirs.to(p.dtype), rtol=step, atol=smallest)
+        if not is_same:
+            raise ValueError(f"{folder}: {name} {stored.get_shape()} is not the base's: trained or "
+                             f"resized embeddings are not supported; {MERGE}")
 
 
 # ----------------------------------------------------------------------------- the script
@@ -394,7 +381,9 @@ def lost_to_rounding(model, dtype):
     for module in model.modules():
         if not isinstance(module, LoRAProjection):
             continue
-        for (start, end), delta in zip(module.spans, module.deltas().values()):
+        deltas = module.deltas()
+        for name, (start, end) in zip(module.adapted, module.spans):
+            delta = deltas[name]
             # where adding the change in fp32 and in dtype differ
             exact = module.weight[start:end] + delta
             rounded = exact.to(dtype).to(exact.dtype)
@@ -426,22 +415,26 @@ def merge_folders(base, adapter, out, dtype):
 
     # written under another name, and read again
     partial = Path(f"{out}.tmp")
-    model.save_pretrained(partial, dtype)
-    again, _ = Llama.from_pretrained(partial)(tokens)
+    try:
+        model.save_pretrained(partial, dtype)
+        again, _ = Llama.from_pretrained(partial)(tokens)
+    except ValueError:  # beyond what dtype holds
+        shutil.rmtree(partial)
+        raise
     written = (again - want).abs().max().item()
 
     # the bound on fp32 is on arithmetic; 16-bit weights are off by their rounding as well
+    # NaN agrees with nothing; and a row of zeros has lost its token to an overflow on the way
     bound = 1e-4 if dtype == torch.float32 else 0.1
-    if in_fp32 > 1e-4 * largest or written > bound * largest:
+    agrees = in_fp32 <= 1e-4 * largest and written <= bound * largest
+    if not agrees or not want.any(-1).all():
         shutil.rmtree(partial)
         raise ValueError(f"merged and unmerged logits differ by {written:.3g} (largest logit "
                          f"{largest:.3g}, {in_fp32:.3g} before rounding to {dtype}): "
                          "nothing was written")
 
     # the tokenizer, and only then the name that readers look for
-    for file in COPIED:
-        if (Path(base) / file).is_file():
-            shutil.copyfile(Path(base) / file, partial / file)
+    carry_files(base, partial)
     partial.rename(out)
     return written, largest, lost
 

@@ -30,7 +30,8 @@ from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
 from llama.attention import causal_attention, document_attention, document_positions
 from llama.functions import ChunkedCrossEntropy, RMSNorm, Rotary, SwiGLU, rotary_frequencies
 from llama.generate import generate, generate_each, generate_tokens
-from llama.weights import GROUPS, fill, full_tensor, load_weights, read_config, save_pretrained
+from llama.folder import read_config
+from llama.weights import GROUPS, fill, full_tensor, load_weights, save_pretrained
 
 IGNORE = -100  # a target with this value is not predicted
 
@@ -60,7 +61,7 @@ class LlamaConfig:
 
     @classmethod
     def from_json(cls, folder):
-        """Of FOLDER/config.json; raises as llama.weights.read_config."""
+        """Of FOLDER/config.json; raises as llama.folder.read_config."""
         return cls(**read_config(folder, cls.__dataclass_fields__))
 
     @property
@@ -338,7 +339,8 @@ class Llama(nn.Module):
         with torch.device("meta"):
             model = cls(config).to(dtype)
         model.compute_dtype = dtype
-        return model.to_empty(device=device).load_weights(folder)
+        load_weights(model, folder, device)
+        return model
 
     def load_weights(self, folder):
         """Fill the weights in place; errors as in llama.weights.load_weights."""

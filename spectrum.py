@@ -128,10 +128,10 @@ def analyse(before, checkpoints, layer, module, device, fractions, subspaces, me
             of_D = singular_values(D, *how)
             rounding = rounding_share(stored, D)
         else:
-            A, B = checkpoint.read_adapter(layer, module, device)
-            D = checkpoint.scale * (B @ A)
+            A, B, scale = checkpoint.read_adapter(layer, module, device)
+            D = scale * (B @ A)
             W = W0 + D
-            values = lora_singular_values(A, B, checkpoint.scale)
+            values = lora_singular_values(A, B, scale)
             error = max(shape) * UNIT * values[0].item()
             of_D = values, error, "lora"
             rounding = 0.0
@@ -143,7 +143,8 @@ def analyse(before, checkpoints, layer, module, device, fractions, subspaces, me
             record.update(compare_directions(leading, W, of_W[0], D, sizes))
         records.append({**place, "checkpoint": i, "matrix": "W", **record})
         # the change beside them
-        record = describe(*of_D, shape, fractions, checkpoint.rank)
+        lora_rank = None if checkpoint.rank is None else len(A)
+        record = describe(*of_D, shape, fractions, lora_rank)
         record["rounding_share"] = rounding
         records.append({**place, "checkpoint": i, "matrix": "D", **record})
     return records
@@ -257,7 +258,7 @@ if __name__ == "__main__":
         before = open_model(base, shape)
         checkpoints = []
         for folder in folders:
-            checkpoints.append(open_checkpoint(folder, shape, before.identity))
+            checkpoints.append(open_checkpoint(folder, shape, before))
 
         # what the numbers depend on: a file made with something else is not continued
         identities = [[checkpoint.folder.name, checkpoint.identity] for checkpoint in checkpoints]

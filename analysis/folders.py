@@ -7,14 +7,17 @@
         base_model.model.PATH.lora_B.weight [out, rank]
 """
 import hashlib
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from llama.weights import compare_names, open_weights, PROJECTIONS
-from lora import fingerprint_of, is_adapter, open_adapter_weights, read_adapter_config
+from llama.adapter_config import (AdapterConfig, is_adapter, module_path,
+                                  read_adapter_config)
+from llama.identity import identity_of_files
+from llama.weights import PROJECTIONS, check_finite, compare_names, open_weights
+from lora import open_adapter_weights
+from runtime import read_object
 from training.checkpoint import checkpoints, read_state
 
 
@@ -24,7 +27,7 @@ class Checkpoint(NamedTuple):
     files: dict          # tensor name -> open file that holds it
     identity: str        # tells its weights from others
     rank: int = None     # of an adapter; None for a model
-    scale: float = 1.0   # of an adapter: alpha / rank
+    config: AdapterConfig = None  # the same
 
     def has(self, layer, module):
         """Whether the folder holds this projection, or an adapter for it."""
@@ -34,8 +37,7 @@ class Checkpoint(NamedTuple):
     def read(self, name, device):
         """A tensor; raises ValueError where it holds NaN or infinity."""
         tensor = self.files[name].get_tensor(name).to(device)
-        if not tensor.isfinite().all():
-            raise ValueError(f"{self.folder}: {name} holds NaN or infinity")
+        check_finite(tensor, self.folder, name)
         return tensor
 
     def read_weight(self, layer, module, device):
@@ -43,17 +45,11 @@ class Checkpoint(NamedTuple):
         return self.read(f"{module_path(layer, module)}.weight", device)
 
     def read_adapter(self, layer, module, device):
-        """A [rank, in] and B [out, rank] of an adapter, fp64."""
+        """A [rank, in] and B [out, rank] of an adapter, fp64, and the scale of B A."""
         path = module_path(layer, module)
         A = self.read(adapter_name(path, "A"), device).double()
         B = self.read(adapter_name(path, "B"), device).double()
-        return A, B
-
-
-def module_path(layer, module):
-    """Published name of a projection, such as model.layers.0.self_attn.q_proj."""
-    part = "self_attn" if module in PROJECTIONS[:4] else "mlp"
-    return f"model.layers.{layer}.{part}.{module}"
+        return A, B, self.config.scale_of(layer, module)
 
 
 def adapter_name(path, letter):
@@ -62,10 +58,12 @@ def adapter_name(path, letter):
 
 
 # ----------------------------------------------------------------------------- opening
-def open_checkpoint(folder, config, base_identity):
-    """A Checkpoint of a model or adapter folder, checked against the base's config."""
+def open_checkpoint(folder, config, base):
+    """A Checkpoint of a model or adapter folder, checked against the base's config.
+
+    base: its Checkpoint, which an adapter must have been trained on."""
     if is_adapter(folder):
-        return open_adapter(folder, config, base_identity)
+        return open_adapter(folder, config, base)
     return open_model(folder, config)
 
 
@@ -86,45 +84,30 @@ def open_model(folder, config):
     if problems:
         raise ValueError(f"{folder}: its projections do not fit the base's config.json: "
                          f"{problems}")
-    return Checkpoint(Path(folder), files, model_identity(files))
+    identity = identity_of_files(files)["base_fingerprint"]
+    return Checkpoint(Path(folder), files, identity)
 
 
-def model_identity(files):
-    """The fingerprint that lora.py stores in adapters, from an opened model folder."""
-    # the embedding is tied and under the head's name in some folders
-    norm = files["model.norm.weight"].get_tensor("model.norm.weight")
-    embedding = "model.embed_tokens.weight"
-    if embedding not in files:
-        embedding = "lm_head.weight"
-
-    # q, k and v of the first block, as our model stores them together
-    parts = []
-    for module in PROJECTIONS[:3]:
-        name = f"{module_path(0, module)}.weight"
-        parts.append(files[name].get_tensor(name))
-    return fingerprint_of(norm, files[embedding].get_slice(embedding), torch.cat(parts))
-
-
-def open_adapter(folder, config, base_identity):
+def open_adapter(folder, config, base):
     """A Checkpoint of a PEFT folder.
 
     Raises as read_adapter_config, or ValueError for an adapter that does not fit the base."""
-    rank, alpha, _, rslora, chosen = read_adapter_config(folder)
+    adapter = read_adapter_config(folder)
     # the tensors that its settings ask for
     expected = {}
     for layer in range(config.num_hidden_layers):
         for module, (rows, columns) in config.projection_shapes.items():
-            if chosen(layer, module):
+            if adapter.adapts(layer, module):
+                rank, _ = adapter.size_of(layer, module)
                 path = module_path(layer, module)
                 expected[adapter_name(path, "A")] = (rank, columns)
                 expected[adapter_name(path, "B")] = (rows, rank)
-    files = open_adapter_weights(folder, expected, lambda: base_identity)
+    files = open_adapter_weights(folder, expected, lambda: identity_of_files(base.files))
 
-    # what it multiplies B A with, and what tells it from other adapters
-    scale = alpha / (rank ** 0.5 if rslora else rank)
+    # what tells it from other adapters
     weights = (Path(folder) / "adapter_model.safetensors").read_bytes()
     digest = hashlib.sha256(weights).hexdigest()
-    return Checkpoint(Path(folder), files, digest, rank, scale)
+    return Checkpoint(Path(folder), files, digest, adapter.rank, adapter)
 
 
 # ----------------------------------------------------------------------------- finding
@@ -149,16 +132,17 @@ def find_checkpoints(folders):
 
 def base_named_by(folders):
     """The base folder that all checkpoints name. Raises ValueError when there is no such folder."""
-    named = set()
+    named = {}  # the folder -> how it was named: base, base/ and ../here/base are one
     for folder in folders:
         if is_adapter(folder):
-            settings = json.loads((folder / "adapter_config.json").read_text())
-            named.add(settings.get("base_model_name_or_path") or "")
+            settings = read_object(folder / "adapter_config.json")
+            name = settings.get("base_model_name_or_path") or ""
         else:
-            named.add(read_state(folder).get("config", {}).get("base", ""))
+            name = read_state(folder).get("config", {}).get("base", "")
+        named.setdefault(Path(name).resolve(), name)
     # exactly one, and here
-    name = named.pop()
-    if named or not name or not Path(name).is_dir():
+    name = list(named.values())[0]
+    if len(named) > 1 or not name or not Path(name).is_dir():
         raise ValueError("base is not set, and the checkpoints do not all name the same folder; "
                          "see --help")
     return name

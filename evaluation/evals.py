@@ -32,8 +32,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from evaluation.scores import json_lines, with_identity
+from llama.adapter_config import is_adapter
 from llama.generate import NotFinite
-from lora import fingerprint, is_adapter, load_adapter, merge_lora
+from llama.identity import fingerprint
+from lora import load_adapter, merge_lora
 from model import Llama
 from runtime import RANK, WORLD, join_ranks, pick_device, print0, write_whole
 from text.records import Source, check_format, from_hub, parse, read_records

@@ -7,10 +7,11 @@
 
 Projections that read the same input are one matrix here and are split again only in files. A rank
 reads no more of a file than the rows that it holds. Functions take the model as an argument: this
-file lies below model.py.
+file lies below model.py. What a folder holds beside its weights is in llama/folder.py.
 """
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -18,12 +19,16 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from runtime import read_object
+from llama.folder import config_json
+from runtime import print0
 
 # our matrix -> the published projections it holds, in row order
 GROUPS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",),
           "gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+# dtypes in files that are the weights themselves; int8, fp8 and the like need scales beside them
+PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 # ----------------------------------------------------------------------------- whole or sharded
@@ -50,61 +55,6 @@ def fill(p, full):
     """Set a parameter to the tensor `full`, from which each rank takes the rows that it holds."""
     mine, first = local_part(p)
     mine.copy_(full[first:first + len(mine)])
-
-
-# ----------------------------------------------------------------------------- config.json
-def read_config(folder, fields):
-    """FOLDER/config.json, as transformers 4 or 5 write it -> {name: value} for `fields` it sets.
-
-    Raises FileNotFoundError without the file, ValueError for what this model does not compute."""
-    path = Path(folder) / "config.json"
-    hf = read_object(path, "a model folder holds config.json and *.safetensors")
-
-    # transformers 4 writes rope_theta and rope_scaling, transformers 5 both in rope_parameters
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", hf.get("rope_theta", 10000.0))
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-
-    # what this model does not compute
-    check_value(path, "model_type", hf.get("model_type"), "llama")
-    check_value(path, "hidden_act", hf.get("hidden_act", "silu"), "silu")
-    check_value(path, "attention_bias", hf.get("attention_bias", False), False)
-    check_value(path, "mlp_bias", hf.get("mlp_bias", False), False)
-    if rope_type == "llama3":
-        check_keys(f"{path}: rope_type llama3 without", rope,
-                   ("factor", "high_freq_factor", "low_freq_factor",
-                    "original_max_position_embeddings"))
-    else:
-        check_value(path, "rope_type", rope_type, "default")
-    check_keys(f"{path}: missing", hf, ("vocab_size", "hidden_size", "intermediate_size",
-                                        "num_hidden_layers", "num_attention_heads"))
-
-
-    # a key that is missing or null has LlamaConfig's default, but for these
-    known = {key: hf[key] for key in fields if hf.get(key) is not None}
-    known.setdefault("num_key_value_heads", hf["num_attention_heads"])
-    known.setdefault("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
-    known["rope_theta"] = float(theta)
-    known["rope_scaling"] = rope if rope_type == "llama3" else None
-    return known
-
-
-def check_value(path, key, found, expected):
-    if found != expected:
-        raise ValueError(f"{path}: {key} is {found!r}; this model computes only {expected!r}")
-
-
-def check_keys(complaint, found, expected):
-    missing = [key for key in expected if key not in found]
-    if missing:
-        raise ValueError(f"{complaint} {', '.join(missing)}")
-
-
-def config_json(config, dtype):
-    """The dict that transformers reads as its LlamaConfig."""
-    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-            "attention_bias": False, "mlp_bias": False,
-            "torch_dtype": str(dtype).removeprefix("torch."), **vars(config)}
 
 
 # ----------------------------------------------------------------------------- names and shapes
@@ -146,7 +96,8 @@ def compare_names(expected, found):
 def open_weights(folder, name="model.safetensors"):
     """Shapes {name: shape} and open files {name: file} of a folder's tensors, nothing read yet.
 
-    Raises FileNotFoundError without weights or shard, ValueError for what is not safetensors."""
+    Raises FileNotFoundError without weights or shard, ValueError for what is not safetensors or
+    holds quantised weights."""
     folder = Path(folder)
     shapes = {}
     where = {}
@@ -164,23 +115,36 @@ def open_weights(folder, name="model.safetensors"):
                 continue
             if tensor in shapes:
                 raise ValueError(f"{folder / file}: holds {tensor}, which another shard holds too")
-            shapes[tensor] = tuple(opened.get_slice(tensor).get_shape())
+            stored = opened.get_slice(tensor)
+            if stored.get_dtype() not in PLAIN_DTYPES:
+                raise ValueError(f"{folder / file}: {tensor} is {stored.get_dtype()}, a quantised "
+                                 f"weight; expected one of {', '.join(PLAIN_DTYPES)}")
+            shapes[tensor] = tuple(stored.get_shape())
             where[tensor] = opened
     return shapes, where
 
 
 def weight_files(folder, name):
-    """Names of the files that hold a folder's weights: `name`, or the shards in its index."""
+    """Names of the files that hold a folder's weights: `name`, else the shards in its index.
+
+    That is transformers' order; what it passes over is printed."""
     index = folder / f"{name}.index.json"
+    if (folder / name).is_file():
+        shards = folder.glob(f"{Path(name).stem}-*-of-*.safetensors")
+        older = sorted(path.name for path in shards)
+        if index.is_file():
+            older.append(index.name)
+        if older:
+            print0(f"note: {folder / name} is read, as transformers does; "
+                   f"passed over beside it: {', '.join(older)}")
+        return [name]
     if index.is_file():
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
-            return sorted(set(weight_map.values()))
+            return sorted({str(file) for file in weight_map.values()})
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            message = f"{index}: cut short, or not an index with a weight_map ({e!r})"
+            message = f"{index}: cut short, or not an index with a weight_map ({e})"
             raise ValueError(message) from None
-    if (folder / name).is_file():
-        return [name]
 
     # pickles run code when they are read
     hint = ""
@@ -194,12 +158,23 @@ def weight_files(folder, name):
     raise FileNotFoundError(f"{folder}: neither {name} nor {index.name}{hint}")
 
 
+def check_finite(tensor, folder, name):
+    """Raise ValueError, by the tensor's name, where it holds NaN or infinity."""
+    if not tensor.numel():
+        return
+    # one pass without a mask: least and largest are NaN where any entry is
+    least, largest = tensor.aminmax()
+    if not (math.isfinite(least) and math.isfinite(largest)):
+        raise ValueError(f"{folder}: {name} holds NaN or infinity in {tensor.dtype}")
+
+
 @torch.no_grad()
-def load_weights(model, folder):
+def load_weights(model, folder, device=None):
     """Fill a model's weights in place, tensor by tensor from mapped files.
 
-    Every tensor is used exactly once: missing, unexpected or misshaped names raise ValueError with
-    the list; a folder without safetensors raises FileNotFoundError."""
+    device: where to make the memory of a model on meta. Every tensor is used exactly once: missing,
+    unexpected or misshaped names raise ValueError with the list, as do NaN and infinity; a folder
+    without safetensors raises FileNotFoundError."""
     shapes, where = open_weights(folder)
     table = file_tensors(model)
     if model.config.tie_word_embeddings and "lm_head.weight" in shapes:
@@ -214,6 +189,9 @@ def load_weights(model, folder):
     problems = compare_names(expected, shapes)
     if problems:
         raise ValueError(f"{folder}: weights do not fit config.json: {problems}")
+    if device is not None:
+        model.to_empty(device=device)
+        parameters = dict(model.named_parameters())
 
     # of each tensor the rows that this rank holds
     for name, parts in table.items():
@@ -225,6 +203,7 @@ def load_weights(model, folder):
             if begin < end:
                 part = where[published].get_slice(published)[begin - row:end - row]
                 mine[begin:end].copy_(part)
+                check_finite(mine[begin:end], folder, published)
             row += rows
 
 
@@ -234,6 +213,7 @@ def read_tied_head(folder, config, shapes, where, table):
         table["embed_tokens.weight"] = [("lm_head.weight", config.vocab_size)]
         return
     head = where["lm_head.weight"].get_tensor("lm_head.weight")
+    check_finite(head, folder, "lm_head.weight")
     embedding = where["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight")
     if not torch.equal(head, embedding):
         raise ValueError(f"{folder}: config.json ties lm_head to embed_tokens, "
@@ -242,6 +222,27 @@ def read_tied_head(folder, config, shapes, where, table):
 
 
 # ----------------------------------------------------------------------------- writing
+def write_safetensors(tensors, path, metadata=None):
+    """Write {name: tensor} so that equal content gives equal bytes, readable as the umask allows.
+
+    safetensors itself writes metadata in random order and files that only their owner may read."""
+    # a file made by Python has the mode that every other one has
+    with open(path, "wb"):
+        mode = os.stat(path).st_mode
+    save_file(tensors, path, metadata)
+    os.chmod(path, mode)
+    if not metadata:
+        return
+    # 8 bytes with the header's length, the header, the tensors: sorted, it is as long as before
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":"))
+        file.seek(8)
+        file.write(text.encode().ljust(length))
+
+
 def save_pretrained(model, folder, dtype=None, shard_bytes=5 * 10 ** 9, get=full_tensor):
     """Write a folder that from_pretrained and transformers read; dtype None keeps the parameters'.
 
@@ -272,11 +273,12 @@ def save_pretrained(model, folder, dtype=None, shard_bytes=5 * 10 ** 9, get=full
             if writes:
                 # a copy, because safetensors refuses slices of one storage
                 part = full[first:first + rows].to("cpu", dtype or p.dtype, copy=True)
+                check_finite(part, folder, name)
                 tensors[name] = part
                 index[name] = file
                 total += part.nbytes
         if writes:
-            save_file(tensors, folder / file, metadata={"format": "pt"})
+            write_safetensors(tensors, folder / file, {"format": "pt"})
     if not writes:
         return
 

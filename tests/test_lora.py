@@ -14,9 +14,10 @@ from test_model import one_thread  # noqa: F401 (a fixture of the whole file)
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
+from llama.identity import fingerprint
 from llama.lora_matmul import LoRAMatmul, keep_mask
 from llama.weights import PROJECTIONS
-from lora import (LoRAProjection, adapter_tensors, apply_lora, fingerprint, init_adapters, load_adapter, merge_folders,
+from lora import (LoRAProjection, adapter_tensors, apply_lora, init_adapters, load_adapter, merge_folders,
                   merge_lora, resolve_targets, save_adapter)
 from model import Llama, LlamaConfig
 
@@ -27,7 +28,7 @@ CONFIG, ADAPTER, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 # ----------------------------------------------------------------------------- helpers
 def published(model):
     """PEFT tensor name -> that tensor."""
-    return {name: p[first:first + rows] for name, (p, first, rows) in adapter_tensors(model).items()}
+    return {name: p[first:first + rows] for name, (p, first, rows, _, _) in adapter_tensors(model).items()}
 
 
 def with_adapters(model=None, rank=4, alpha=8, seed=0, **knobs):
@@ -546,17 +547,31 @@ BAD_ADAPTERS = {
     "config not an object": (edit_bytes(CONFIG, lambda b: b"[1]"), [CONFIG]),
     "no rank": (changed(r=None), [CONFIG, "missing r"]),
     "no targets": (changed(target_modules=None), [CONFIG, "target_modules"]),
-    "unknown target": (changed(target_modules=["q_proj", "c_attn"]), [CONFIG, "c_attn", "q_proj"]),
-    "head as a target": (changed(target_modules=["q_proj", "lm_head"]), [CONFIG, "lm_head"]),
+    "unknown targets": (changed(target_modules=["c_attn", "c_proj"]), [CONFIG, "target_modules"]),
+    "head as a target": (changed(target_modules=["q_proj", "lm_head"]), [CONFIG, "lm_head", "merge_and_unload"]),
+    "embeddings as a target": (changed(target_modules=r".*(q_proj|v_proj|embed_tokens)"), [CONFIG, "model.embed_tokens"]),
     "regex that fits nothing": (changed(target_modules="transformer.*"), [CONFIG, "target_modules"]),
     "another method": (changed(peft_type="IA3"), [CONFIG, "peft_type", "IA3"]),
     "DoRA": (changed(use_dora=True), [CONFIG, "use_dora"]),
-    "rank pattern": (changed(rank_pattern={"q_proj": 8}), [CONFIG, "rank_pattern"]),
-    "alpha pattern": (changed(alpha_pattern={"q_proj": 8}), [CONFIG, "alpha_pattern"]),
+    "rank pattern": (changed(rank_pattern={"q_proj": 8}), [r"q_proj.lora_A.weight \[4, 32\] for \[8, 32\]"]),
+    "rank pattern of a text": (changed(rank_pattern={"q_proj": "8"}), [CONFIG, "rank_pattern", "'8'"]),
+    "alpha pattern": (changed(alpha_pattern={"q_proj": None}), [CONFIG, "alpha_pattern", "None"]),
+    "pattern that is none": (changed(rank_pattern={"q_proj(": 4}), [CONFIG, "q_proj", "regular expression"]),
+    "target that is no pattern": (changed(target_modules="q_proj("), [CONFIG, "q_proj", "regular expression"]),
+    "rank as a text": (changed(r="4"), [CONFIG, "'4'", "rank"]), "rank 0": (changed(r=0), [CONFIG, "0", "rank"]),
+    "alpha as a text": (changed(lora_alpha="8"), [CONFIG, "lora_alpha", "'8'"]),
+    "dropout as a text": (changed(lora_dropout="8"), [CONFIG, "lora_dropout", "'8'"]),
+    "targets as numbers": (changed(target_modules=[1, 2]), [CONFIG, "target_modules"]),
+    "layers as text": (changed(layers_to_transform=["1"]), [CONFIG, "layers_to_transform"]),
+    "trained tokens": (changed(trainable_token_indices=[1]), [CONFIG, "trainable_token_indices", "merge_and_unload"]),
+    "bias of B": (changed(lora_bias=True), [CONFIG, "lora_bias", "merge_and_unload"]),
+    "parameters": (changed(target_parameters=["x"]), [CONFIG, "target_parameters", "merge_and_unload"]),
+    "alora": (changed(alora_invocation_tokens=[1]), [CONFIG, "alora_invocation_tokens"]),
+    "pissa": (changed(init_lora_weights="pissa"), [CONFIG, "pissa", "path_initial_model_for_weight_conversion"]),
     "bias": (changed(bias="lora_only"), [CONFIG, "bias"]),
     "whole modules": (changed(modules_to_save=["lm_head"]), [CONFIG, "modules_to_save"]),
     "transposed base": (changed(fan_in_fan_out=True), [CONFIG, "fan_in_fan_out"]),
-    "excluded modules": (changed(exclude_modules=["layers.0"]), [CONFIG, "exclude_modules"]),
+    "excluded modules": (changed(exclude_modules=["layers.0.self_attn.q_proj"]), ["unexpected .*layers.0.self_attn.q_proj"]),
     "repeated layers": (changed(layer_replication=[[0, 2]]), [CONFIG, "layer_replication"]),
     "no tensors": (lambda f: (f / ADAPTER).unlink(), [ADAPTER]),
     "only a pickle": (lambda f: (f / ADAPTER).rename(f / PICKLE), [PICKLE, "pickle", "[Pp]eft"]),

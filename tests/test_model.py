@@ -485,7 +485,7 @@ BAD_FOLDERS = {
     "config cut short": (edit_bytes("config.json", lambda b: b[:40]), ["config.json", "JSON"]),
     "config not an object": (edit_bytes("config.json", lambda b: b"[1]"), ["config.json"]),
     "missing keys": (edit_config(vocab_size=None, hidden_size=None), ["config.json", "vocab_size", "hidden_size"]),
-    "other heads than the weights": (edit_config(num_key_value_heads=3), ["config.json", "k_proj"]),
+    "other heads than the weights": (edit_config(num_key_value_heads=1), ["config.json", "k_proj"]),
     "another model": (edit_config(model_type="mistral"), ["config.json", "model_type", "mistral", "llama"]),
     "no model type": (edit_config(model_type=None), ["config.json", "model_type"]),
     "attention bias": (edit_config(attention_bias=True), ["config.json", "attention_bias"]),

@@ -3,7 +3,7 @@ Checkpoints of train.py: written whole or not at all, found again, and read by a
 
     out/RUN/step_500/                     the weights: a model folder, or a PEFT adapter folder
         adapter_model.safetensors ...
-        state/state.json                  step, tokens, resolved knobs, fingerprint of the data
+        state/state.json                  step, tokens, knobs, identity of the base and the data
         state/optimizer.safetensors       the optimizer's state, "NAME:exp_avg" and the like; or,
         state/.metadata, *.distcp         when FSDP had sharded it, torch.distributed.checkpoint's
 
@@ -12,6 +12,7 @@ A checkpoint is written as step_500.tmp, forced to disk and then renamed: every 
 import contextlib
 import fcntl
 import json
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -19,15 +20,15 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException
 
-from llama.weights import fill, full_tensor
-from lora import known_by, save_adapter
+from llama.folder import carry_files
+from llama.identity import identity_of_folder, is_same_base, known_by
+from llama.weights import check_finite, fill, full_tensor, local_part, write_safetensors
+from lora import save_adapter
 from training.parallel import barrier, gloo_group, is_sharded
 from runtime import RANK, fsync_folder, print0, read_object, write_whole
-
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 
 # ----------------------------------------------------------------------------- the run's folder
@@ -67,12 +68,21 @@ def lock(out_dir):
 
 
 def start_log(path, last_step):
-    """Keep the lines of log.jsonl up to last_step: the steps after it will be done again."""
+    """Keep the lines of log.jsonl up to last_step: the steps after it will be done again.
+
+    Raises ValueError for a line that train.py did not write."""
     kept = []
     if path.exists():
-        for line in path.read_text().splitlines(True):
+        for number, line in enumerate(path.read_text().splitlines(True), 1):
             # a line that was cut short has no end
-            if line.endswith("\n") and json.loads(line)["step"] <= last_step:
+            if not line.endswith("\n"):
+                continue
+            try:
+                is_kept = json.loads(line)["step"] <= last_step
+            except (ValueError, KeyError, TypeError) as e:
+                message = f"{path}, line {number}: not written by train.py ({e!r})"
+                raise ValueError(message) from None
+            if is_kept:
                 kept.append(line)
     write_whole(path, "".join(kept))
 
@@ -87,7 +97,8 @@ def save_checkpoint(model, optim, out_dir, state, base, keep_last, keep=(), pool
     too) when it could not be written; earlier checkpoints are then untouched."""
     final = Path(out_dir) / f"step_{state['step']}"
     partial = final.with_suffix(".tmp")
-    text = json.dumps(state, indent=1)  # now: training changes `state` while the thread writes
+    # now: training changes `state` while the thread writes
+    text = json.dumps({**state, "base": identity_of_folder(base)}, indent=1)
     momenta = named_state(model, optim)
 
     # an empty folder
@@ -104,7 +115,7 @@ def save_checkpoint(model, optim, out_dir, state, base, keep_last, keep=(), pool
             if is_sharded(model):
                 dcp.save(momenta, checkpoint_id=partial / "state")
             elif RANK == 0:
-                save_file(momenta, partial / "state" / "optimizer.safetensors")
+                write_safetensors(momenta, partial / "state" / "optimizer.safetensors")
             publish(partial, final, text, base)
         delete_oldest(out_dir, keep_last, keep)
         barrier()
@@ -127,7 +138,7 @@ def save_checkpoint(model, optim, out_dir, state, base, keep_last, keep=(), pool
             if saving:
                 saving.result()
             elif RANK == 0:
-                save_file(momenta, partial / "state" / "optimizer.safetensors")
+                write_safetensors(momenta, partial / "state" / "optimizer.safetensors")
             publish(partial, final, text, base)
         delete_oldest(out_dir, keep_last, keep)
 
@@ -187,9 +198,7 @@ def publish(partial, final, text, base):
         return
     # a model folder brings its tokenizer; an adapter's is its base's
     if not (partial / "adapter_config.json").is_file():
-        for name in TOKENIZER_FILES:
-            if (Path(base) / name).is_file():
-                shutil.copyfile(Path(base) / name, partial / name)
+        carry_files(base, partial)
     (partial / "state" / "state.json").write_text(text)
     # on disk before it gets the name; a checkpoint of that name is replaced
     fsync_folder(partial)
@@ -225,7 +234,8 @@ def checkpoint_state(folder, config, defaults, fingerprint, free):
     """state.json of a checkpoint to resume from.
 
     Raises ValueError when it is of a run with other data than `fingerprint` (sha256), or with
-    other knobs than `config`, those of `free` aside. A knob that is newer had its default then."""
+    other knobs than `config`, those of `free` aside. A knob that is newer had its default then.
+    Folders are compared by what they hold: a run goes on where its base and data were moved."""
     folder = Path(folder)
     if not (folder / "state" / "state.json").is_file():
         raise ValueError(f"{folder}: no complete checkpoint of train.py "
@@ -241,11 +251,34 @@ def checkpoint_state(folder, config, defaults, fingerprint, free):
     # what makes another run of it
     changed = []
     for knob, value in config.items():
-        if knob not in free and before[knob] != value:
+        if knob in free or before[knob] == value:
+            continue
+        if not means_the_same(knob, before[knob], value, state, config):
             changed.append(f"{knob}={before[knob]!r}, not {value!r}")
     if changed:
         raise ValueError(f"resume: {folder} was trained with " + ", ".join(changed))
     return state
+
+
+def means_the_same(knob, before, value, state, config):
+    """Whether a knob with another value leaves the run of a checkpoint what it was."""
+    if knob == "data":
+        return True  # its sha256 has been compared
+    # the masks of dropout are drawn for each microbatch; losses are the same sum
+    if knob == "microbatch" and config["loss_norm"] == "token":
+        print0(f"note: microbatch was {before}, and is {value} from here on: the same loss, other "
+               "dropout masks")
+        return True
+    if knob not in ("base", "adapter"):
+        return False
+    if os.path.realpath(str(before)) == os.path.realpath(value):
+        return True
+    if knob == "base" and (config["lora_rank"] or config["adapter"]):
+        return True  # its adapter is checked against it where it is loaded
+    if knob == "base" and isinstance(state.get("base"), dict):
+        found = identity_of_folder(value)
+        return found is not None and is_same_base(state["base"], found)
+    return False
 
 
 @torch.no_grad()
@@ -281,6 +314,7 @@ def load_optimizer(model, optim, folder):
     # fill them: each rank takes what it holds
     if is_one_file:
         for key, tensor in saved.items():
+            check_finite(tensor, state, key)
             if tensor.dim():
                 fill(momenta[key], tensor)
             else:
@@ -290,3 +324,6 @@ def load_optimizer(model, optim, folder):
         # one rank without a process group is fine
         warnings.filterwarnings("ignore", message="torch.distributed is")
         dcp.load(momenta, storage_reader=reader)
+    for key, tensor in momenta.items():
+        mine, _ = local_part(tensor)
+        check_finite(mine, state, key)

@@ -125,7 +125,7 @@ def watch(rank, beats, last):
     wrap(torch.Tensor, "backward", "backward")
     wrap(checkpoint, "save_checkpoint", "save")
     wrap(checkpoint, "save_weights", "write")
-    wrap(checkpoint, "save_file", "write")
+    wrap(checkpoint, "write_safetensors", "write")
     wrap(Path, "rename", "rename")
     wrap(checkpoint, "delete_checkpoint", "delete")
     wrap(checkpoint, "fsync_folder", "fsync")
