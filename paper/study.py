@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import configure
-from lora import is_adapter
+from llama.adapter_config import is_adapter
 from runtime import ROOT, append_jsonl, one_line_errors, script_words
 from training.checkpoint import checkpoints, read_state
 
