@@ -37,7 +37,7 @@ from llama.generate import NotFinite
 from llama.identity import fingerprint
 from lora import load_adapter, merge_lora
 from model import Llama
-from runtime import RANK, WORLD, join_ranks, pick_device, print0, write_whole
+from runtime import RANK, WORLD, join_ranks, pick_device, print0, read_object, write_whole
 from text.records import Source, check_format, from_hub, parse, read_records
 from text.tokenizer import Tokenizer, load_tokenizer
 from training.checkpoint import checkpoints, read_state
@@ -154,9 +154,9 @@ def base_named_by(adapter):
     """The base that an adapter folder names; raises ValueError when that is no folder here."""
     if not is_adapter(adapter):
         raise ValueError(f"adapter: {adapter} holds no adapter_config.json")
-    config = json.loads((Path(adapter) / "adapter_config.json").read_text())
+    config = read_object(Path(adapter) / "adapter_config.json")
     base = config.get("base_model_name_or_path") or ""
-    if not base or not Path(base).is_dir():
+    if not base or not isinstance(base, str) or not Path(base).is_dir():
         raise ValueError(f"{adapter} names the base {base!r}, no folder here; "
                          f"say --model=BASE --adapter={adapter}")
     return base

@@ -302,7 +302,8 @@ def points_of_trained(runs):
                     groups[key][metric].append(value)
                     places.setdefault(key, run.places[step])
                 elif step == last_step:
-                    problems[f"{run.name}: a second run of one setting, seed and length, left out"] = 1
+                    which = f"{run.name}: a second run of one setting, seed and length, left out"
+                    problems[which] = 1
 
     # means over the seeds
     points = []

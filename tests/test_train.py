@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, golden, need, run_here
+from conftest import ROOT, golden, need, run_here, run_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -22,6 +22,7 @@ import lion
 import train
 from configurator import default_values
 from training.checkpoint import checkpoints, save_checkpoint
+from training.checks import check_first_step
 from training.rows import TokenRows
 from lora import apply_lora
 from model import IGNORE, Llama, LlamaConfig
@@ -476,3 +477,25 @@ def test_validation_looks_at_rows_evenly_spaced():
     rows = Rows((np.full(4, i), np.full(4, 1), np.empty(0, np.int64)) for i in range(10))
     train.mean_loss(model, rows, 2, "cpu", limit=3)
     assert seen == [0, 3, 6]
+
+
+def test_starting_a_script_imports_neither_the_compiler_nor_sharding():
+    """Each takes as long to import as torch, and only some runs need them."""
+    heavy = ("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "triton", "matplotlib")
+    code = f"import sys, train, sample, spectrum, eval_gsm8k, eval_forgetting; print([m for m in {heavy} if m in sys.modules])"
+    assert run_stage("-c", code).stdout == "[]\n"
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_trained_parameter_that_no_file_would_hold_is_refused(lora_rank):
+    model = Llama(LlamaConfig(vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+                              num_key_value_heads=2, head_dim=8)).init_weights()
+    if lora_rank:
+        apply_lora(model, lora_rank, 4)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    check_first_step(model, 3.0, False)
+    model.layers[0].gain = torch.nn.Parameter(torch.ones(16))
+    model.layers[0].gain.grad = torch.ones(16)
+    with pytest.raises(ValueError, match="layers.0.gain is trained but would neither be loaded nor saved"):
+        check_first_step(model, 3.0, False)

@@ -18,10 +18,8 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.api import CheckpointException
 
 from llama.folder import carry_files
 from llama.identity import identity_of_folder, is_same_base, known_by
@@ -88,6 +86,12 @@ def start_log(path, last_step):
 
 
 # ----------------------------------------------------------------------------- save
+def dcp():
+    """torch.distributed.checkpoint, for sharded state; importing it takes as long as torch."""
+    import torch.distributed.checkpoint
+    return torch.distributed.checkpoint
+
+
 def save_checkpoint(model, optim, out_dir, state, base, keep_last, keep=(), pool=None):
     """Write out_dir/step_N whole or not at all, then delete the oldest beyond keep_last.
 
@@ -113,7 +117,7 @@ def save_checkpoint(model, optim, out_dir, state, base, keep_last, keep=(), pool
         with all_or_nothing(partial):
             save_weights(model, partial, base)
             if is_sharded(model):
-                dcp.save(momenta, checkpoint_id=partial / "state")
+                dcp().save(momenta, checkpoint_id=partial / "state")
             elif RANK == 0:
                 write_safetensors(momenta, partial / "state" / "optimizer.safetensors")
             publish(partial, final, text, base)
@@ -126,8 +130,8 @@ def save_checkpoint(model, optim, out_dir, state, base, keep_last, keep=(), pool
         copies = copies_of(model)
         saving = None
         if is_sharded(model):
-            saving = dcp.async_save(momenta, checkpoint_id=partial / "state",
-                                    process_group=gloo_group())
+            saving = dcp().async_save(momenta, checkpoint_id=partial / "state",
+                                      process_group=gloo_group())
         elif RANK == 0:
             momenta = {key: tensor.to("cpu", copy=True) for key, tensor in momenta.items()}
 
@@ -160,7 +164,7 @@ def all_or_nothing(partial):
     """Remove `partial` if it cannot be written, and raise an OSError that says what is left."""
     try:
         yield
-    except (OSError, SafetensorError, CheckpointException) as e:
+    except (OSError, SafetensorError, dcp().CheckpointException) as e:
         if RANK == 0:
             shutil.rmtree(partial, ignore_errors=True)
         found = checkpoints(partial.parent)
@@ -293,7 +297,7 @@ def load_optimizer(model, optim, folder):
         saved = load_file(state / "optimizer.safetensors")
         shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in saved.items()}
     elif (state / ".metadata").is_file():
-        reader = dcp.FileSystemReader(state)
+        reader = dcp().FileSystemReader(state)
         described = reader.read_metadata().state_dict_metadata
         shapes = {key: (d.size, d.properties.dtype) for key, d in described.items()}
     else:
@@ -323,7 +327,7 @@ def load_optimizer(model, optim, folder):
     with warnings.catch_warnings():
         # one rank without a process group is fine
         warnings.filterwarnings("ignore", message="torch.distributed is")
-        dcp.load(momenta, storage_reader=reader)
+        dcp().load(momenta, storage_reader=reader)
     for key, tensor in momenta.items():
         mine, _ = local_part(tensor)
         check_finite(mine, state, key)

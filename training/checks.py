@@ -8,7 +8,8 @@ import math
 import shutil
 from pathlib import Path
 
-from llama.weights import full_tensor
+from llama.weights import file_tensors, full_tensor
+from lora import adapter_tensors
 from runtime import print0
 
 
@@ -83,7 +84,12 @@ def check_first_step(model, loss, is_from_scratch):
     if loss > uniform + 1 or is_from_scratch and loss < uniform - 2:
         print0(f"WARNING: first loss {loss:.2f}; guessing evenly would give {uniform:.2f}: "
                "are base and data right?")
+    saved = set(file_tensors(model))
+    in_adapter = {id(place.parameter) for place in adapter_tensors(model).values()}
     for name, p in model.named_parameters():
+        if p.requires_grad and name not in saved and id(p) not in in_adapter:
+            raise ValueError(f"{name} is trained but would neither be loaded nor saved: give it a "
+                             "place in file_tensors (llama/weights.py) or adapter_tensors (lora.py)")
         if not p.requires_grad:
             if p.grad is not None:
                 raise ValueError(f"{name} is frozen but has a gradient")

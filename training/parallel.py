@@ -14,8 +14,6 @@ import functools
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from runtime import LOCAL_WORLD, WORLD
 
@@ -49,6 +47,9 @@ def shard_model(model, how, device, compute_dtype, shard_ranks=0):
     summed in fp32 at least."""
     if how == "none" or WORLD == 1:
         return model
+    # imported where it is used: it takes as long as torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
     if how == "full":
         mesh = init_device_mesh(device.type, (WORLD,))
     else:
@@ -75,8 +76,8 @@ def shard_model(model, how, device, compute_dtype, shard_ranks=0):
 
 
 def is_sharded(model):
-    """Whether shard_model has sharded it."""
-    return isinstance(model, FSDPModule)
+    """Whether shard_model has sharded it: FSDP adds methods to the class of a module."""
+    return hasattr(model, "reshard")
 
 
 def all_reduce(*numbers, device):
