@@ -4,6 +4,7 @@ are those of transformers' AutoTokenizer for the same folder.
 
 One deviation: the names of special tokens inside a text stay text.
 """
+import importlib
 import hashlib
 import json
 import shutil
@@ -70,7 +71,8 @@ def without_protobuf(monkeypatch):
     """transformers converts a tokenizer.model by protobuf, which is not installed; here by sentencepiece."""
     if transformers.__version__ >= "5":
         return
-    from transformers import convert_slow_tokenizer
+    # transformers also exports a function of that name, which hides the module once it was used
+    convert_slow_tokenizer = importlib.import_module("transformers.convert_slow_tokenizer")
     from transformers.models.llama.tokenization_llama import LlamaTokenizer
 
     def init(self, slow):
