@@ -180,10 +180,10 @@ def read(text, knob):
     if text == "None" and knob.default is None:
         return None
     if knob.kind is tuple:
-        # items with commas; check() refuses an empty one, which is None here
-        item = Knob((), knob.element, None, ())
+        # items with commas; text with an empty one stays text
         parts = [part.strip() for part in text.split(",")] if text else []
-        return tuple(read(part, item) if part else None for part in parts)
+        item = Knob((), knob.element, None, ())
+        return tuple(read(part, item) for part in parts) if all(parts) else text
     if knob.kind is bool:
         return BOOLS.get(text, text)
     if knob.kind in (int, float):

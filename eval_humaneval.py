@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import configure, knob_table
-from evaluation.evals import (begin_and_end, cut_left, digest, generate_items, load_for_eval,
-                              open_items, read_items, start_ranks, warn_of_cuts, without_eos)
+from evaluation.evals import (begin_and_end, cut_left, digest, find_model, generate_items,
+                              load_for_eval, open_items, read_items, start_ranks, warn_of_cuts,
+                              without_eos)
 from evaluation.samples import (check_samples, check_verdicts, prompt_of, read_samples,
                                 subject_of_samples)
 from evaluation.sandbox import Sandbox
@@ -246,6 +247,8 @@ if __name__ == "__main__":
         config.update(n_samples=n_samples, temperature=temperature, k=k)
         print0(knob_table(globals()))
         check_sampling(n_samples, temperature, k, samples, allow_code_execution)
+        if not samples:
+            find_model(model, adapter)
 
         # the problems
         all_problems = read_items(data, dict.fromkeys(FIELDS, str))

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from llama.adapter_config import MERGE, adapter_json, read_adapter_config, scale_of
+from llama.adapter_config import MERGE, adapter_json, named_base, read_adapter_config, scale_of
 from llama.folder import carry_files
 from llama.identity import BF16_STEP, identity_of, is_same_base
 from llama.lora_matmul import adapter_parts, lora_matmul
@@ -198,7 +198,7 @@ def merge_lora(model):
                                      f"{norm:.3g} in {delta.dtype}; expected a finite one")
                 merged = module.weight[start:end].to(delta.dtype) + delta
                 module.weight[start:end] = merged.to(module.weight.dtype)
-        # a Projection around the weight that is there
+        # a plain Projection that reuses the weight
         with torch.device("meta"):
             plain = Projection(module.weight.shape[1], module.parts)
         plain.weight = module.weight
@@ -320,7 +320,9 @@ def open_adapter_weights(folder, expected, base_identity):
     for file in list(where.values())[:1]:  # one file holds them all
         trained_on = file.metadata() or {}
         if "base_fingerprint" in trained_on and not is_same_base(trained_on, base_identity()):
-            raise ValueError(f"{folder}: this adapter was trained on another base model")
+            named = named_base(folder)
+            which = f"; its adapter_config.json names {named}" if named else ""
+            raise ValueError(f"{folder}: this adapter was trained on another base model{which}")
     # embeddings are compared by value, in check_embeddings
     for name in EMBEDDINGS:
         shapes.pop(name, None)
@@ -399,7 +401,7 @@ def merge_folders(base, adapter, out, dtype):
     Returns (largest logit difference of the written model, largest logit, share lost to rounding).
     Raises ValueError, leaving nothing under `out`, when merged and unmerged logits disagree."""
     if Path(out).exists():
-        raise ValueError(f"{out}: exists already")
+        raise ValueError(f"{out}: exists already; delete it or name another")
 
     # logits of some tokens before and after merging
     model = load_adapter(Llama.from_pretrained(base), adapter).eval()

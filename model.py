@@ -254,7 +254,7 @@ class Llama(nn.Module):
             positions = torch.arange(T, device=device)[None]
             if start is not None:
                 positions = positions + start[:, None]
-        # angles in fp32 at least: bf16 cannot count beyond 256
+        # angles in fp32 at least: bf16 cannot represent every integer beyond 256
         dtype = torch.promote_types(self.compute_dtype, torch.float32)
         freq = rotary_frequencies(self.config, dtype).to(device)
         angles = positions[..., None].to(dtype) * freq

@@ -154,7 +154,7 @@ def plan_job(config, tok):
     job.response_prefix = unescape(job.response_prefix)
     job.txt_split = unescape(job.txt_split)
 
-    # ids, which are bytes until the rows are written
+    # BOS and EOS as bytes: ids stay bytes until rows are written
     if job.bos and tok.bos_id is None:
         raise ValueError(f"bos: {job.tokenizer} has no such token; say --bos=False")
     if job.add_eos and tok.eos_id is None:

@@ -193,7 +193,7 @@ def make_model(shape, compute_dtype, knobs, saved_adapter=""):
     weight_dtype = compute_dtype if is_lora else getattr(torch, knobs.param_dtype)
     with torch.device("meta"):
         model = Llama(shape).to(weight_dtype)
-    if is_lora and saved_adapter:
+    if saved_adapter:
         apply_saved_lora(model, saved_adapter)
     elif is_lora:
         alpha = 2 * knobs.lora_rank if knobs.lora_alpha is None else knobs.lora_alpha
@@ -344,7 +344,8 @@ if __name__ == "__main__":
 
         # ---- what is trained: made without memory, sharded below, then filled with weights
         compute_dtype = pick_dtype(dtype, device)
-        model = make_model(shape, compute_dtype, knobs, started_from or adapter)
+        saved_adapter = (started_from or adapter) if lora_rank or adapter else ""
+        model = make_model(shape, compute_dtype, knobs, saved_adapter)
         is_lora = hasattr(model, "lora")
 
         # ---- what is going to happen
@@ -371,8 +372,8 @@ if __name__ == "__main__":
             model.load_weights(started_from)
         else:
             model.load_weights(base)
-        if is_lora and (started_from or adapter):
-            load_adapter_weights(model, started_from or adapter)
+        if saved_adapter:
+            load_adapter_weights(model, saved_adapter)
         elif is_lora:
             init_adapters(model)
         model.train()
