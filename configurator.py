@@ -1,5 +1,4 @@
-"""
-Knobs: the plain assignments at a script's head, changed by config files and --knob=value.
+"""Knobs: the plain assignments at a script's head, changed by config files and --knob=value.
 
     train.py               config/math_cpt.py                            command line     the run
     lora_rank = 0                                                        --lora_rank=64   64

@@ -1,5 +1,4 @@
-r"""
-Stage 3, learning: HumanEval as bigcode-evaluation-harness asks and cuts it; pass@k and diversity.
+r"""Stage 3, learning: HumanEval as bigcode-evaluation-harness asks and cuts it; pass@k and diversity.
 
     python eval_humaneval.py --model=out/code-r16/step_200 --allow_code_execution=True
     python eval_humaneval.py --model=models/llama2-7b --mode=passk   # samples, which are not run
@@ -292,9 +291,7 @@ if __name__ == "__main__":
         if allow_code_execution:
             programs = [(problems[i], text) for i, texts in found.items() for text in texts]
             print0(f"running {len(programs)} programs")
-            judged = {"timeout": timeout,
-                      "memory_mb": memory_mb,
-                      "sandbox": sandbox,
+            judged = {"timeout": timeout, "memory_mb": memory_mb, "sandbox": sandbox,
                       "strip_prompt": strip_prompt}
             items = open_items(subject, f"{name}_run", range(len(programs)), judged,
                                itemgetter("passed"))

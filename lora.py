@@ -58,12 +58,8 @@ class LoRAProjection(nn.Module):
         self.kernel = "torch"  # see choose_kernel
 
         # one rank and one scale for all parts
-        ranks = []
-        scales = []
-        for rank, alpha in sizes.values():
-            ranks.append(rank)
-            scales.append(scale_of(rank, alpha, rslora))
-        self.rank = max(ranks)
+        self.rank = max(rank for rank, _ in sizes.values())
+        scales = [scale_of(rank, alpha, rslora) for rank, alpha in sizes.values()]
         self.scale = max(scales, key=abs)
         self.factors = {}
         for name, scale in zip(sizes, scales):
@@ -145,7 +141,6 @@ def apply_lora(model, rank, alpha, dropout=0.0, targets="all", rslora=False):
         raise ValueError("LoRA needs rank >= 1, alpha > 0 and 0 <= dropout <= 0.99, "
                          f"found {rank}, {alpha}, {dropout}")
     lora = dict(rank=rank, alpha=alpha, dropout=dropout, targets=names, rslora=rslora)
-    # the same in each block
     of_block = dict.fromkeys(names, (rank, alpha))
     add_adapters(model, lora, [of_block] * len(model.layers))
     if model.device.type != "meta":
@@ -164,10 +159,7 @@ def add_adapters(model, lora, sizes):
     for block, of_block in zip(model.layers, sizes):
         for parent in (block.self_attn, block.mlp):
             for group, plain in list(parent.named_children()):
-                of_group = {}
-                for name in GROUPS[group]:
-                    if name in of_block:
-                        of_group[name] = of_block[name]
+                of_group = {name: of_block[name] for name in GROUPS[group] if name in of_block}
                 if of_group:
                     module = LoRAProjection(plain, of_group, lora["rslora"], lora["dropout"])
                     setattr(parent, group, module)
@@ -451,5 +443,5 @@ if __name__ == "__main__":
                 raise ValueError(f"{name} is not set; see --help")
         difference, largest, lost = merge_folders(base, adapter, out, getattr(torch, dtype))
         print(f"{out}: merged and unmerged logits agree to {difference:.3g} "
-              f"(largest logit {largest:.3g}); "
-              f"{lost:.2%} of the change was lost to rounding to {dtype}")
+              f"(largest logit "
+              f"{largest:.3g}); {lost:.2%} of the change was lost to rounding to {dtype}")

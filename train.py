@@ -1,5 +1,4 @@
-"""
-Stage 2: finetune a Llama, in full or with LoRA, on token files made by prepare_data.py.
+"""Stage 2: finetune a Llama, in full or with LoRA, on token files made by prepare_data.py.
 
     python train.py --base=models/llama2-7b --data=data/gsm8k --lora_rank=16 --max_epochs=2 \\
         --out_dir=out/r16
@@ -279,10 +278,8 @@ def mean_loss(model, rows, microbatch, device, limit=0):
 
 def validate(model, watched, knobs, device):
     """{name: mean loss} of the sets that are watched."""
-    losses = {}
-    for name, rows in watched.items():
-        losses[name] = mean_loss(model, rows, knobs.microbatch, device, knobs.eval_rows)
-    return losses
+    return {name: mean_loss(model, rows, knobs.microbatch, device, knobs.eval_rows)
+            for name, rows in watched.items()}
 
 
 # ----------------------------------------------------------------------------- what is logged
