@@ -264,7 +264,6 @@ def run_file(path, seen, knobs):
 # ----------------------------------------------------------------------------- values
 def check(value, knob, place):
     """`value` in the knob's type; fails with a message that begins with `place` if it is not."""
-    # None is a value of knobs whose default it is
     if value is None and knob.default is None:
         return None
     try:

@@ -1,4 +1,4 @@
-r"""Stage 3, learning: GSM8K as lm-evaluation-harness 0.4.2 asks and judges it (its task version 3.0).
+r"""Stage 3, learning: GSM8K as lm-evaluation-harness 0.4.2 asks and judges it (task version 3.0).
 
     python eval_gsm8k.py --model=out/gsm8k-r16/step_200
     python eval_gsm8k.py --model=models/llama2-7b --adapter=out/gsm8k-r16/step_200 --limit=200

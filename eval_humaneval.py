@@ -1,4 +1,4 @@
-r"""Stage 3, learning: HumanEval as bigcode-evaluation-harness asks and cuts it; pass@k and diversity.
+r"""Stage 3, learning: HumanEval as bigcode-evaluation-harness asks and cuts it; pass@k, diversity.
 
     python eval_humaneval.py --model=out/code-r16/step_200 --allow_code_execution=True
     python eval_humaneval.py --model=models/llama2-7b --mode=passk   # samples, which are not run

@@ -110,10 +110,7 @@ class LoRAProjection(nn.Module):
     def deltas(self):
         """Projection name -> its weight change scale * B A, [rows, K], in the dtype of A and B."""
         a, b = adapter_parts(self.lora_A, self.lora_B, self.spans, self.lora_A.dtype)
-        deltas = {}
-        for name, a_i, b_i in zip(self.adapted, a, b):
-            deltas[name] = self.scale * (b_i @ a_i)
-        return deltas
+        return {name: self.scale * (b_i @ a_i) for name, a_i, b_i in zip(self.adapted, a, b)}
 
 
 # ----------------------------------------------------------------------------- models with adapters
@@ -280,10 +277,8 @@ def apply_saved_lora(model, folder, trains=True):
     sizes = []
     found = set()
     for layer in range(len(model.layers)):
-        of_block = {}
-        for name in PROJECTIONS:
-            if config.adapts(layer, name):
-                of_block[name] = config.size_of(layer, name)
+        adapted = [name for name in PROJECTIONS if config.adapts(layer, name)]
+        of_block = {name: config.size_of(layer, name) for name in adapted}
         sizes.append(of_block)
         found.update(of_block)
     if not found:

@@ -309,12 +309,6 @@ class Llama(nn.Module):
             loss = loss / len(predicted)
         return None, loss
 
-    # ------------------------------------------------------------- methods from llama/generate.py
-    # (prompts, max_new_tokens, temperature=0.0, top_p=1.0, n=1, stop=None, seed=0, batch_size=64)
-    generate = generate                # list (prompts) of lists (n) of lists of new ids
-    generate_each = generate_each      # yields (index of a prompt, its n lists) once they are whole
-    generate_tokens = generate_tokens  # yields (prompt, sample, new id, whether the row ends)
-
     # ------------------------------------------------------------- files: llama/weights.py
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
@@ -327,9 +321,11 @@ class Llama(nn.Module):
         load_weights(model, folder, device)
         return model
 
-    def load_weights(self, folder):
-        """Fill the weights in place; errors as in llama.weights.load_weights."""
-        load_weights(self, folder)
-        return self
-
+    load_weights = load_weights        # (folder), in place
     save_pretrained = save_pretrained  # (folder, dtype=None), for transformers as well
+
+    # ------------------------------------------------------------- generation: llama/generate.py
+    # (prompts, max_new_tokens, temperature=0.0, top_p=1.0, n=1, stop=None, seed=0, batch_size=64)
+    generate = generate                # list (prompts) of lists (n) of lists of new ids
+    generate_each = generate_each      # yields (index of a prompt, its n lists) once they are whole
+    generate_tokens = generate_tokens  # yields (prompt, sample, new id, whether the row ends)

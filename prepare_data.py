@@ -1,4 +1,4 @@
-r"""Stage 1: text, prompt/response records or conversations -> token files that train.py memory-maps.
+r"""Stage 1: text, prompt/response records or conversations -> token files that train.py maps.
 
     python prepare_data.py --source=notes.txt --tokenizer=models/llama2 --out_dir=data/notes
     python prepare_data.py --kind=ift --source=gsm8k/train.jsonl --tokenizer=models/llama2 \
@@ -104,9 +104,7 @@ _choices = {'kind': ('cpt', 'ift'), 'on_bad_record': ('error', 'skip'),
 _types = {'bos': bool}
 _free = {'workers', 'block_mb', 'inspect'}  # knobs that change no byte of the output
 
-# -----------------------------------------------------------------------------
-# The knobs, checked, and what follows from them
-
+# ----------------------------------------------------------------------------- the knobs, checked
 LEAST = {"seq_len": 2, "paper_ranks": 1, "paper_batch": 1, "paper_epochs": 1, "packing_seed": 0,
          "train_on_prompt_from": 0, "max_records": 0, "max_tokens": 0, "workers": 0}
 
@@ -157,14 +155,10 @@ def plan_job(config, tok):
         raise ValueError(f"add_eos: {job.tokenizer} has no such token; say --add_eos=False")
     job.dtype = np.dtype("<u2" if tok.vocab_size <= 65536 else "<u4")
     job.encode = make_encoder(tok, job.dtype)
-    job.bos_bytes = b""
-    job.eos_bytes = b""
-    if job.bos:
-        job.bos_bytes = np.array(tok.bos_id, job.dtype).tobytes()
+    job.bos_bytes = np.array(tok.bos_id, job.dtype).tobytes() if job.bos else b""
     if job.double_bos:
         job.bos_bytes = job.bos_bytes + job.bos_bytes
-    if job.add_eos:
-        job.eos_bytes = np.array(tok.eos_id, job.dtype).tobytes()
+    job.eos_bytes = np.array(tok.eos_id, job.dtype).tobytes() if job.add_eos else b""
     job.pad = tok.eos_id or 0
 
     # the fields of a record that are read: those of the template, and more
@@ -180,11 +174,10 @@ def plan_job(config, tok):
         job.fields.append(job.id_field)
     return job
 
-# -----------------------------------------------------------------------------
-# Records -> ids and masks. A block of them becomes a shard, in a worker process.
 
+# ----------------------------------------------------------------------------- records -> shards
 def encode_block(job, name, items):
-    """The records of a block -> the arrays of its shard. ValueError: file:record of a bad one."""
+    """A block of records -> the arrays of its shard, in a worker. ValueError names a bad one."""
     documents = []
     ids = []
     masks = []
@@ -290,9 +283,8 @@ def encode_turns(encode, turns, seq_len, bos=b"", eos=b"", itemsize=2, bos_each=
     # the first token has nothing before it from which it could be predicted
     return ids, b"\0" + mask[1:], why
 
-# -----------------------------------------------------------------------------
-# Shards -> the rows of a split
 
+# ----------------------------------------------------------------------------- shards -> rows
 def write_split(name, documents, work, count, folder, job):
     """Write the files of train or val; returns counts for meta.json. ValueError: it has no row."""
     path = f"{folder}/{name}"
@@ -362,9 +354,7 @@ def pack(name, lengths, job):
     return rows, packed
 
 
-# -----------------------------------------------------------------------------
-# The run
-
+# ----------------------------------------------------------------------------- the run
 if __name__ == "__main__":
     with one_line_errors():
         config = configure(globals())

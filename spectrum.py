@@ -1,5 +1,5 @@
-"""Stage 4: why. Singular values of every projection before (W0) and after (W) finetuning, and of the
-change D = W - W0; how many of them hold 90% of the sum of squares (the effective rank); what a
+"""Stage 4: why. Singular values of every projection before (W0) and after (W) finetuning, and of
+the change D = W - W0; how many of them hold 90% of the sum of squares (the effective rank); what a
 random matrix would give; whether W keeps the leading directions of W0.
 
     singular values 5 4 2 1    squares 25 16 4 1    running share 54% 89% 98% 100%    rank 3
@@ -83,11 +83,8 @@ def describe(values, error, method, shape, fractions, lora_rank=None):
         random_values = random_lora_singular_values(*shape, lora_rank)
 
     # effective ranks
-    ranks = {}
-    random_ranks = {}
-    for fraction in fractions:
-        ranks[str(fraction)] = effective_rank(values, fraction)
-        random_ranks[str(fraction)] = effective_rank(random_values, fraction)
+    ranks = {str(share): effective_rank(values, share) for share in fractions}
+    random_ranks = {str(share): effective_rank(random_values, share) for share in fractions}
 
     # values above the largest that a random matrix of this norm has
     norm = values.square().sum().sqrt().item()

@@ -208,8 +208,7 @@ def make_model(shape, compute_dtype, knobs, saved_adapter=""):
 def make_optimizer(model, knobs):
     """The optimizer. To add one: its class and a line of OPTIMIZERS, both in lion.py."""
     # parameter groups: each may have its own "lr", and keeps its ratio to learning_rate
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": trained}]
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     betas = (knobs.beta1, knobs.beta2)
     optim = OPTIMIZERS[knobs.optimizer](groups, knobs.learning_rate, betas, knobs.weight_decay)
     for group in optim.param_groups:
