@@ -21,8 +21,8 @@ def gauntlet_shots(questions, shots, seed):
     for subject, members in by_subject.items():
         if len(members) <= shots:
             which = f" of {subject}" if subject else ""
-            print0(f"note: {len(members)} questions{which} give each other {len(members) - 1} "
-                   f"shots, fewer than the {shots} asked for")
+            print0(f"note: {len(members)} questions{which} have {len(members) - 1} others "
+                   f"as shots, fewer than the {shots} asked for")
         of_members = gauntlet_shot_indices(len(members), shots, seed)
         for i, indices in zip(members, of_members):
             drawn[i] = [questions[members[index]] for index in indices]

@@ -8,7 +8,7 @@ from conftest import ROOT, run_here, run_stage
 import lion
 from lora import apply_lora
 from model import Llama, LlamaConfig
-from training.plan import PUBLISHED, compare_with_paper, predict_memory, shape_of, states
+from training.plan import duration_text, PUBLISHED, compare_with_paper, predict_memory, shape_of, states
 
 PAPER = ["--base=meta-llama/Llama-2-7b-hf", "--data=nowhere", "--seq_len=4096", "--global_batch=192", "--microbatch=6",
          "--gpus=32", "--dry_run=True"]
@@ -164,3 +164,7 @@ def test_tensors_of_a_step_take_the_predicted_bytes(rank):
     assert said["optimizer"] == sum(state["exp_avg"].nbytes for state in optimizer.state.values())
     predicted = [predict_memory(of, "lionw", 2, 128, device="cpu")["activations"] for of in (small, model)]
     assert kept_by_8 - kept_by_4 == pytest.approx(predicted[1] - predicted[0], rel=0.06)
+
+
+def test_a_time_is_in_the_unit_that_fits():
+    assert [duration_text(seconds) for seconds in (0.04, 12.3, 90, 3599, 7200)] == ["0.04 s", "12 s", "1.5 min", "60.0 min", "2.00 h"]
