@@ -8,7 +8,7 @@ from conftest import ROOT, run_here, run_stage
 import lion
 from lora import apply_lora
 from model import Llama, LlamaConfig
-from training.plan import duration_text, PUBLISHED, compare_with_paper, predict_memory, shape_of, states
+from training.plan import PUBLISHED, compare_with_paper, duration_text, predict_memory, shape_of, states
 
 PAPER = ["--base=meta-llama/Llama-2-7b-hf", "--data=nowhere", "--seq_len=4096", "--global_batch=192", "--microbatch=6",
          "--gpus=32", "--dry_run=True"]
