@@ -70,7 +70,7 @@ def without_protobuf(monkeypatch):
     """transformers converts a tokenizer.model by protobuf, which is not installed; here by sentencepiece."""
     if transformers.__version__ >= "5":
         return
-    from transformers import convert_slow_tokenizer
+    from transformers.convert_slow_tokenizer import SpmConverter  # the package has a function of the name as well
     from transformers.models.llama.tokenization_llama import LlamaTokenizer
 
     def init(self, slow):
@@ -83,7 +83,7 @@ def without_protobuf(monkeypatch):
     def load(self, from_slow=False):
         return sentencepiece.SentencePieceProcessor(model_file=self.vocab_file)
 
-    monkeypatch.setattr(convert_slow_tokenizer.SpmConverter, "__init__", init)
+    monkeypatch.setattr(SpmConverter, "__init__", init)
     monkeypatch.setattr(LlamaTokenizer, "get_spm_processor", load)
 
 
