@@ -1,5 +1,4 @@
-"""
-Knobs: the plain assignments at a script's head, changed by config files and --knob=value.
+"""Knobs: the plain assignments at a script's head, changed by config files and --knob=value.
 
     train.py               config/math_cpt.py                            command line     the run
     lora_rank = 0                                                        --lora_rank=64   64
@@ -180,10 +179,10 @@ def read(text, knob):
     if text == "None" and knob.default is None:
         return None
     if knob.kind is tuple:
-        # items with commas; check() refuses an empty one, which is None here
-        item = Knob((), knob.element, None, ())
+        # items with commas; text with an empty one stays text
         parts = [part.strip() for part in text.split(",")] if text else []
-        return tuple(read(part, item) if part else None for part in parts)
+        item = Knob((), knob.element, None, ())
+        return tuple(read(part, item) for part in parts) if all(parts) else text
     if knob.kind is bool:
         return BOOLS.get(text, text)
     if knob.kind in (int, float):
@@ -265,7 +264,6 @@ def run_file(path, seen, knobs):
 # ----------------------------------------------------------------------------- values
 def check(value, knob, place):
     """`value` in the knob's type; fails with a message that begins with `place` if it is not."""
-    # None is a value of knobs whose default it is
     if value is None and knob.default is None:
         return None
     try:

@@ -36,7 +36,7 @@ from typing import Callable, NamedTuple
 
 from configurator import configure, knob_table
 from evaluation.choices import gauntlet_sequences, lm_eval_sequences
-from evaluation.evals import (digest, load_for_eval, open_items, read_items, shown,
+from evaluation.evals import (digest, find_model, load_for_eval, open_items, read_items, shown,
                               start_ranks)
 from evaluation.scores import write_mean, write_result
 from evaluation.shots import gauntlet_shots, lm_eval_shots_from, lm_eval_shots_of_subject
@@ -422,6 +422,7 @@ if __name__ == "__main__":
         config = configure(globals())
         check_tasks_and_shots(config)
         print0(knob_table(globals()))
+        find_model(model, adapter)
         questions = {task: load_questions(task, config[task]) for task in tasks}
         pool = load_questions(tasks[0], lm_eval_shot_data) if lm_eval_shots else []
 

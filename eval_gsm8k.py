@@ -1,5 +1,4 @@
-r"""
-Stage 3, learning: GSM8K as lm-evaluation-harness 0.4.2 asks and judges it (its task version 3.0).
+r"""Stage 3, learning: GSM8K as lm-evaluation-harness 0.4.2 asks and judges it (task version 3.0).
 
     python eval_gsm8k.py --model=out/gsm8k-r16/step_200
     python eval_gsm8k.py --model=models/llama2-7b --adapter=out/gsm8k-r16/step_200 --limit=200
@@ -21,8 +20,9 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from configurator import configure, knob_table
-from evaluation.evals import (begin_and_end, cut_left, digest, generate_items, load_for_eval,
-                              open_items, read_items, start_ranks, warn_of_cuts, without_eos)
+from evaluation.evals import (begin_and_end, cut_left, digest, find_model, generate_items,
+                              load_for_eval, open_items, read_items, start_ranks, warn_of_cuts,
+                              without_eos)
 from evaluation.scores import write_result
 from runtime import one_line_errors, pick_dtype, print0
 from text.tokenizer import text_stopper
@@ -76,7 +76,7 @@ def build_prompt(question, shots):
 class Prompt(NamedTuple):
     text: str
     tokens: list
-    cut: int             # tokens that its beginning lost
+    cut: int             # tokens cut from its beginning
 
 
 def make_prompts(questions, train, drawn, tok, bos, room):
@@ -130,7 +130,7 @@ def normalise(answer):
 
 
 def judge_answer(output, answer):
-    """The part of an item's record that says how right an output is; `answer` has its '#### '."""
+    """Scores of an output against GSM8K's answer, as fields of the item's record."""
     # from the first stop string on, the model may ask and answer questions of its own
     output = cut_at_stops(output)
     strict = extract_strict(output)
@@ -151,7 +151,8 @@ def answer_questions(items, subject, prompts, questions, max_new_tokens, batch_s
     tokens = [prompts[i].tokens for i in todo]
     answers = generate_items(subject, todo, tokens, max_new_tokens, stop=stop,
                              batch_size=batch_size)
-    for i, (new,) in answers:
+    for i, samples in answers:
+        new = samples[0]
         # what ends an answer is EOS or a stop string, else the limit cut it short
         ended = stop(new)
         verdict = judge_answer(tok.decode(without_eos(tok, new)), questions[i]["answer"])
@@ -167,6 +168,7 @@ if __name__ == "__main__":
         print0(knob_table(globals()))
         if min(max_new_tokens, batch_size) < 1 or min(shots, limit) < 0:
             raise ValueError("max_new_tokens, batch_size: at least 1; shots, limit: at least 0")
+        find_model(model, adapter)
         # the questions and their worked examples, which do not depend on the limit
         questions = read_questions(test_data, "test_data")
         train = read_questions(train_data, "train_data") if shots else []

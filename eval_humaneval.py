@@ -1,5 +1,4 @@
-r"""
-Stage 3, learning: HumanEval as bigcode-evaluation-harness asks and cuts it; pass@k and diversity.
+r"""Stage 3, learning: HumanEval as bigcode-evaluation-harness asks and cuts it; pass@k, diversity.
 
     python eval_humaneval.py --model=out/code-r16/step_200 --allow_code_execution=True
     python eval_humaneval.py --model=models/llama2-7b --mode=passk   # samples, which are not run
@@ -27,8 +26,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import configure, knob_table
-from evaluation.evals import (begin_and_end, cut_left, digest, generate_items, load_for_eval,
-                              open_items, read_items, start_ranks, warn_of_cuts, without_eos)
+from evaluation.evals import (begin_and_end, cut_left, digest, find_model, generate_items,
+                              load_for_eval, open_items, read_items, start_ranks, warn_of_cuts,
+                              without_eos)
 from evaluation.samples import (check_samples, check_verdicts, prompt_of, read_samples,
                                 subject_of_samples)
 from evaluation.sandbox import Sandbox
@@ -246,6 +246,8 @@ if __name__ == "__main__":
         config.update(n_samples=n_samples, temperature=temperature, k=k)
         print0(knob_table(globals()))
         check_sampling(n_samples, temperature, k, samples, allow_code_execution)
+        if not samples:
+            find_model(model, adapter)
 
         # the problems
         all_problems = read_items(data, dict.fromkeys(FIELDS, str))
@@ -289,9 +291,7 @@ if __name__ == "__main__":
         if allow_code_execution:
             programs = [(problems[i], text) for i, texts in found.items() for text in texts]
             print0(f"running {len(programs)} programs")
-            judged = {"timeout": timeout,
-                      "memory_mb": memory_mb,
-                      "sandbox": sandbox,
+            judged = {"timeout": timeout, "memory_mb": memory_mb, "sandbox": sandbox,
                       "strip_prompt": strip_prompt}
             items = open_items(subject, f"{name}_run", range(len(programs)), judged,
                                itemgetter("passed"))

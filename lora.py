@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from llama.adapter_config import MERGE, adapter_json, read_adapter_config, scale_of
+from llama.adapter_config import MERGE, adapter_json, named_base, read_adapter_config, scale_of
 from llama.folder import carry_files
 from llama.identity import BF16_STEP, identity_of, is_same_base
 from llama.lora_matmul import adapter_parts, lora_matmul
@@ -58,12 +58,8 @@ class LoRAProjection(nn.Module):
         self.kernel = "torch"  # see choose_kernel
 
         # one rank and one scale for all parts
-        ranks = []
-        scales = []
-        for rank, alpha in sizes.values():
-            ranks.append(rank)
-            scales.append(scale_of(rank, alpha, rslora))
-        self.rank = max(ranks)
+        self.rank = max(rank for rank, _ in sizes.values())
+        scales = [scale_of(rank, alpha, rslora) for rank, alpha in sizes.values()]
         self.scale = max(scales, key=abs)
         self.factors = {}
         for name, scale in zip(sizes, scales):
@@ -114,10 +110,7 @@ class LoRAProjection(nn.Module):
     def deltas(self):
         """Projection name -> its weight change scale * B A, [rows, K], in the dtype of A and B."""
         a, b = adapter_parts(self.lora_A, self.lora_B, self.spans, self.lora_A.dtype)
-        deltas = {}
-        for name, a_i, b_i in zip(self.adapted, a, b):
-            deltas[name] = self.scale * (b_i @ a_i)
-        return deltas
+        return {name: self.scale * (b_i @ a_i) for name, a_i, b_i in zip(self.adapted, a, b)}
 
 
 # ----------------------------------------------------------------------------- models with adapters
@@ -145,7 +138,6 @@ def apply_lora(model, rank, alpha, dropout=0.0, targets="all", rslora=False):
         raise ValueError("LoRA needs rank >= 1, alpha > 0 and 0 <= dropout <= 0.99, "
                          f"found {rank}, {alpha}, {dropout}")
     lora = dict(rank=rank, alpha=alpha, dropout=dropout, targets=names, rslora=rslora)
-    # the same in each block
     of_block = dict.fromkeys(names, (rank, alpha))
     add_adapters(model, lora, [of_block] * len(model.layers))
     if model.device.type != "meta":
@@ -164,10 +156,7 @@ def add_adapters(model, lora, sizes):
     for block, of_block in zip(model.layers, sizes):
         for parent in (block.self_attn, block.mlp):
             for group, plain in list(parent.named_children()):
-                of_group = {}
-                for name in GROUPS[group]:
-                    if name in of_block:
-                        of_group[name] = of_block[name]
+                of_group = {name: of_block[name] for name in GROUPS[group] if name in of_block}
                 if of_group:
                     module = LoRAProjection(plain, of_group, lora["rslora"], lora["dropout"])
                     setattr(parent, group, module)
@@ -198,7 +187,7 @@ def merge_lora(model):
                                      f"{norm:.3g} in {delta.dtype}; expected a finite one")
                 merged = module.weight[start:end].to(delta.dtype) + delta
                 module.weight[start:end] = merged.to(module.weight.dtype)
-        # a Projection around the weight that is there
+        # a plain Projection that reuses the weight
         with torch.device("meta"):
             plain = Projection(module.weight.shape[1], module.parts)
         plain.weight = module.weight
@@ -288,10 +277,8 @@ def apply_saved_lora(model, folder, trains=True):
     sizes = []
     found = set()
     for layer in range(len(model.layers)):
-        of_block = {}
-        for name in PROJECTIONS:
-            if config.adapts(layer, name):
-                of_block[name] = config.size_of(layer, name)
+        adapted = [name for name in PROJECTIONS if config.adapts(layer, name)]
+        of_block = {name: config.size_of(layer, name) for name in adapted}
         sizes.append(of_block)
         found.update(of_block)
     if not found:
@@ -320,7 +307,9 @@ def open_adapter_weights(folder, expected, base_identity):
     for file in list(where.values())[:1]:  # one file holds them all
         trained_on = file.metadata() or {}
         if "base_fingerprint" in trained_on and not is_same_base(trained_on, base_identity()):
-            raise ValueError(f"{folder}: this adapter was trained on another base model")
+            named = named_base(folder)
+            which = f"; its adapter_config.json names {named}" if named else ""
+            raise ValueError(f"{folder}: this adapter was trained on another base model{which}")
     # embeddings are compared by value, in check_embeddings
     for name in EMBEDDINGS:
         shapes.pop(name, None)
@@ -399,7 +388,7 @@ def merge_folders(base, adapter, out, dtype):
     Returns (largest logit difference of the written model, largest logit, share lost to rounding).
     Raises ValueError, leaving nothing under `out`, when merged and unmerged logits disagree."""
     if Path(out).exists():
-        raise ValueError(f"{out}: exists already")
+        raise ValueError(f"{out}: exists already; delete it or name another")
 
     # logits of some tokens before and after merging
     model = load_adapter(Llama.from_pretrained(base), adapter).eval()
@@ -449,5 +438,5 @@ if __name__ == "__main__":
                 raise ValueError(f"{name} is not set; see --help")
         difference, largest, lost = merge_folders(base, adapter, out, getattr(torch, dtype))
         print(f"{out}: merged and unmerged logits agree to {difference:.3g} "
-              f"(largest logit {largest:.3g}); "
-              f"{lost:.2%} of the change was lost to rounding to {dtype}")
+              f"(largest logit "
+              f"{largest:.3g}); {lost:.2%} of the change was lost to rounding to {dtype}")

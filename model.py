@@ -254,7 +254,7 @@ class Llama(nn.Module):
             positions = torch.arange(T, device=device)[None]
             if start is not None:
                 positions = positions + start[:, None]
-        # angles in fp32 at least: bf16 cannot count beyond 256
+        # angles in fp32 at least: bf16 cannot represent every integer beyond 256
         dtype = torch.promote_types(self.compute_dtype, torch.float32)
         freq = rotary_frequencies(self.config, dtype).to(device)
         angles = positions[..., None].to(dtype) * freq
@@ -309,27 +309,6 @@ class Llama(nn.Module):
             loss = loss / len(predicted)
         return None, loss
 
-    # ------------------------------------------------------------- generation: llama/generate.py
-    def generate(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0,
-                 n=1, stop=None, seed=0, batch_size=64, vocab_size=None):
-        """n continuations of each prompt: list (prompts) of lists (n) of lists of new ids.
-
-        For the arguments see generate_tokens in llama/generate.py."""
-        return generate(self, prompts, max_new_tokens, temperature, top_p,
-                        n, stop, seed, batch_size, vocab_size)
-
-    def generate_each(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0,
-                      n=1, stop=None, seed=0, batch_size=64, vocab_size=None):
-        """Yield (index of a prompt, its n lists of new ids) as soon as the n are complete."""
-        return generate_each(self, prompts, max_new_tokens, temperature, top_p,
-                             n, stop, seed, batch_size, vocab_size)
-
-    def generate_tokens(self, prompts, max_new_tokens, temperature=0.0, top_p=1.0,
-                        n=1, stop=None, seed=0, batch_size=64, vocab_size=None):
-        """Yield (prompt, sample, new id, whether the row ends with it) as they come."""
-        return generate_tokens(self, prompts, max_new_tokens, temperature, top_p,
-                               n, stop, seed, batch_size, vocab_size)
-
     # ------------------------------------------------------------- files: llama/weights.py
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
@@ -342,11 +321,11 @@ class Llama(nn.Module):
         load_weights(model, folder, device)
         return model
 
-    def load_weights(self, folder):
-        """Fill the weights in place; errors as in llama.weights.load_weights."""
-        load_weights(self, folder)
-        return self
+    load_weights = load_weights        # (folder), in place
+    save_pretrained = save_pretrained  # (folder, dtype=None), for transformers as well
 
-    def save_pretrained(self, folder, dtype=None, shard_bytes=5 * 10 ** 9, get=full_tensor):
-        """Write a folder that transformers reads too; dtype None keeps the parameters'."""
-        save_pretrained(self, folder, dtype, shard_bytes, get)
+    # ------------------------------------------------------------- generation: llama/generate.py
+    # (prompts, max_new_tokens, temperature=0.0, top_p=1.0, n=1, stop=None, seed=0, batch_size=64)
+    generate = generate                # list (prompts) of lists (n) of lists of new ids
+    generate_each = generate_each      # yields (index of a prompt, its n lists) once they are whole
+    generate_tokens = generate_tokens  # yields (prompt, sample, new id, whether the row ends)

@@ -1,5 +1,4 @@
-r"""
-Stage 1: text, prompt/response records or conversations -> token files that train.py memory-maps.
+r"""Stage 1: text, prompt/response records or conversations -> token files that train.py maps.
 
     python prepare_data.py --source=notes.txt --tokenizer=models/llama2 --out_dir=data/notes
     python prepare_data.py --kind=ift --source=gsm8k/train.jsonl --tokenizer=models/llama2 \
@@ -49,8 +48,7 @@ from configurator import configure, knob_table
 from runtime import ROOT, one_line_errors
 from text.encode import make_encoder
 from text.packing import pack_best_fit, pack_no_wrap, pack_paper, write_rows
-from text.records import (describe, eval_ngrams, expand, is_contaminated, parse, text_of,
-                          unescape)
+from text.records import describe, eval_ngrams, expand, is_contaminated, parse, text_of, unescape
 from text.report import (choose_bos, examples_of, inspect_folder, print_report, why_dropped,
                          why_no_row)
 from text.shards import (DOCUMENT, WHY, checksums, encode_blocks, file_sha256, hashes,
@@ -106,13 +104,9 @@ _choices = {'kind': ('cpt', 'ift'), 'on_bad_record': ('error', 'skip'),
 _types = {'bos': bool}
 _free = {'workers', 'block_mb', 'inspect'}  # knobs that change no byte of the output
 
-# -----------------------------------------------------------------------------
-# The knobs, checked, and what follows from them
-
-LEAST = {
-    "seq_len": 2,
-    "paper_ranks": 1, "paper_batch": 1, "paper_epochs": 1, "packing_seed": 0,
-    "train_on_prompt_from": 0, "max_records": 0, "max_tokens": 0, "workers": 0}
+# ----------------------------------------------------------------------------- the knobs, checked
+LEAST = {"seq_len": 2, "paper_ranks": 1, "paper_batch": 1, "paper_epochs": 1, "packing_seed": 0,
+         "train_on_prompt_from": 0, "max_records": 0, "max_tokens": 0, "workers": 0}
 
 
 def check_knobs(config):
@@ -154,21 +148,17 @@ def plan_job(config, tok):
     job.response_prefix = unescape(job.response_prefix)
     job.txt_split = unescape(job.txt_split)
 
-    # ids, which are bytes until the rows are written
+    # BOS and EOS as bytes: ids stay bytes until rows are written
     if job.bos and tok.bos_id is None:
         raise ValueError(f"bos: {job.tokenizer} has no such token; say --bos=False")
     if job.add_eos and tok.eos_id is None:
         raise ValueError(f"add_eos: {job.tokenizer} has no such token; say --add_eos=False")
     job.dtype = np.dtype("<u2" if tok.vocab_size <= 65536 else "<u4")
     job.encode = make_encoder(tok, job.dtype)
-    job.bos_bytes = b""
-    job.eos_bytes = b""
-    if job.bos:
-        job.bos_bytes = np.array(tok.bos_id, job.dtype).tobytes()
+    job.bos_bytes = np.array(tok.bos_id, job.dtype).tobytes() if job.bos else b""
     if job.double_bos:
         job.bos_bytes = job.bos_bytes + job.bos_bytes
-    if job.add_eos:
-        job.eos_bytes = np.array(tok.eos_id, job.dtype).tobytes()
+    job.eos_bytes = np.array(tok.eos_id, job.dtype).tobytes() if job.add_eos else b""
     job.pad = tok.eos_id or 0
 
     # the fields of a record that are read: those of the template, and more
@@ -184,11 +174,10 @@ def plan_job(config, tok):
         job.fields.append(job.id_field)
     return job
 
-# -----------------------------------------------------------------------------
-# Records -> ids and masks. A block of them becomes a shard, in a worker process.
 
+# ----------------------------------------------------------------------------- records -> shards
 def encode_block(job, name, items):
-    """The records of a block -> the arrays of its shard. ValueError: file:record of a bad one."""
+    """A block of records -> the arrays of its shard, in a worker. ValueError names a bad one."""
     documents = []
     ids = []
     masks = []
@@ -232,11 +221,9 @@ def encode_block(job, name, items):
 
 
 def encode_document(job, turns):
-    """
-    Turns [(read, learned)] -> (ids as bytes, mask as bytes, tokens cut off, why dropped or '').
+    """Turns [(read, learned)] -> (ids as bytes, mask as bytes, tokens cut off, why dropped or '').
 
-    This is where an example that is too long is cut to seq_len; a cpt document never is.
-    """
+    This is where an example that is too long is cut to seq_len; a cpt document never is."""
     itemsize = job.dtype.itemsize
     bos_each = job.template == "llama2"
     learn_all = job.train_on_turns == "all"
@@ -261,14 +248,12 @@ def encode_document(job, turns):
 
 def encode_turns(encode, turns, seq_len, bos=b"", eos=b"", itemsize=2, bos_each=False,
                  learn_all=False, prompt_from=None):
-    """
-    Turns [(read, learned)] -> (ids as bytes, mask as bytes, why it is dropped or ''), not cut.
+    """Turns [(read, learned)] -> (ids as bytes, mask as bytes, why it is dropped or ''), not cut.
 
     As llm-foundry 0.9: each text is tokenized by itself; text never becomes a special id; the last
     response is learned, with its EOS (learn_all: every one), and prompts of at least prompt_from
     tokens (None: none). An example with an empty response, or without a target within seq_len, EOS
-    aside, is dropped.
-    """
+    aside, is dropped."""
     ids = b""
     mask = b""
     empty = False
@@ -298,9 +283,8 @@ def encode_turns(encode, turns, seq_len, bos=b"", eos=b"", itemsize=2, bos_each=
     # the first token has nothing before it from which it could be predicted
     return ids, b"\0" + mask[1:], why
 
-# -----------------------------------------------------------------------------
-# Shards -> the rows of a split
 
+# ----------------------------------------------------------------------------- shards -> rows
 def write_split(name, documents, work, count, folder, job):
     """Write the files of train or val; returns counts for meta.json. ValueError: it has no row."""
     path = f"{folder}/{name}"
@@ -317,12 +301,9 @@ def write_split(name, documents, work, count, folder, job):
 
     lost = documents["lost"][kept]
     powers = np.frexp(lengths)[1] - 1  # k of the documents of 2^k to 2^(k+1) - 1 tokens
-    counts = {
-        "truncated": int((lost > 0).sum()),
-        "lost": int(lost.sum()),
-        "dropped": int(left_out.sum()),
-        "dropped_why": why_dropped(left_out),
-        "lengths": np.bincount(powers).tolist()}
+    counts = {"truncated": int((lost > 0).sum()), "lost": int(lost.sum()),
+              "dropped": int(left_out.sum()), "dropped_why": why_dropped(left_out),
+              "lengths": np.bincount(powers).tolist()}
     if job.kind == "cpt" and not job.no_wrap:
         # the rows are the stream itself, cut to whole rows
         n_rows = total // job.seq_len
@@ -350,11 +331,9 @@ def write_split(name, documents, work, count, folder, job):
 
 
 def pack(name, lengths, job):
-    """
-    The documents of each row of a split, and what meta.json says of that.
+    """The documents of each row of a split, and what meta.json says of that.
 
-    ValueError if paper_ranks is too high.
-    """
+    ValueError if paper_ranks is too high."""
     if job.no_wrap:
         return pack_no_wrap(lengths, job.seq_len), {}
     if job.packing == "none":
@@ -369,17 +348,13 @@ def pack(name, lengths, job):
         raise ValueError(f"packing: {len(lengths)} examples make no step of {job.paper_ranks} GPUs "
                          f"with {int(ratio * job.paper_batch)} each; lower --paper_ranks")
     used = sum(len(row) for row in rows)
-    packed = {
-        "packing_ratio": ratio,
-        "epochs": job.paper_epochs,
-        "steps": len(rows) // (rows_a_step * job.paper_epochs),
-        "unpacked": len(lengths) * job.paper_epochs - used}
+    packed = {"packing_ratio": ratio, "epochs": job.paper_epochs,
+              "steps": len(rows) // (rows_a_step * job.paper_epochs),
+              "unpacked": len(lengths) * job.paper_epochs - used}
     return rows, packed
 
 
-# -----------------------------------------------------------------------------
-# The run
-
+# ----------------------------------------------------------------------------- the run
 if __name__ == "__main__":
     with one_line_errors():
         config = configure(globals())

@@ -1,6 +1,5 @@
-"""
-Stage 4: why. Singular values of every projection before (W0) and after (W) finetuning, and of the
-change D = W - W0; how many of them hold 90% of the sum of squares (the effective rank); what a
+"""Stage 4: why. Singular values of every projection before (W0) and after (W) finetuning, and of
+the change D = W - W0; how many of them hold 90% of the sum of squares (the effective rank); what a
 random matrix would give; whether W keeps the leading directions of W0.
 
     singular values 5 4 2 1    squares 25 16 4 1    running share 54% 89% 98% 100%    rank 3
@@ -37,8 +36,7 @@ from configurator import configure
 from llama.weights import PROJECTIONS
 from lora import resolve_targets
 from model import LlamaConfig
-from runtime import (device_name, one_line_errors, peak_memory, pick_device, versions,
-                     write_whole)
+from runtime import device_name, one_line_errors, peak_memory, pick_device, versions, write_whole
 from training.checkpoint import read_state
 
 # -----------------------------------------------------------------------------
@@ -85,11 +83,8 @@ def describe(values, error, method, shape, fractions, lora_rank=None):
         random_values = random_lora_singular_values(*shape, lora_rank)
 
     # effective ranks
-    ranks = {}
-    random_ranks = {}
-    for fraction in fractions:
-        ranks[str(fraction)] = effective_rank(values, fraction)
-        random_ranks[str(fraction)] = effective_rank(random_values, fraction)
+    ranks = {str(share): effective_rank(values, share) for share in fractions}
+    random_ranks = {str(share): effective_rank(random_values, share) for share in fractions}
 
     # values above the largest that a random matrix of this norm has
     norm = values.square().sum().sqrt().item()
@@ -256,18 +251,13 @@ if __name__ == "__main__":
             raise ValueError(f"layers: found {', '.join(map(str, layers))}; "
                              f"{base} has 0 to {blocks[-1]}")
         before = open_model(base, shape)
-        checkpoints = []
-        for folder in folders:
-            checkpoints.append(open_checkpoint(folder, shape, before))
+        checkpoints = [open_checkpoint(folder, shape, before) for folder in folders]
 
         # what the numbers depend on: a file made with something else is not continued
         identities = [[checkpoint.folder.name, checkpoint.identity] for checkpoint in checkpoints]
-        made_with = {
-            "base": before.identity, "checkpoints": identities,
-            "modules": modules, "layers": layers,
-            "fractions": fractions, "subspaces": subspaces,
-            "method": method, "tolerance": tolerance,
-        }
+        made_with = {"base": before.identity, "checkpoints": identities,
+                     "modules": modules, "layers": layers, "fractions": fractions,
+                     "subspaces": subspaces, "method": method, "tolerance": tolerance}
         made_with = json.loads(json.dumps(made_with))  # tuples become lists, as in the file
         share = 0.9 if 0.9 in fractions else fractions[0]
         if path.is_file():

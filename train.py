@@ -1,5 +1,4 @@
-"""
-Stage 2: finetune a Llama, in full or with LoRA, on token files made by prepare_data.py.
+"""Stage 2: finetune a Llama, in full or with LoRA, on token files made by prepare_data.py.
 
     python train.py --base=models/llama2-7b --data=data/gsm8k --lora_rank=16 --max_epochs=2 \\
         --out_dir=out/r16
@@ -193,7 +192,7 @@ def make_model(shape, compute_dtype, knobs, saved_adapter=""):
     weight_dtype = compute_dtype if is_lora else getattr(torch, knobs.param_dtype)
     with torch.device("meta"):
         model = Llama(shape).to(weight_dtype)
-    if is_lora and saved_adapter:
+    if saved_adapter:
         apply_saved_lora(model, saved_adapter)
     elif is_lora:
         alpha = 2 * knobs.lora_rank if knobs.lora_alpha is None else knobs.lora_alpha
@@ -209,8 +208,7 @@ def make_model(shape, compute_dtype, knobs, saved_adapter=""):
 def make_optimizer(model, knobs):
     """The optimizer. To add one: its class and a line of OPTIMIZERS, both in lion.py."""
     # parameter groups: each may have its own "lr", and keeps its ratio to learning_rate
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": trained}]
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     betas = (knobs.beta1, knobs.beta2)
     optim = OPTIMIZERS[knobs.optimizer](groups, knobs.learning_rate, betas, knobs.weight_decay)
     for group in optim.param_groups:
@@ -279,10 +277,8 @@ def mean_loss(model, rows, microbatch, device, limit=0):
 
 def validate(model, watched, knobs, device):
     """{name: mean loss} of the sets that are watched."""
-    losses = {}
-    for name, rows in watched.items():
-        losses[name] = mean_loss(model, rows, knobs.microbatch, device, knobs.eval_rows)
-    return losses
+    return {name: mean_loss(model, rows, knobs.microbatch, device, knobs.eval_rows)
+            for name, rows in watched.items()}
 
 
 # ----------------------------------------------------------------------------- what is logged
@@ -344,7 +340,8 @@ if __name__ == "__main__":
 
         # ---- what is trained: made without memory, sharded below, then filled with weights
         compute_dtype = pick_dtype(dtype, device)
-        model = make_model(shape, compute_dtype, knobs, started_from or adapter)
+        saved_adapter = (started_from or adapter) if lora_rank or adapter else ""
+        model = make_model(shape, compute_dtype, knobs, saved_adapter)
         is_lora = hasattr(model, "lora")
 
         # ---- what is going to happen
@@ -371,8 +368,8 @@ if __name__ == "__main__":
             model.load_weights(started_from)
         else:
             model.load_weights(base)
-        if is_lora and (started_from or adapter):
-            load_adapter_weights(model, started_from or adapter)
+        if saved_adapter:
+            load_adapter_weights(model, saved_adapter)
         elif is_lora:
             init_adapters(model)
         model.train()

@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from configurator import configure, knob_table
-from evaluation.evals import (begin_and_end, cut_left, digest, generate_items, load_for_eval,
-                              open_items, read_items, start_ranks, without_eos)
+from evaluation.evals import (begin_and_end, cut_left, digest, find_model, generate_items,
+                              load_for_eval, open_items, read_items, start_ranks, without_eos)
 from evaluation.scores import write_result
 from runtime import RANK, one_line_errors, pick_dtype, print0, write_whole
 from text.records import unescape
@@ -128,7 +128,8 @@ def answer_group(subject, questions, ids, form, stop, temperature, max_new_token
         prompts = [talks[i].history for i in asked]
         answers = generate_items(subject, asked, prompts, max_new_tokens, temperature=temperature,
                                  stop=ended, batch_size=len(ids), seed=seeds)
-        for i, (new,) in answers:
+        for i, samples in answers:
+            new = samples[0]
             talk = talks[i]
             talk.truncated += not ended(new)
             text, new = cut_answer(tok, new, stop)
@@ -177,6 +178,7 @@ if __name__ == "__main__":
         stop = tuple(unescape(text) for text in stop)
         if "{message}" not in template:
             raise ValueError(f"template: expected {{message}} in it, found {template!r}")
+        find_model(model, adapter)
         asked = read_questions(questions)
         data = digest(asked)
         asked = asked[:limit or None]

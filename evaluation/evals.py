@@ -32,7 +32,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from evaluation.scores import json_lines, with_identity
-from llama.adapter_config import is_adapter
+from llama.adapter_config import is_adapter, named_base
 from llama.generate import NotFinite
 from llama.identity import fingerprint
 from lora import load_adapter, merge_lora
@@ -85,15 +85,7 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
     An adapter stands in `adapter` and its base in `model`; or it stands in `model` alone, and its
     config names the base. It is merged in fp32, then rounded once to `dtype`.
     Raises ValueError or FileNotFoundError for any other folder, and as its readers do."""
-    if not (model or adapter):
-        raise ValueError("model is not set; see --help")
-    # an adapter in `model` alone
-    if not adapter and is_adapter(model):
-        adapter = model
-        model = ""
-    judged = Path(adapter or model)
-    base = model or base_named_by(adapter)
-    check_folders(judged, base, adapter)
+    judged, base, adapter = find_model(model, adapter)
     tok = load_tokenizer(tokenizer or base)
 
     # the weights; an adapter is merged in fp32 at least
@@ -117,6 +109,23 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
     subject = place(judged, out_dir or Path("out") / judged.resolve().name, bool(out_dir))
     llama = llama.eval().requires_grad_(False)
     return subject._replace(model=llama, tokenizer=tok, identity=identity)
+
+
+def find_model(model, adapter=""):
+    """(folder that is judged, base, adapter or "") of the knobs of these names; reads no weights.
+
+    Scripts call it before they fetch data, so that a mistyped folder is named at once. Raises
+    ValueError as load_for_eval does."""
+    if not (model or adapter):
+        raise ValueError("model is not set; see --help")
+    # an adapter in `model` alone
+    if not adapter and is_adapter(model):
+        adapter = model
+        model = ""
+    judged = Path(adapter or model)
+    base = model or base_named_by(adapter)
+    check_folders(judged, base, adapter)
+    return judged, base, adapter
 
 
 def check_folders(judged, base, adapter):
@@ -154,9 +163,8 @@ def base_named_by(adapter):
     """The base that an adapter folder names; raises ValueError when that is no folder here."""
     if not is_adapter(adapter):
         raise ValueError(f"adapter: {adapter} holds no adapter_config.json")
-    config = read_object(Path(adapter) / "adapter_config.json")
-    base = config.get("base_model_name_or_path") or ""
-    if not base or not isinstance(base, str) or not Path(base).is_dir():
+    base = named_base(adapter)
+    if not base or not Path(base).is_dir():
         raise ValueError(f"{adapter} names the base {base!r}, no folder here; "
                          f"say --model=BASE --adapter={adapter}")
     return base

@@ -7,6 +7,8 @@
 """
 import random
 
+from runtime import print0
+
 
 def gauntlet_shots(questions, shots, seed):
     """For each question its shots, drawn from the questions of the same subject."""
@@ -16,7 +18,11 @@ def gauntlet_shots(questions, shots, seed):
         by_subject.setdefault(question.subject, []).append(i)
     # each subject draws from itself
     drawn = [None] * len(questions)
-    for members in by_subject.values():
+    for subject, members in by_subject.items():
+        if len(members) <= shots:
+            which = f" of {subject}" if subject else ""
+            print0(f"note: {len(members)} questions{which} have {len(members) - 1} others "
+                   f"as shots, fewer than the {shots} asked for")
         of_members = gauntlet_shot_indices(len(members), shots, seed)
         for i, indices in zip(members, of_members):
             drawn[i] = [questions[members[index]] for index in indices]

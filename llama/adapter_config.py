@@ -118,6 +118,12 @@ def is_adapter(folder):
     return (Path(folder) / "adapter_config.json").is_file()
 
 
+def named_base(folder):
+    """The base model that adapter_config.json names; "" where it names none."""
+    name = read_object(Path(folder) / "adapter_config.json").get("base_model_name_or_path")
+    return name if isinstance(name, str) else ""
+
+
 def read_adapter_config(folder):
     """The AdapterConfig of a PEFT folder.
 

@@ -92,16 +92,21 @@ class Row:
     ended: bool = False
 
 
-def generate(model, prompts, max_new_tokens, *knobs):
-    """n continuations of each prompt: list (prompts) of lists (n) of lists of new ids."""
+def generate(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, n=1, stop=None, seed=0,
+             batch_size=64, vocab_size=None):
+    """n continuations of each prompt: list (prompts) of lists (n) of lists of new ids.
+
+    For the arguments see generate_tokens."""
     out = [None] * len(prompts)
-    for prompt, rows in generate_each(model, prompts, max_new_tokens, *knobs):
+    complete = generate_each(model, prompts, max_new_tokens, temperature, top_p,
+                             n, stop, seed, batch_size, vocab_size)
+    for prompt, rows in complete:
         out[prompt] = rows
     return out
 
 
-def generate_each(model, prompts, max_new_tokens, temperature, top_p, n, stop, seed, batch_size,
-                  vocab_size=None):
+def generate_each(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, n=1, stop=None,
+                  seed=0, batch_size=64, vocab_size=None):
     """Yield (index of a prompt, its n lists of new ids) as soon as the n are complete."""
     rows = []
     for _ in prompts:
@@ -123,8 +128,8 @@ def generate_each(model, prompts, max_new_tokens, temperature, top_p, n, stop, s
 
 
 @torch.inference_mode()
-def generate_tokens(model, prompts, max_new_tokens, temperature, top_p, n, stop, seed, batch_size,
-                    vocab_size=None):
+def generate_tokens(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, n=1, stop=None,
+                    seed=0, batch_size=64, vocab_size=None):
     """Yield (prompt, sample, new id, whether the row ends with it), n samples of each prompt.
 
     temperature 0 is greedy; top_p keeps the likeliest tokens up to that share. stop is a collection

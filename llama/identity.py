@@ -1,11 +1,11 @@
-"""Which base an adapter or a run belongs to, told by what its weights are, wherever they lie.
+"""Which base an adapter or a run belongs to: recognised by its weights, not by its folder.
 
     norm.weight            [D]         all of it -+-> sha256 of the bf16 bytes     base_fingerprint
     embed_tokens.weight    [64 rows]  ------------+-> 320 of them, bf16, in hex    base_sample
     layers.0 qkv_proj      [64 rows]  ------------+
 
-Equal fingerprints are the same base. A base that was stored in fp16 on the way has another one,
-since rounding twice is not rounding once; its sample lies within one step of bf16.
+Equal fingerprints mean the same base. A base that was stored in fp16 on the way has a different
+fingerprint, because it was rounded twice; its sample still lies within one step of bf16.
 """
 import hashlib
 
@@ -19,7 +19,7 @@ FP16_STEP = 2.0 ** -24  # distance of the smallest numbers in fp16
 
 
 def known_by(model):
-    """The parameters that a base is known by."""
+    """The parameters that identify a base."""
     return model.norm.weight, model.embed_tokens.weight, model.layers[0].self_attn.qkv_proj.weight
 
 
@@ -30,7 +30,7 @@ def identity_of(model, get=full_tensor):
 
 
 def fingerprint(model, get=full_tensor):
-    """Tells bases apart, loaded in bf16 or better; under FSDP all ranks must call it."""
+    """The sha256 of base_fingerprint alone; under FSDP all ranks must call it."""
     return identity_of(model, get)["base_fingerprint"]
 
 
@@ -66,7 +66,7 @@ def describe(norm, embedding, qkv):
     for w, count in ((norm, 64), (embedding[:64], 128), (qkv[:64], 128)):
         rounded = w.detach().to("cpu", torch.bfloat16).flatten()
         digest.update(bytes_of(rounded))
-        # so many numbers, evenly spaced
+        # `count` numbers, evenly spaced
         chosen = torch.arange(count) * len(rounded) // count
         sample += bytes_of(rounded[chosen])
     return {"base_fingerprint": digest.hexdigest(), "base_sample": sample.hex()}
@@ -77,7 +77,7 @@ def bytes_of(tensor):
 
 
 def is_same_base(one, other):
-    """Whether two identities are of the same weights, be it in other dtypes.
+    """Whether two identities are of the same weights, possibly stored in different dtypes.
 
     Of the samples' numbers each must lie within one step of bf16 and seven in eight must be equal:
     of weights that went through fp16 one in sixteen is rounded to the other side. An identity

@@ -130,7 +130,8 @@ def change_of(folder, run, metric, steps, base):
         there = ", ".join(sorted(run.metrics))
         raise ValueError(f"{folder}: no {metric!r} at step {steps}; there are {there}")
     if 0 not in measured and metric not in base:
-        raise ValueError(f"{folder}: no {metric!r} of the base, at step 0 or in a folder beside it")
+        raise ValueError(f"{folder}: no {metric!r} of the base, at step 0 or in a folder beside "
+                         "it; evaluate the base into a folder beside it and list it in --runs")
 
     # a value with no error is of the log, whose rows need not be those of eval_loss.py
     of_log = 0 in measured and measured[steps][1] is None

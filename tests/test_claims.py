@@ -234,7 +234,7 @@ def test_methods():
     (lambda out: (out / "full/log.jsonl").write_text('{"step": 0, "val": {"target": 1}}\n{"step": 3, "val": {"target": 1}}\n'),
      "no 'loss source'"),
     (lambda out: (out / "full/log.jsonl").write_text('{"step": 3, "tokens": 3, "val": {"target": 1.0, "source": 1}}\n'),
-     "of the base"),
+     "evaluate the base into a folder beside it and list it in --runs"),
     (lambda out: (out / "full/config.json").unlink(), "no finished run")])
 def test_runs_that_cannot_be_compared(tmp_path, break_it, message):
     write_run(tmp_path / "a/full", 2.0, 1.0)

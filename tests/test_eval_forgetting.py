@@ -112,7 +112,7 @@ MMLU = [{"question": " What is 1 + 1?\n", "choices": ["1", "2", "3", "4"], "answ
         {"question": "Who wrote it?", "choices": ["I", "You", "He", "She"], "answer": "3", "subject": "world_history"}]
 
 
-def test_mmlu_prompt(stories):
+def test_mmlu_prompt(stories, capsys):
     """lm-eval 0.4.2's text for MMLU, as its code made it: description, shots of the subject, first come first, letters."""
     _, tok = stories
     test, dev, other = (ef.mmlu_question(record) for record in MMLU)
@@ -125,8 +125,11 @@ def test_mmlu_prompt(stories):
     assert [tok.decode(ids) for ids, _ in sequences] == [f"{front} {letter}" for letter in "ABCD"]
     assert all(tok.decode(ids[-scored:]).strip() == letter for (ids, scored), letter in zip(sequences, "ABCD"))
     assert (test.gold, other.gold) == (1, 3)
+    capsys.readouterr()
     drawn = gauntlet_shots([test, other, dev], 5, 1234)  # within the subject, without itself
     assert drawn == [[dev], [], [test]]
+    notes = capsys.readouterr().out.splitlines()  # where a subject has fewer than are asked for
+    assert notes[0] == "note: 2 questions of abstract_algebra have 1 others as shots, fewer than the 5 asked for" and len(notes) == 2
 
 
 def test_lm_eval_draws_one_more_where_it_has_no_test_split():

@@ -283,3 +283,14 @@ def test_epoch_is_found_while_training_still_writes_its_log(tmp_path):
     with open(tmp_path / "run" / "log.jsonl", "a") as log:
         log.write('{"step": 11, "ep')
     assert load_for_eval(str(tmp_path / "run/step_30")).epoch == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("script, data", [
+    ("eval_gsm8k.py", "test_data"), ("eval_humaneval.py", "data"), ("eval_forgetting.py", "hellaswag")])
+@pytest.mark.parametrize("model, wanted", [
+    ("nowhere", "nowhere: no such folder"), ("run", "give one of its checkpoints: step_30"), ("", "model is not set")])
+def test_the_model_is_looked_at_before_data_is_fetched(tmp_path, script, data, model, wanted):
+    make_lora_checkpoint(tmp_path / "run" / "step_30", need("data/stories260k"))
+    folder = tmp_path / model if model else ""
+    result = run_here(script, f"--model={folder}", f"--{data}=gone.jsonl")
+    assert result.returncode and result.stderr.count("\n") == 1 and wanted in result.stderr, result.stderr

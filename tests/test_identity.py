@@ -144,7 +144,7 @@ def test_another_base_and_other_microbatches_under_paper_loss_are_refused(settin
     assert trained(folder, knobs, "--max_steps=1", "--loss_norm=paper").returncode == 0
     other = Llama.from_pretrained(folder / "base").init_weights(5)
     other.save_pretrained(folder / "other")
-    for more, words in ((["--microbatch=4"], "microbatch=2, not 4"), ([f"--base={folder / 'other'}"], "base=")):
+    for more, words in ((["--microbatch=4"], "microbatch=2 (now 4)"), ([f"--base={folder / 'other'}"], "base=")):
         done = trained(folder, knobs, "--max_steps=2", "--resume=True", "--loss_norm=paper", *more)
         assert done.returncode == 2 and words in done.stderr, done.stderr
     # a checkpoint that does not say what its base held is compared by the path

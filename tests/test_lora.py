@@ -454,7 +454,7 @@ def test_merge_script_proves_itself_and_then_refuses_to_overwrite(merge, base, t
     close(Llama.from_pretrained(tmp_path / "out")(TOKENS)[0], want, 1e-4)
     assert difference < 1e-4 and largest > 1 and (tmp_path / "out" / "tokenizer.model").read_bytes() == b"as it was"
     written = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
-    fails_with(merge(), "out: exists already")
+    fails_with(merge(), "out: exists already; delete it")
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == written
 
 

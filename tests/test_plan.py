@@ -8,7 +8,7 @@ from conftest import ROOT, run_here, run_stage
 import lion
 from lora import apply_lora
 from model import Llama, LlamaConfig
-from training.plan import PUBLISHED, compare_with_paper, predict_memory, shape_of, states
+from training.plan import PUBLISHED, compare_with_paper, duration_text, predict_memory, shape_of, states
 
 PAPER = ["--base=meta-llama/Llama-2-7b-hf", "--data=nowhere", "--seq_len=4096", "--global_batch=192", "--microbatch=6",
          "--gpus=32", "--dry_run=True"]
@@ -45,8 +45,8 @@ def test_the_papers_steps_and_trained_parameters():
 def test_a_branch_is_planned_without_its_trunk():
     out = plan(ROOT / "config/cpt_durations.py", "--max_tokens=4e9", "--out_dir=out/math/4B")
     assert "step_4069" in out and "5,086 steps" in out
-    hours = [float(re.search(r"predicted time ([\d.]+) h", text)[1]) for text in (out, plan("--max_steps=1017"))]
-    assert hours[0] == hours[1]  # only what it adds
+    times = [re.search(r"predicted time (\S+ \w+)", text)[1] for text in (out, plan("--max_steps=1017"))]
+    assert times[0] == times[1]  # only what it adds
 
 
 def test_hours_follow_from_the_gpu():
@@ -164,3 +164,7 @@ def test_tensors_of_a_step_take_the_predicted_bytes(rank):
     assert said["optimizer"] == sum(state["exp_avg"].nbytes for state in optimizer.state.values())
     predicted = [predict_memory(of, "lionw", 2, 128, device="cpu")["activations"] for of in (small, model)]
     assert kept_by_8 - kept_by_4 == pytest.approx(predicted[1] - predicted[0], rel=0.06)
+
+
+def test_a_time_is_in_the_unit_that_fits():
+    assert [duration_text(seconds) for seconds in (0.04, 12.3, 90, 3599, 7200)] == ["0.04 s", "12 s", "1.5 min", "60.0 min", "2.00 h"]

@@ -18,7 +18,7 @@ from test_prepare_data import documents_of, prepare, tokenizer_file, write_jsonl
 import prepare_data
 from configurator import configure
 from text.packing import auto_ratio, pack_first_fit, pack_no_wrap, pack_paper, packed_share
-from text.records import array_items, expand, parse, read_records, split_text, unescape
+from text.records import array_items, expand, from_hub, parse, read_records, split_text, unescape
 from text.templates import tulu_turns
 from text.tokenizer import load_tokenizer
 
@@ -524,11 +524,29 @@ def test_hub_dataset(hub, tokenizer_file, tmp_path):
     ("hf://datasets/me/none", {}, "no such dataset or revision"),
     ("hf://datasets/me/set/*.parquet", {}, "no file matches '*.parquet'; the dataset holds data/a.jsonl"),
     ("hf://datasets/me/set", {"HF_HUB_OFFLINE": "1"}, "cannot be fetched from the hub (OfflineModeIsEnabled"),
-    ("hf://datasets/me/set", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "cannot be fetched from the hub")])
+    ("hf://datasets/me/set", {"HF_ENDPOINT": "http://127.0.0.1:9"}, ": no connection to the hub)")])
 def test_hub_mistakes(hub, source, env, message):
     run, files, *_ = hub
     files["me/set/data/a.jsonl"] = b'{"text": "x"}\n'
     done = run("-c", FETCH, source, **env)
     assert done.returncode and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
-    if "cannot be fetched" in message:
+    if "the hub" in message:
         assert "--source='DIR/*'" in done.stderr
+
+
+@pytest.mark.parametrize("kind, text, wanted", [
+    ("ConnectError", "[Errno -2] Name or service not known", "(ConnectError: no connection to the hub)"),  # httpx's
+    ("ReadTimeout", "(MaxRetryError(" * 40, "(ReadTimeout: no connection to the hub)"),
+    ("RemoteProtocolError", "a long story\n" * 40, "(RemoteProtocolError: a long story")])
+def test_errors_of_any_http_library_are_one_short_line(monkeypatch, kind, text, wanted):
+    """huggingface_hub 1.x raises httpx's, which are no OSErrors."""
+    import huggingface_hub
+
+    def fails(*_, **__):
+        raise type(kind, (Exception,), {})(text)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fails)
+    with pytest.raises(ValueError) as error:
+        from_hub("hf://datasets/me/set", "source")
+    message = str(error.value)
+    assert wanted in message and "\n" not in message and len(message) < 480

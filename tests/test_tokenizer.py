@@ -496,7 +496,7 @@ def test_folder_and_file(tiny_sp, tmp_path):
 def test_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="no tokenizer.model and no tokenizer.json.*nothing"):
+    with pytest.raises(FileNotFoundError, match="no tokenizer.model and no tokenizer.json.*nothing; give --tokenizer=FILE"):
         load_tokenizer(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="holds config.json"):

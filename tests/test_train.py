@@ -309,7 +309,7 @@ def test_knob_that_an_older_checkpoint_does_not_know_counts_as_its_default(setti
     path.write_text(json.dumps(state))
     gc.collect()  # lets go of the first run's lock
     result = run_here("train.py", *knobs, *out, "--max_steps=2", "--resume=True", "--attention_dropout=0.1")
-    assert result.returncode == 2 and "was trained with attention_dropout=0.0, not 0.1" in result.stderr
+    assert result.returncode == 2 and "was trained with attention_dropout=0.0 (now 0.1); repeat the first command" in result.stderr
     result = run_here("train.py", *knobs, *out, "--max_steps=2", "--resume=True")
     assert result.returncode == 0, result.stderr
 
@@ -406,7 +406,7 @@ def refused(setting, *more, wanted):
     (["--compile=True", "--activation_checkpointing=selective"], "compile=False"),
     (["--global_batch=0"], "global_batch"),
     (["--device=cuda:0"], "no GPU"),
-    (["--resume=True"], "no complete checkpoint"),
+    (["--resume=True"], "state.json); start without --resume"),
     (["--seq_len=100"], "longer than the model's max_position_embeddings=64"),
     (["--adapter=nowhere"], "adapter_config.json: not found"),
     (["--data=nowhere"], "meta.json"),
@@ -439,7 +439,7 @@ def break_data(folder, how):
 
 
 @pytest.mark.parametrize("how, wanted", [
-    ("truncated", "truncated"), ("vocabulary", "token id 61, the model a vocabulary of 61"), ("tokenizer", "another tokenizer"),
+    ("truncated", "truncated"), ("vocabulary", "token id 61, the model a vocabulary of 61"), ("tokenizer", "prepare the data again with --tokenizer="),
     ("masked", "no token of the batch is a target"), ("empty", "make no row"), ("garbage meta", "meta.json")])
 def test_bad_data(setting, how, wanted):
     break_data(setting[0], how)
@@ -450,12 +450,16 @@ def test_foreign_checkpoint_and_existing_run_are_refused(setting):
     folder, knobs = setting
     out = ["--lora_rank=2", f"--out_dir={folder / 'run'}"]
     assert run_here("train.py", *knobs, *out, "--max_steps=1").returncode == 0
-    for more, wanted in [([], "holds a run"), (["--resume=True", "--lora_rank=3"], "lora_rank=2, not 3"),
+    for more, wanted in [([], "holds a run"), (["--resume=True", "--lora_rank=3"], "lora_rank=2 (now 3)"),
                          (["--resume=True", f"--data={folder / 'other'}"], "other")]:
         if "other" in wanted:
             write_tokens(folder / "other", np.full((5, 16), 7))
         result = run_here("train.py", *without(more, knobs + out), *more, "--max_steps=3")
         assert result.returncode == 2 and wanted in result.stderr, result.stderr
+    # the run's folder for one of its checkpoints
+    branch = without([f"--out_dir={folder / 'branch'}"], knobs + out)
+    result = run_here("train.py", *branch, f"--out_dir={folder / 'branch'}", f"--resume_from={folder / 'run'}", "--max_steps=3")
+    assert result.returncode == 2 and "is a run; give one of its checkpoints: step_1" in result.stderr, result.stderr
     (folder / "run/step_1/state/state.json").write_text("{}")
     result = run_here("train.py", *knobs, *out, "--resume=True", "--max_steps=3")
     assert result.returncode == 2 and "not written by train.py" in result.stderr
@@ -465,7 +469,7 @@ def test_adapter_for_another_base_is_refused(setting):
     folder, knobs = setting
     assert run_here("train.py", *knobs, "--lora_rank=2", "--max_steps=1", f"--out_dir={folder / 'run'}").returncode == 0
     Llama(TINY).init_weights(1).save_pretrained(folder / "base2")
-    refused(setting, f"--base={folder / 'base2'}", f"--adapter={folder / 'run/step_1'}", wanted="another base")
+    refused(setting, f"--base={folder / 'base2'}", f"--adapter={folder / 'run/step_1'}", wanted="another base model; its adapter_config.json names ")
 
 
 def test_validation_looks_at_rows_evenly_spaced():

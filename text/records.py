@@ -16,6 +16,7 @@ import io
 import json
 import os
 import re
+import textwrap
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +139,7 @@ def from_hub(url, knob):
         paths = []
         for name in names:
             paths.append(hf_hub_download(repo, name, repo_type="dataset", revision=info.sha))
-    except (OSError, errors.HfHubHTTPError) as error:  # no network, HF_HUB_OFFLINE: OSErrors
+    except Exception as error:  # requests', httpx's and the hub's own, by its version
         raise ValueError(f"{knob}: {url}: {why_not_fetched(error, errors, repo)}; or fetch it "
                          f"elsewhere (hf download {repo} --repo-type dataset "
                          f"--include '{pattern}' --local-dir DIR) and say "
@@ -163,7 +164,11 @@ def why_not_fetched(error, errors, repo):
                 "HF_TOKEN to a token of that account")
     if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
         return f"no such dataset or revision, or a private one without HF_TOKEN ({kind})"
-    return f"cannot be fetched from the hub ({kind}: {' '.join(str(error).split())[:200]})"
+    # requests nests the errors of a failed connection in each other
+    if "Connect" in kind or "Timeout" in kind:
+        return f"cannot be fetched from the hub ({kind}: no connection to the hub)"
+    text = textwrap.shorten(str(error), 160, placeholder=" ...")
+    return f"cannot be fetched from the hub ({kind}: {text})"
 
 
 def describe(sources):

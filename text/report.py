@@ -142,6 +142,8 @@ def why_no_row(documents, mine, left_out, kind):
 
 def inspect_folder(folder):
     """Print the report of a data folder and verify its files. Raises OSError or ValueError."""
+    if not Path(folder, "meta.json").is_file():
+        raise ValueError(f"{folder}: no meta.json; not a data folder")
     try:
         meta = json.loads(Path(folder, "meta.json").read_text())
         print_report(meta)

@@ -179,7 +179,7 @@ def what_is_held(folder):
     held = ", ".join(names[:8]) or "nothing"
     if len(names) > 8:
         held += ", ..."
-    return f"which holds {held}"
+    return f"which holds {held}; give --tokenizer=FILE"
 
 
 def read_whole(path):

@@ -45,7 +45,7 @@ def newest_checkpoint(out_dir):
     found = checkpoints(out_dir)
     if not found:
         raise ValueError(f"resume: {out_dir} holds no complete checkpoint "
-                         "(step_N/state/state.json)")
+                         "(step_N/state/state.json); start without --resume")
     _, path = found[-1]
     return path
 
@@ -241,6 +241,9 @@ def checkpoint_state(folder, config, defaults, fingerprint, free):
     other knobs than `config`, those of `free` aside. A knob that is newer had its default then.
     Folders are compared by what they hold: a run goes on where its base and data were moved."""
     folder = Path(folder)
+    steps = ", ".join(path.name for _, path in checkpoints(folder))
+    if steps:
+        raise ValueError(f"resume_from: {folder} is a run; give one of its checkpoints: {steps}")
     if not (folder / "state" / "state.json").is_file():
         raise ValueError(f"{folder}: no complete checkpoint of train.py "
                          "(state/state.json is missing)")
@@ -258,9 +261,10 @@ def checkpoint_state(folder, config, defaults, fingerprint, free):
         if knob in free or before[knob] == value:
             continue
         if not means_the_same(knob, before[knob], value, state, config):
-            changed.append(f"{knob}={before[knob]!r}, not {value!r}")
+            changed.append(f"{knob}={before[knob]!r} (now {value!r})")
     if changed:
-        raise ValueError(f"resume: {folder} was trained with " + ", ".join(changed))
+        raise ValueError(f"resume: {folder} was trained with {', '.join(changed)}; repeat the "
+                         "first command, or start another out_dir")
     return state
 
 

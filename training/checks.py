@@ -89,7 +89,8 @@ def check_first_step(model, loss, is_from_scratch):
     for name, p in model.named_parameters():
         if p.requires_grad and name not in saved and id(p) not in in_adapter:
             raise ValueError(f"{name} is trained but would neither be loaded nor saved: give it a "
-                             "place in file_tensors (llama/weights.py) or adapter_tensors (lora.py)")
+                             "place in file_tensors (llama/weights.py) or adapter_tensors "
+                             "(lora.py)")
         if not p.requires_grad:
             if p.grad is not None:
                 raise ValueError(f"{name} is frozen but has a gradient")

@@ -331,19 +331,28 @@ def print_plan(knobs, model, rows, steps, first_step, machine, ranks, how, memor
 
     # the machine
     flops = flops_of_step(model, knobs, rows, steps - 1)
-    hours = (steps - first_step) * flops / rate / 3600
+    seconds = (steps - first_step) * flops / rate
     if ranks > 1:
         machine += f", {ranks} ranks, shard={how}"
     dtype = str(model.compute_dtype).removeprefix("torch.")
     kinds = ", ".join(f"{name} {size / 1e9:.3f}" for name, size in memory.items())
     together = sum(memory.values())
-    print0(f"{machine}, {dtype}: predicted memory of a rank {kinds}, "
-           f"together {together / 1e9:.3f} GB; predicted time {hours:.2f} h "
+    print0(f"{machine}, {dtype}: predicted memory of a rank, GB: {kinds}, "
+           f"together {together / 1e9:.3f}; predicted time {duration_text(seconds)} "
            f"at {rate / 1e12:.4g} TFLOP/s, {knobs.mfu:.0%} of the peak")
     if together > available:
         print0(f"WARNING: that is more than the {available / 1e9:.2f} GB of a rank; a smaller "
                "microbatch, activation_checkpointing=block or shard=full need less")
     return flops
+
+
+def duration_text(seconds):
+    """Seconds in the unit that fits: s, min or h."""
+    if seconds < 60:
+        return f"{seconds:.2g} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.2f} h"
 
 
 def planned_rows(knobs, shape):

@@ -150,7 +150,7 @@ def open_sets(knobs, shape):
     watched = held_out(entries, knobs.seq_len, knobs.doc_mask)
     tokenizer = tokenizer_of(knobs.base)
     for rows in (train_rows, *watched.values()):
-        check_ids(rows, shape.vocab_size)
+        check_ids(rows, shape.vocab_size, knobs.base)
         if tokenizer is not None:
             check_tokenizer(knobs.base, tokenizer, rows.meta)
     check_length(train_rows, shape)
@@ -163,21 +163,22 @@ def tokenizer_of(folder):
         tokenizer = load_tokenizer(folder)
     except FileNotFoundError:
         print0(f"note: {folder} has no tokenizer, so only the size of the data's vocabulary "
-               "could be checked")
+               "could be checked; its checkpoints will need --tokenizer")
         return None
     for line in tokenizer.notes:
         print0(line)
     return tokenizer
 
 
-def check_ids(rows, vocab_size):
-    """Raise ValueError for rows with an id that the model has no embedding for."""
+def check_ids(rows, vocab_size, folder):
+    """Raise ValueError for rows with an id that the model in `folder` has no embedding for."""
     if rows.meta["vocab_size"] <= vocab_size:
         return
     # a tokenizer may have more ids (an added pad) so long as no text uses them
     highest = int(rows.tokens.max())
     if highest >= vocab_size:
-        raise ValueError(f"data has token id {highest}, the model a vocabulary of {vocab_size}")
+        raise ValueError(f"data has token id {highest}, the model a vocabulary of {vocab_size}; "
+                         f"prepare the data again with --tokenizer={folder}")
 
 
 def check_tokenizer(folder, tokenizer, meta):
@@ -185,7 +186,8 @@ def check_tokenizer(folder, tokenizer, meta):
     if meta["tokenizer_sha256"] not in tokenizer.same_sha256:
         ours = f"{meta['tokenizer_name']}, sha256 {meta['tokenizer_sha256'][:12]}"
         raise ValueError(f"data was made with another tokenizer than the model's: {ours}; {folder} "
-                         f"has {tokenizer.name}, sha256 {tokenizer.sha256[:12]}")
+                         f"has {tokenizer.name}, sha256 {tokenizer.sha256[:12]}; prepare the data "
+                         f"again with --tokenizer={folder}")
     has_eos = meta.get("settings", {}).get("add_eos", True)
     if has_eos and meta["eos_id"] != tokenizer.eos_id:
         raise ValueError(f"data ends its documents with EOS id {meta['eos_id']}; the EOS of "
@@ -196,7 +198,8 @@ def check_length(rows, shape):
     """Raise ValueError for rows that are longer than the model can read."""
     if rows.seq_len > shape.max_position_embeddings:
         raise ValueError(f"seq_len={rows.seq_len} is longer than the model's "
-                         f"max_position_embeddings={shape.max_position_embeddings}")
+                         f"max_position_embeddings={shape.max_position_embeddings}; lower "
+                         "--seq_len (cpt) or prepare the data again with it (ift)")
 
 
 def evenly_spaced(n, limit):

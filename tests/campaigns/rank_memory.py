@@ -51,8 +51,8 @@ def measure(folder, n, how):
     statuses = wait(fork_ranks(n, [f"--{k}={v}" for k, v in knobs.items()], folder / "out.txt"), 600)
     said = (folder / "out.txt").read_text()
     assert not any(statuses), said
-    print(re.search(r"predicted memory of a rank (.*) GB;", said)[1])
-    return (float(re.search(r"together ([\d.]+) GB", said)[1]),
+    print(re.search(r"predicted memory of a rank, GB: (.*);", said)[1])
+    return (float(re.search(r"together ([\d.]+);", said)[1]),
             [float(x) for x in re.search(r"above its start: (.*) GB", said)[1].split(", ")])
 
 
