@@ -167,7 +167,7 @@ def check_made_with(path, made_with):
     advice = "delete it or choose another --out"
     try:
         before = dict(json.loads(path.read_text().split("\n")[0])["made_with"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path}: not written by this script, or cut short; {advice}") from None
     other = [key for key in made_with if before.get(key) != made_with[key]]
     if other:
@@ -191,7 +191,7 @@ def resume_from(part, made_with):
         try:
             records = json.loads(line)
             done[records[0]["layer"], records[0]["module"]] = records
-        except (ValueError, KeyError, TypeError, IndexError):
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             raise ValueError(f"{part}: a line of it is damaged; delete it") from None
     return done
 

@@ -387,7 +387,7 @@ def keep_settings(path, settings):
         write_whole(kept, json.dumps(settings, indent=1))
         return
     # each setting that differs is named
-    before = json.loads(kept.read_text())
+    before = read_object(kept)
     changes = []
     for key in {**before, **settings}:
         if before.get(key) != settings.get(key):
@@ -418,7 +418,8 @@ def read_done(path, score_of=None):
             # beyond this their squares are no numbers
             if score_of is not None and not abs(float(score_of(record))) < 1e100:
                 raise ValueError(f"its score is {score_of(record)}")
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError,
+                RecursionError) as e:
             raise ValueError(f"{path}:{number}: no item of this evaluation ({e!r}); delete the "
                              "file, or its damaged lines") from None
     return done

@@ -58,7 +58,7 @@ def read_jsonl(path):
     for line in path.read_text(errors="replace").splitlines():
         try:
             content = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             problems[f"lines that are not JSON, as in {path}"] += 1
             continue
         if isinstance(content, dict):
@@ -70,7 +70,7 @@ def read_json(path):
     """The object in a .json file, {} with a note if there is none."""
     try:
         content = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems[f"{path}: {type(error).__name__}, left out"] += 1
         return {}
     return content if isinstance(content, dict) else {}

@@ -9,6 +9,7 @@ from test_train import write_tokens
 
 from eval_loss import loss_per_target
 from evaluation.evals import read_done
+from evaluation.scores import json_lines
 from paper.claims import rank_of_change
 from paper.plot import read_spectra
 from paper.results import problems
@@ -52,7 +53,8 @@ def test_a_meta_json_with_a_strange_name(data, name):
         TokenRows(data)
 
 
-@pytest.mark.parametrize("content", [b"0", b"null", b"[]", b'"x"', b"", b'{"a": "\xff"}' + b" " * 5000])
+@pytest.mark.parametrize("content", [b"0", b"null", b"[]", b'"x"', b"", b'{"a": "\xff"}' + b" " * 5000, b"[" * 100_000],
+                         ids=lambda content: repr(content[:9]))
 def test_a_meta_json_that_is_no_object(data, content):
     (data / "meta.json").write_bytes(content)
     for read in (TokenRows, inspect_folder):
@@ -100,6 +102,14 @@ def test_an_item_that_is_none(tmp_path, record):
     path.write_text(json.dumps({"id": 0, "loss": 1.0, "targets": 2}) + "\n" + json.dumps(record) + "\n")
     with pytest.raises(ValueError, match="eval_loss_a.jsonl:2"):
         read_done(path, loss_per_target)
+
+
+@pytest.mark.parametrize("line", ["3", "null", "[]", "{", "", "[" * 100_000], ids=lambda line: line[:5])
+def test_a_line_of_results_that_is_none(tmp_path, line):
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"metric": "a"}\n' + line + "\n")
+    with pytest.raises(ValueError, match="results.jsonl:2"):
+        list(json_lines(path))
 
 
 def test_items_that_are_right(tmp_path):

@@ -77,7 +77,7 @@ def start_log(path, last_step):
                 continue
             try:
                 is_kept = json.loads(line)["step"] <= last_step
-            except (ValueError, KeyError, TypeError) as e:
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
                 message = f"{path}, line {number}: not written by train.py ({e!r})"
                 raise ValueError(message) from None
             if is_kept:

@@ -180,6 +180,13 @@ READERS = [
                                   (CLAIMS, "")]),
     ("run/spectrum.json", [(PLOT, ""), (CLAIMS, ""),
                            (["spectrum.py", "--tuned={L}/run", "--device=cpu", "--layers=0"], "")]),
+    ("run/values.jsonl", [(CLAIMS, ""), (PLOT, ""),
+                          (LOSS + ["--model={L}/run/step_2", "--out_dir={L}/run"], "")]),
+    ("run/eval_loss_data.settings.json", [(LOSS + ["--model={L}/run/step_2", "--out_dir={L}/run"], "")]),
+    ("run/step_2/state/optimizer.safetensors", [(RESUME, "run/step_3"), (ONWARD, "out/step_3")]),
+    ("run/step_2/adapter_model.safetensors", [(RESUME, "run/step_3"), (ONWARD, "out/step_3")]),
+    ("data/val.bin", [(TRAIN + ["--max_steps=1", "--out_dir={L}/out"], "out/step_1"),
+                      (LOSS + ["--model={L}/base", "--out_dir={L}/out"], "out/results.jsonl")]),
     ("train.jsonl", [(GSM8K, "out/results.jsonl"),
                      (IFT + ["--source={L}/train.jsonl"], "out/meta.json")]),
     ("test.jsonl", [(GSM8K, "out/results.jsonl")]),
@@ -245,8 +252,9 @@ def damage_bytes(rng, content):
     if kind == "truncated":
         return content[:at], f"truncated at {at}"
     if kind == "inserted":
-        added = rng.randbytes(rng.choice([1, 4]))
-        return content[:at] + added + content[at:], f"{added!r} inserted at {at}"
+        added = rng.choice([rng.randbytes(1), rng.randbytes(4), b"[" * 100_000, b"\xef\xbb\xbf"])
+        at = rng.choice([0, at])
+        return content[:at] + added + content[at:], f"{added[:9]!r} inserted at {at}"
     changed = bytearray(content)
     for _ in range(rng.choice([1, 1, 8])):
         # heads more often than the rest
