@@ -4,17 +4,21 @@ from operator import itemgetter
 
 import numpy as np
 import pytest
+import torch
 from conftest import run_here
-from test_train import write_tokens
+from safetensors.torch import save_file
+from test_train import tiny_model, write_tokens
 
 from eval_loss import loss_per_target
 from evaluation.evals import read_done
 from evaluation.scores import json_lines
+from lion import DecoupledLionW
 from paper.claims import rank_of_change
 from paper.plot import read_spectra
 from paper.results import problems
 from spectrum import resume_from
 from text.report import inspect_folder
+from training.checkpoint import load_optimizer
 from training.rows import TokenRows
 
 STRANGE = [None, True, -1, 1.5, "x", [], ["x"], {}, {"x": 1}, float("nan")]
@@ -116,6 +120,32 @@ def test_items_that_are_right(tmp_path):
     path = tmp_path / "eval_a.jsonl"
     path.write_text('{"id": 4, "strict_match": 1}\n{"id": 5, "stri')
     assert read_done(path, itemgetter("strict_match")) == {4: {"strict_match": 1}}
+
+
+# ----------------------------------------------------------------------------- the optimizer's state
+def test_momenta_that_are_not_whole(tmp_path):
+    model = tiny_model()
+    momenta = {f"{name}:exp_avg": torch.full_like(p, 0.5).detach() for name, p in model.named_parameters()}
+    path = tmp_path / "state/optimizer.safetensors"
+    path.parent.mkdir()
+
+    def load():
+        optimizer = DecoupledLionW(model.parameters())
+        load_optimizer(model, optimizer, tmp_path)
+        return optimizer
+
+    save_file(momenta, path)
+    assert all((state["exp_avg"] == 0.5).all() for state in load().state.values())
+    # one is missing, or has another name: it would begin at zero
+    first = next(iter(momenta))
+    without = {key: momenta[key] for key in momenta if key != first}
+    for changed in (without, {**without, f"{first}_": momenta[first]}, {**without, "x": momenta[first]}):
+        save_file(changed, path)
+        with pytest.raises(ValueError, match="state: "):
+            load()
+    path.write_bytes(path.read_bytes()[:99])
+    with pytest.raises(ValueError, match="optimizer.safetensors: truncated"):
+        load()
 
 
 # ----------------------------------------------------------------------------- spectra
