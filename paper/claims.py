@@ -166,7 +166,10 @@ def rank_of_change(folder, steps, fraction):
         problems[f"{path}: no whole spectrum ({fault}), left out"] += 1
         return None
     # the matrices of the checkpoint at this step
-    made = [i for i, checkpoint in enumerate(content["checkpoints"]) if checkpoint.get("step") == steps]
+    made = []
+    for i, checkpoint in enumerate(content["checkpoints"]):
+        if checkpoint.get("step") == steps:
+            made.append(i)
     found = []
     for matrix in content["matrices"]:
         if matrix["matrix"] == "D" and matrix["checkpoint"] in made:

@@ -1,14 +1,15 @@
 """
-Damage one file at a time and run the real command that reads it: it must work, or say why in a line.
+Damage a file and run the real command that reads it: it must work, or say why in one line.
 
     python tests/campaigns/fuzz.py --mutants=3000 --seed=1
     python tests/campaigns/fuzz.py --seconds=600 --only=meta.json --out_dir=/tmp/fuzz
 
-    whole folder --copy--> live folder --one file damaged--> fork: train.py, lora.py, ... --> verdict
+    whole folder --copy--> live folder --damage a file--> fork: train.py, lora.py, ... --> verdict
 
-A mutant is bad if its command ends with a traceback or a status other than 0 and 2, hangs, says more
-than one line, or fails and leaves something under a final name. Bad ones go to OUT_DIR/bad.jsonl
-with their damage; the mutant of number N is a function of (seed, N): --first=N --mutants=1 repeats it.
+A mutant is bad if its command ends with a traceback or a status other than 0 and 2, hangs, says
+more than one line, or fails and leaves something under a final name. Bad ones go to
+OUT_DIR/bad.jsonl with their damage. A mutant is a function of seed, only and its number N:
+--first=N --mutants=1 repeats it.
 """
 import collections
 import copy
@@ -123,15 +124,16 @@ GSM8K = ["eval_gsm8k.py", "--model={L}/base", "--test_data={L}/test.jsonl",
          "--out_dir={L}/out", *CPU]
 SAMPLE = ["sample.py", "--prompt=Once upon", "--max_new_tokens=2", *CPU]
 MERGE = ["lora.py", "--base={L}/base", "--adapter={L}/adapter", "--out={L}/out"]
-PREPARE = ["prepare_data.py", "--seq_len=64", "--workers=1", "--val_fraction=0", "--out_dir={L}/out"]
+PREPARE = ["prepare_data.py", "--seq_len=64", "--workers=1", "--val_fraction=0",
+           "--out_dir={L}/out"]
 IFT = [*PREPARE, "--kind=ift", "--tokenizer={L}/base", "--prompt_field=question",
        "--response_field=answer"]
 CHATS = [*PREPARE, "--kind=ift", "--tokenizer={L}/base", "--source={L}/chats.jsonl",
          "--template=tulu"]
 DOCUMENTS = [*PREPARE, "--source={L}/stories.txt"]
 SPECTRUM = ["spectrum.py", "--layers=0", "--modules=q_proj", "--device=cpu", "--out={L}/out"]
-PLOT = ["paper/plot.py", "--runs={L}/run,{L}/base_results", "--out_dir={L}/figures", "--formats=png",
-        "--dpi=20", "--learning=loss data", "--forgetting=loss data"]
+PLOT = ["paper/plot.py", "--runs={L}/run,{L}/base_results", "--out_dir={L}/figures",
+        "--formats=png", "--dpi=20", "--learning=loss data", "--forgetting=loss data"]
 CLAIMS = ["paper/claims.py", "--runs={L}/run,{L}/full,{L}/base_results", "--learning=loss data",
           "--forgetting=loss data"]
 RESUME = [*TRAIN, "--out_dir={L}/run", "--max_steps=3", "--resume=True"]
@@ -182,7 +184,8 @@ READERS = [
                            (["spectrum.py", "--tuned={L}/run", "--device=cpu", "--layers=0"], "")]),
     ("run/values.jsonl", [(CLAIMS, ""), (PLOT, ""),
                           (LOSS + ["--model={L}/run/step_2", "--out_dir={L}/run"], "")]),
-    ("run/eval_loss_data.settings.json", [(LOSS + ["--model={L}/run/step_2", "--out_dir={L}/run"], "")]),
+    ("run/eval_loss_data.settings.json", [
+        (LOSS + ["--model={L}/run/step_2", "--out_dir={L}/run"], "")]),
     ("run/step_2/state/optimizer.safetensors", [(RESUME, "run/step_3"), (ONWARD, "out/step_3")]),
     ("run/step_2/adapter_model.safetensors", [(RESUME, "run/step_3"), (ONWARD, "out/step_3")]),
     ("data/val.bin", [(TRAIN + ["--max_steps=1", "--out_dir={L}/out"], "out/step_1"),
@@ -196,8 +199,8 @@ READERS = [
 
 
 # ----------------------------------------------------------------------------- damage
-STRANGE = [None, True, False, 0, 1, -1, 3, 1.5, -0.5, 1e308, 1e-320, 10 ** 30, -10 ** 30, "", "x", "1",
-           "\ud800", "a" * 300, "../x", [], [1], ["x"], [[]], [None], {}, {"x": 1}, float("nan"),
+STRANGE = [None, True, False, 0, 1, -1, 3, 1.5, -0.5, 1e308, 1e-320, 10 ** 30, -10 ** 30, "", "x",
+           "1", "\ud800", "a" * 300, "../x", [], [1], ["x"], [[]], [None], {}, {"x": 1}, float("nan"),
            float("inf")]
 
 
