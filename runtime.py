@@ -191,7 +191,7 @@ def read_object(path, hint=""):
         raise FileNotFoundError(f"{path}: not found{explained}")
     try:
         found = json.loads(path.read_text())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not valid JSON ({e})") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds no object")

@@ -161,8 +161,8 @@ def check_made_with(path, made_with):
     """Raise ValueError when OUT or OUT.part was made with something else, or is not whole."""
     advice = "delete it or choose another --out"
     try:
-        before = json.loads(path.read_text().split("\n")[0])["made_with"]
-    except (ValueError, KeyError, TypeError):
+        before = dict(json.loads(path.read_text().split("\n")[0])["made_with"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"{path}: not written by this script, or cut short; {advice}") from None
     other = [key for key in made_with if before.get(key) != made_with[key]]
     if other:
@@ -183,8 +183,11 @@ def resume_from(part, made_with):
     write_whole(part, "\n".join([first, *lines]) + "\n")
     done = {}
     for line in lines:
-        records = json.loads(line)
-        done[records[0]["layer"], records[0]["module"]] = records
+        try:
+            records = json.loads(line)
+            done[records[0]["layer"], records[0]["module"]] = records
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+            raise ValueError(f"{part}: a line of it is damaged; delete it") from None
     return done
 
 
@@ -262,7 +265,11 @@ if __name__ == "__main__":
         share = 0.9 if 0.9 in fractions else fractions[0]
         if path.is_file():
             check_made_with(path, made_with)
-            print(summary(json.loads(path.read_text())["matrices"], checkpoints, share))
+            try:
+                text = summary(json.loads(path.read_text())["matrices"], checkpoints, share)
+            except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+                raise ValueError(f"{path}: damaged ({e!r}); delete it") from None
+            print(text)
             print(f"{path} is complete already")
             raise SystemExit(0)
 

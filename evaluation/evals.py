@@ -374,7 +374,7 @@ def open_items(subject, name, ids, settings, score_of=None):
         # what earlier starts finished, on whatever number of ranks, goes into one part
         parts = sorted(path.parent.glob(f"{path.name}.part*"))
         for part in [path, *parts]:
-            done.update(read_done(part))
+            done.update(read_done(part, score_of))
         write_records(f"{path}.part0", done)
         for part in path.parent.glob(f"{path.name}.part[1-9]*"):
             part.unlink()
@@ -395,7 +395,7 @@ def keep_settings(path, settings):
         write_whole(kept, json.dumps(settings, indent=1))
         return
     # each setting that differs is named
-    before = json.loads(kept.read_text())
+    before = read_object(kept)
     changes = []
     for key in {**before, **settings}:
         if before.get(key) != settings.get(key):
@@ -410,11 +410,24 @@ def write_records(path, records):
     write_whole(path, "".join(lines))
 
 
-def read_done(path):
-    """{id: record} of a file of items, without a last line that a kill tore."""
+def read_done(path, score_of=None):
+    """{id: record} of a file of items, without a last line that a kill tore.
+
+    Raises ValueError for a line that is no record, or of which score_of makes no number."""
     if not path.is_file():
         return {}
     # what stands behind the last line end is torn, or nothing
     whole_lines = path.read_text().split("\n")[:-1]
-    records = [json.loads(line) for line in whole_lines]
-    return {record.pop("id"): record for record in records}
+    done = {}
+    for number, line in enumerate(whole_lines, 1):
+        try:
+            record = json.loads(line)
+            done[int(record.pop("id"))] = record
+            # beyond this their squares are no numbers
+            if score_of is not None and not abs(float(score_of(record))) < 1e100:
+                raise ValueError(f"its score is {score_of(record)}")
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError,
+                RecursionError) as e:
+            raise ValueError(f"{path}:{number}: no item of this evaluation ({e!r}); delete the "
+                             "file, or its damaged lines") from None
+    return done

@@ -86,10 +86,19 @@ def with_identity(subject, settings):
 
 
 def json_lines(path):
-    """Yield the objects of a .jsonl file, none where there is no file."""
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            yield json.loads(line)
+    """Yield the objects of a .jsonl file, none where there is no file.
+
+    Raises ValueError for a line that holds none."""
+    if not path.is_file():
+        return
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            content = json.loads(line)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{path}:{number}: not valid JSON ({e}); delete the line") from None
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}:{number}: holds no object; delete the line")
+        yield content
 
 
 def write_score(subject, metric, scored, values, settings, seconds):

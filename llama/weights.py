@@ -142,7 +142,7 @@ def weight_files(folder, name):
         try:
             weight_map = json.loads(index.read_text())["weight_map"]
             return sorted({str(file) for file in weight_map.values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             message = f"{index}: cut short, or not an index with a weight_map ({e})"
             raise ValueError(message) from None
 

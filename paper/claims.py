@@ -18,14 +18,14 @@ told. A claim holds where the whole interval does. What a run began with is its 
 it, or step 0 of its log for what train.py logged. All at the longest duration.
 """
 import glob
-import json
 import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
 from configurator import configure
-from paper.results import falls, mean_of_seeds, problems, read_run, regularised, targets_name
+from paper.results import (falls, mean_of_seeds, problems, read_json, read_run, regularised,
+                           spectrum_fault, targets_name)
 from runtime import one_line_errors
 
 # -----------------------------------------------------------------------------
@@ -161,9 +161,16 @@ def rank_of_change(folder, steps, fraction):
     path = folder / "spectrum.json"
     if not path.is_file():
         return None
-    content = json.loads(path.read_text())
+    content = read_json(path)
+    fault = spectrum_fault(content, ("matrix", "effective_rank"))
+    if fault:
+        problems[f"{path}: no whole spectrum ({fault}), left out"] += 1
+        return None
     # the matrices of the checkpoint at this step
-    made = [i for i, checkpoint in enumerate(content["checkpoints"]) if checkpoint["step"] == steps]
+    made = []
+    for i, checkpoint in enumerate(content["checkpoints"]):
+        if checkpoint.get("step") == steps:
+            made.append(i)
     found = []
     for matrix in content["matrices"]:
         if matrix["matrix"] == "D" and matrix["checkpoint"] in made:

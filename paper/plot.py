@@ -29,7 +29,7 @@ from paper.plot_spectra import (draw_directions, draw_effective_ranks, draw_nois
                                 ranks_of_changes)
 from paper.plot_speed import draw_speed, draw_throughput, draw_training
 from paper.plot_sweeps import draw_alphas, draw_learning_rates, draw_ranks, draw_targets
-from paper.results import points_of, problems, read_json, read_run, setting_of
+from paper.results import points_of, problems, read_json, read_run, setting_of, spectrum_fault
 from runtime import one_line_errors
 
 # -----------------------------------------------------------------------------
@@ -98,8 +98,11 @@ def read_spectra(files):
     loaded = []
     for path in map(Path, files):
         content = read_json(path)
-        keys = needed.get(content.get("kind"), ("kind of spectrum",))
-        if all(content.get(key) for key in keys):
+        keys = needed.get(str(content.get("kind")), ("kind of spectrum",))
+        fault = spectrum_fault(content) if content.get("kind") == "spectrum" else ""
+        if fault:
+            problems[f"{path}: no whole spectrum ({fault}), left out"] += 1
+        elif all(content.get(key) for key in keys):
             loaded.append((path, content))
         elif content:
             problems[f"{path}: no whole spectrum, left out"] += 1

@@ -58,7 +58,7 @@ def read_jsonl(path):
     for line in path.read_text(errors="replace").splitlines():
         try:
             content = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             problems[f"lines that are not JSON, as in {path}"] += 1
             continue
         if isinstance(content, dict):
@@ -70,10 +70,70 @@ def read_json(path):
     """The object in a .json file, {} with a note if there is none."""
     try:
         content = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems[f"{path}: {type(error).__name__}, left out"] += 1
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def is_number(value):
+    """Whether a value of parsed JSON is a finite number."""
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and abs(value) < 1e300
+
+
+# what a matrix of spectrum.json has: numbers (float), a list or an object of numbers, text
+OF_MATRIX = {"matrix": str, "module": str, "layer": float, "norm": float, "shape": list,
+             "singular_values": list, "effective_rank": dict}
+OF_ANGLES = ("overlap_out", "overlap_in", "random_out", "change_out")
+
+
+def spectrum_fault(content, fields=tuple(OF_MATRIX)):
+    """What is wrong with the parsed spectrum.json, of the fields that are used; '' = nothing."""
+    made = content.get("checkpoints")
+    matrices = content.get("matrices")
+    if not isinstance(made, list) or not isinstance(matrices, list) or not made or not matrices:
+        return "no list of checkpoints, or of matrices"
+    for i, checkpoint in enumerate(made):
+        if not isinstance(checkpoint, dict):
+            return f"checkpoint {i} is no object"
+        if "norm" in fields and not {"lora_rank", "folder"} <= checkpoint.keys():
+            return f"checkpoint {i}: no lora_rank, or no folder"
+        for name in ("step", "tokens", "lora_rank"):
+            value = checkpoint.get(name)
+            if value is not None and (not is_number(value) or value < 0):
+                return f"checkpoint {i}: {name} is {str(value)[:40]!r}"
+        if not isinstance(checkpoint.get("folder", ""), str):
+            return f"checkpoint {i}: its folder is no text"
+    for i, matrix in enumerate(matrices):
+        if not isinstance(matrix, dict):
+            return f"matrix {i} is no object"
+        which = matrix.get("checkpoint")
+        is_base = which is None and matrix.get("matrix") == "W0"
+        if not is_base and (type(which) is not int or not 0 <= which < len(made)):
+            return f"matrix {i}: checkpoint is {str(which)[:40]!r}"
+        wanted = {name: OF_MATRIX[name] for name in fields}
+        if "norm" in fields and matrix.get("matrix") == "D":
+            wanted["random_rank"] = dict
+        # directions are compared only where they were asked for
+        wanted.update((name, dict) for name in OF_ANGLES if matrix.get(name) is not None)
+        for name, kind in wanted.items():
+            if not is_of_kind(matrix.get(name), kind):
+                return f"matrix {i}: {name} is {str(matrix.get(name))[:40]!r}"
+        if matrix["effective_rank"].keys() != matrices[0]["effective_rank"].keys():
+            return f"matrix {i}: other shares in its effective_rank than the first has"
+    return ""
+
+
+def is_of_kind(value, kind):
+    """Whether value is what OF_MATRIX says."""
+    if kind is float:
+        return is_number(value)
+    if not isinstance(value, kind):
+        return False
+    if kind is dict:
+        value = list(value.values())
+    return kind is str or all(is_number(each) for each in value)
 
 
 def by_step(lines):

@@ -113,7 +113,8 @@ def test_whole_run_equals_the_original_trainer(name, tmp_path):
     """Lion, clipping, microbatches and the paper's loss weighting, LoRA and full: losses, rates, final weights."""
     run = next(r for r in golden("train_trace")["runs"] if r["name"] == name)
     rows = run["rows"]
-    data = write_tokens(tmp_path / "data", [r["input_ids"] for r in rows], [r["labels"] for r in rows], vocab_size=2)
+    data = write_tokens(tmp_path / "data", [r["input_ids"] for r in rows], [r["labels"] for r in rows],
+                        vocab_size=1 + max(max(r["input_ids"]) for r in rows))
     args, steps = run["scheduler_args"], run["steps"]
     count = lambda key: int(batches(args[key], 0, f"{steps}ba"))
     knobs = dict(base=need(f"golden/{run['base']}"), data=data, out_dir=tmp_path / "out", max_steps=steps,

@@ -5,12 +5,12 @@ What is in a data folder: documents as text, counts, and whether its files are a
            16 to        31 tokens         12  ####
 """
 import itertools
-import json
 import os
 from pathlib import Path
 
 import numpy as np
 
+from runtime import read_object
 from text.shards import WHY, file_sha256
 
 
@@ -142,13 +142,11 @@ def why_no_row(documents, mine, left_out, kind):
 
 def inspect_folder(folder):
     """Print the report of a data folder and verify its files. Raises OSError or ValueError."""
-    if not Path(folder, "meta.json").is_file():
-        raise ValueError(f"{folder}: no meta.json; not a data folder")
+    meta = read_object(Path(folder, "meta.json"), "not a data folder")
     try:
-        meta = json.loads(Path(folder, "meta.json").read_text())
         print_report(meta)
-        files = meta["files"]
-    except (KeyError, ValueError) as error:
+        files = {str(name): str(digest) for name, digest in meta["files"].items()}
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{folder}/meta.json: not a whole meta.json of this script "
                          f"({error!r})") from None
     # the files

@@ -77,7 +77,7 @@ def start_log(path, last_step):
                 continue
             try:
                 is_kept = json.loads(line)["step"] <= last_step
-            except (ValueError, KeyError, TypeError) as e:
+            except (ValueError, KeyError, TypeError, RecursionError) as e:
                 message = f"{path}, line {number}: not written by train.py ({e!r})"
                 raise ValueError(message) from None
             if is_kept:
@@ -298,7 +298,11 @@ def load_optimizer(model, optim, folder):
     # names, shapes and dtypes of what was saved
     is_one_file = (state / "optimizer.safetensors").is_file()
     if is_one_file:
-        saved = load_file(state / "optimizer.safetensors")
+        try:
+            saved = load_file(state / "optimizer.safetensors")
+        except SafetensorError as e:
+            raise ValueError(f"{state}/optimizer.safetensors: truncated or not a safetensors "
+                             f"file ({e})") from None
         shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in saved.items()}
     elif (state / ".metadata").is_file():
         reader = dcp().FileSystemReader(state)
@@ -311,13 +315,19 @@ def load_optimizer(model, optim, folder):
     parameters = dict(model.named_parameters())
     momenta = {}
     for key, (shape, dtype) in shapes.items():
-        name, kind = key.rsplit(":", 1)
+        name, _, kind = key.rpartition(":")
         if name not in parameters or len(shape) and parameters[name].shape != shape:
             raise ValueError(f"{state}: momentum of {name} {list(shape)} fits no parameter of "
                              "this model")
         p = parameters[name]
         momenta[key] = torch.zeros_like(p, dtype=dtype) if len(shape) else torch.zeros(())
         optim.state[p][kind] = momenta[key]
+
+    # a momentum that is missing would silently begin at zero
+    trained = [p for p in parameters.values() if p.requires_grad]
+    kinds = {tuple(sorted(optim.state.get(p, ()))) for p in trained}
+    if len(kinds) > 1:
+        raise ValueError(f"{state}: some parameters have other momenta than others")
 
     # fill them: each rank takes what it holds
     if is_one_file:

@@ -9,14 +9,13 @@ What train.py reads: rows of the token files that prepare_data.py wrote, and the
     step      0     1     2     3     4     10 rows, global_batch = 4: every epoch has a permutation
     rows   3805  9614  72|19  6083  4527    of its own; epochs follow each other without a gap
 """
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from model import IGNORE
-from runtime import print0
+from runtime import print0, read_object
 from text.tokenizer import load_tokenizer
 
 
@@ -61,6 +60,9 @@ class TokenRows:
         begin = i * self.seq_len
         end = begin + self.seq_len
         tokens = self.tokens[begin:end].astype(np.int64)
+        if tokens.max() >= self.meta["vocab_size"]:
+            raise ValueError(f"{self.tokens.filename}, row {i}: token id {tokens.max()}, its "
+                             f"vocabulary has {self.meta['vocab_size']}; the file is damaged")
         targets = np.append(tokens[1:], IGNORE)
         # the mask says which tokens are to be predicted
         if self.mask is not None:
@@ -68,6 +70,9 @@ class TokenRows:
         # documents that begin inside the row; no other document predicts their first token
         first, last = np.searchsorted(self.starts, [begin + 1, end])
         starts = self.starts[first:last].astype(np.int64) - begin
+        if len(starts) and (starts.min() < 1 or starts.max() >= self.seq_len):
+            raise ValueError(f"{self.starts.filename}, row {i}: the starts of documents do not "
+                             "ascend; the file is damaged")
         if self.doc_mask:
             targets[starts - 1] = IGNORE
         return tokens, targets, starts
@@ -95,11 +100,36 @@ def read_meta(folder, split):
     path = folder / "meta.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no meta.json; make the folder with prepare_data.py")
+    meta = read_object(path)
     try:
-        meta = json.loads(path.read_text())
-        return meta, meta["splits"][split]
-    except (ValueError, KeyError) as e:
+        counts = meta["splits"][split]
+        check_meta(meta, counts)
+    except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path}: not a whole meta.json of prepare_data.py ({e!r})") from None
+    return meta, counts
+
+
+def check_meta(meta, counts):
+    """Raise KeyError, TypeError or ValueError unless all that is used of a meta.json can be."""
+    for name, known in (("kind", ("cpt", "ift")), ("dtype", ("uint16", "uint32"))):
+        if meta[name] not in known:
+            raise ValueError(f"{name}: found {meta[name]!r}, expected {' or '.join(known)}")
+    # only packing='paper' counts epochs, and the steps of one
+    wanted = [(meta, "seq_len"), (meta, "vocab_size"), (counts, "tokens")]
+    if "epochs" in counts:
+        wanted += [(counts, "epochs"), (counts, "steps")]
+    for content, name in wanted:
+        if type(content[name]) is not int or content[name] < 0:
+            raise ValueError(f"{name}: found {content[name]!r}, expected a whole number")
+    if not meta["seq_len"] or not counts.get("epochs", 1):
+        raise ValueError("seq_len or epochs is 0")
+    for content, name in ((meta, "tokenizer_sha256"), (meta, "tokenizer_name"), (counts, "sha256")):
+        if not isinstance(content[name], str):
+            raise ValueError(f"{name}: found {content[name]!r}, expected text")
+    if not isinstance(meta.get("settings", {}), dict):
+        raise ValueError(f"settings: found {meta['settings']!r}, expected an object")
+    if meta["eos_id"] is not None and type(meta["eos_id"]) is not int:
+        raise ValueError(f"eos_id: found {meta['eos_id']!r}, expected a token id")
 
 
 def read_array(path, dtype, count):
