@@ -151,7 +151,6 @@ def add_adapters(model, lora, sizes):
     lora: what model.lora shall be; sizes: for each block {projection: (rank, alpha)}."""
     if any(isinstance(module, LoRAProjection) for module in model.modules()):
         raise ValueError("the model already has adapters")
-    # only A and B are trained
     model.requires_grad_(False)
     for block, of_block in zip(model.layers, sizes):
         for parent in (block.self_attn, block.mlp):

@@ -266,7 +266,6 @@ def encode_turns(encode, turns, seq_len, bos=b"", eos=b"", itemsize=2, bos_each=
         head_length = len(head) // itemsize
         body_length = len(body) // itemsize
         empty = empty or not body
-        # what is learned
         learn_head = prompt_from is not None and head_length >= prompt_from
         learn_body = learn_all or number == len(turns) - 1
         mask += bytes([learn_head]) * head_length + bytes([learn_body]) * body_length

@@ -235,7 +235,6 @@ if __name__ == "__main__":
         config = configure(globals())
         device = pick_device(device)
 
-        # the knobs
         if not fractions or min(fractions) <= 0 or max(fractions) >= 1:
             raise ValueError(f"fractions must be in (0, 1), found {fractions}")
         if min(subspaces, default=1) < 1 or tolerance <= 0:
@@ -269,8 +268,7 @@ if __name__ == "__main__":
                 text = summary(json.loads(path.read_text())["matrices"], checkpoints, share)
             except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
                 raise ValueError(f"{path}: damaged ({e!r}); delete it") from None
-            print(text)
-            print(f"{path} is complete already")
+            print(f"{text}\n{path} is complete already")
             raise SystemExit(0)
 
         # projection by projection, each kept as a line of OUT.part

@@ -47,7 +47,6 @@ from training.plan import choose_sharding, count_steps, plan_run, print_plan, sh
 from training.rows import evenly_spaced, open_sets, rows_of_step, stack
 
 # -----------------------------------------------------------------------------
-# what
 base = ''                    # model folder: config.json, *.safetensors, tokenizer
 scratch = False              # ignore the weights of base and start from random ones (pretraining)
 data = ''                    # token folder made by prepare_data.py
@@ -474,7 +473,6 @@ if __name__ == "__main__":
                     check_replicas(trained)
                 saving = save_checkpoint(model, optim, out_dir, state, base, keep_last, keep, pool)
 
-            # stop
             if stops:
                 name = "a signal to another rank"
                 if stop_signals:

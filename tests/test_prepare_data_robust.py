@@ -203,7 +203,7 @@ def test_inspect_shows_the_run_again_and_finds_damage(corpus, tmp_path):
         assert again.returncode == 2 and f"data/train.bin: {message}" in again.stderr and again.stderr.count("\n") == 1
     (tmp_path / "data/meta.json").write_text('{"kind": "cpt"}')
     assert "not a whole meta.json" in run_here("prepare_data.py", "--inspect=data").stderr
-    assert "nowhere: no meta.json; not a data folder" in run_here("prepare_data.py", "--inspect=nowhere").stderr
+    assert "nowhere/meta.json: not found; not a data folder" in run_here("prepare_data.py", "--inspect=nowhere").stderr
 
 
 # ---- what goes in twice, or should not go in
