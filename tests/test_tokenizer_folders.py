@@ -343,7 +343,7 @@ def prepare(folder, tokenizer, **knobs):
 
 def check(folder, rows, vocab_size):
     """What train.py asks of data before it trains the model in a folder."""
-    check_ids(rows, vocab_size)
+    check_ids(rows, vocab_size, folder)
     check_tokenizer(folder, tokenizer_of(folder), rows.meta)
 
 
