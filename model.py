@@ -31,7 +31,7 @@ from llama.attention import causal_attention, document_attention, document_posit
 from llama.functions import ChunkedCrossEntropy, RMSNorm, Rotary, SwiGLU, rotary_frequencies
 from llama.generate import generate, generate_each, generate_tokens
 from llama.folder import read_config
-from llama.weights import GROUPS, fill, full_tensor, load_weights, save_pretrained
+from llama.weights import GROUPS, fill, load_weights, save_pretrained
 
 IGNORE = -100  # a target with this value is not predicted
 

@@ -10,7 +10,6 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 
 from llama.adapter_config import (AdapterConfig, is_adapter, module_path,
                                   read_adapter_config)

@@ -1,6 +1,5 @@
 """sample.py: escapes in a prompt and in stop texts mean what they mean in prepare_data's templates."""
 import pytest
-import torch
 from conftest import need, run_here
 
 from text.templates import read_template

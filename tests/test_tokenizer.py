@@ -15,7 +15,6 @@ from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merg
 from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
 
 from text.tokenizer import LLAMA3_SPECIAL, LLAMA3_WORDS, StreamDecoder, load_tokenizer, text_stopper
-from text.tokenizer_json import BYTE_TOKENS
 
 CHAR_OF_BYTE = bytes_to_unicode()  # how byte-level files spell their tokens
 

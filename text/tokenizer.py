@@ -26,7 +26,6 @@ special, such as "<think>", are one id.
 import base64
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
