@@ -41,7 +41,9 @@ def right_bodies():
             "without a line end behind": [body.rstrip() for body in bodies]}
 
 
-@pytest.mark.parametrize("what", right_bodies())
+@pytest.mark.parametrize("what", [
+    "as they stand", "one begins with an empty line", "all begin with an empty line", "one begins with a blank line",
+    "one begins with a comment", "without a line end behind"])
 def test_human_evals_right_answers_are_right(tmp_path, what):
     pairs = zip(problems(), right_bodies()[what])
     path = write_lines(tmp_path / "bodies.jsonl", [{"task_id": p["task_id"], "completion": body} for p, body in pairs])
