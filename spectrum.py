@@ -148,7 +148,7 @@ def analyse(before, checkpoints, layer, module, device, fractions, subspaces, me
 # ----------------------------------------------------------------------------- files
 def default_out(folders):
     """RUN/spectrum.json; raises ValueError when the checkpoints are not those of one run."""
-    advice = "say where to write with --out=FILE.json"
+    advice = f"say where to write, as in --out={folders[0] / 'spectrum.json'}"
     runs = {folder.parent for folder in folders}
     if len(runs) > 1:
         raise ValueError(f"tuned names several runs; {advice}")

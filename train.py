@@ -427,9 +427,9 @@ if __name__ == "__main__":
             # step, or skip the batch if its loss or gradient is not finite, which all ranks see
             if math.isfinite(loss) and math.isfinite(norm):
                 skipped_in_a_row = 0
-                if step == first_step:
-                    check_first_step(model, loss, scratch and not started_from)
                 optim.step()
+                if step == first_step:
+                    check_first_step(model, optim, loss, scratch and not started_from)
             else:
                 skipped_in_a_row += 1
                 state["skipped"] += 1

@@ -31,6 +31,7 @@ from pathlib import Path
 from configurator import configure
 from llama.adapter_config import is_adapter
 from runtime import ROOT, append_jsonl, one_line_errors, script_words
+from text.records import why_not_fetched
 from training.checkpoint import checkpoints, read_state
 
 # -----------------------------------------------------------------------------
@@ -117,18 +118,16 @@ def fetch(where, download=True):
     None if it is not there yet and is not to be downloaded; ValueError if it cannot be."""
     if not where.startswith("hf://"):
         return where
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
     repo, _, revision = where.removeprefix("hf://").partition("@")
     try:
         return snapshot_download(repo, revision=revision or None, local_files_only=not download,
                                  allow_patterns=["*.json", "*.safetensors", "tokenizer.model"])
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError,
-            OSError) as error:
+    except Exception as error:  # requests', httpx's and the hub's own, by its version
         if not download:
             return None
-        raise ValueError(
-            f"{where} cannot be fetched ({type(error).__name__}: {error}); for gated models set "
-            f"HF_TOKEN, without a network download {repo} elsewhere and name its folder") from None
+        raise ValueError(f"{where}: {why_not_fetched(error, 'model', repo)}; or fetch it elsewhere "
+                         f"(hf download {repo} --local-dir DIR) and name DIR") from None
 
 
 # ----------------------------------------------------------------------------- what there is to do

@@ -5,12 +5,15 @@
     programs(folder / "programs.jsonl")          six problems in HumanEval's form
     choice_items(folder, 40)                     HellaSwag, ARC-Challenge and WinoGrande
     mtbench_questions(folder / "q.jsonl")        two turns in each of MT-bench's categories
+    byte_tokenizer(folder)                       tokenizer.json, byte-level BPE, no BOS in front
 
 All texts were written here, or are made by templates; each is a pure function of its arguments.
 """
 import json
 import random
 from typing import NamedTuple
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from quickstart import toy_math
 
@@ -197,3 +200,19 @@ def mtbench_questions(path):
     for number, (category, first, second) in enumerate(MTBENCH, 901):
         records.append({"question_id": number, "category": category, "turns": [first, second]})
     return write_lines(path, records)
+
+
+# ----------------------------------------------------------------------------- a tokenizer
+def byte_tokenizer(folder):
+    """tokenizer.json and tokenizer_config.json in a folder; 262 ids, of which 1 is BOS and 2 EOS."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<unk>", "<s>", "</s>"]
+    pieces = [*special, *alphabet, "he", "Ġt", "Ġthe"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab, [("h", "e"), ("Ġ", "t"), ("Ġt", "he")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))

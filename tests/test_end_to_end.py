@@ -59,8 +59,8 @@ def test_records_lower_the_loss_and_the_result_runs(tmp_path, lora_rank):
 
 
 def test_continued_pretraining_on_stories_in_full(tmp_path):
-    base = need("data/tinystories-656k")
-    ran("prepare_data.py", source=need("data/tinystories/tinystories_sample.txt"), tokenizer=base, seq_len=256,
+    base = need("data/stories260k")
+    ran("prepare_data.py", source=stories(tmp_path / "stories.txt", 200), tokenizer=base, seq_len=256,
         txt_split="\\n\\n", out_dir=tmp_path / "stories")
     ran("train.py", base=base, data=tmp_path / "stories", global_batch=8, max_steps=15, learning_rate=1e-4,
         dtype="float32", out_dir=tmp_path / "run")

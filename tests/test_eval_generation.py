@@ -5,6 +5,9 @@ import shutil
 import pytest
 import torch
 from conftest import need, run_here
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import byte_tokenizer, choice_items, mtbench_questions, programs, word_problems
 
 from evaluation.evals import read_done
 from llama.generate import NotFinite
@@ -21,24 +24,30 @@ def write_model(folder, vocab_size=1024, tokenizer="stories260k", head_scale=1.0
     with torch.no_grad():
         model.lm_head.weight *= head_scale
     model.save_pretrained(folder)
-    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
-        file = need(f"data/{tokenizer}") / name
-        if file.is_file():
-            shutil.copy(file, folder)
+    if tokenizer == "bytes":
+        byte_tokenizer(folder)
+    else:
+        shutil.copy(need(f"data/{tokenizer}") / "tokenizer.model", folder)
     return model
 
 
 def command(script, model, out, *knobs):
-    """The command line of a short run of a script on a model."""
-    data = {
-        "eval_gsm8k.py": [f"--test_data={need('data/gsm8k/test.jsonl')}", "--shots=0", "--max_new_tokens=40", "--limit=3"],
-        "eval_humaneval.py": [f"--data={need('data/humaneval/HumanEval.jsonl.gz')}", "--n_samples=1", "--temperature=0",
-                              "--max_length=400", "--limit=3"],
-        "evaluation/answer_mtbench.py": [f"--questions={need('data/mt-bench/question.jsonl')}", "--max_new_tokens=40",
-                                         "--limit=3"],
-        "eval_forgetting.py": ["--tasks=hellaswag", f"--hellaswag={need('data/hellaswag/hellaswag_val.jsonl.gz')}", "--limit=3"],
-        "sample.py": ["--prompt=Once upon a time", "--max_new_tokens=40"],
-    }[script]
+    """The command line of a short run of a script on a model, with records beside its folder."""
+    records = model.parent
+    if script == "eval_gsm8k.py":
+        file = word_problems(records / "problems.jsonl", 3)
+        data = [f"--test_data={file}", "--shots=0", "--max_new_tokens=40", "--limit=3"]
+    elif script == "eval_humaneval.py":
+        file = programs(records / "programs.jsonl")
+        data = [f"--data={file}", "--n_samples=1", "--temperature=0", "--max_length=400", "--limit=3"]
+    elif script == "evaluation/answer_mtbench.py":
+        file = mtbench_questions(records / "questions.jsonl")
+        data = [f"--questions={file}", "--max_new_tokens=40", "--limit=3"]
+    elif script == "eval_forgetting.py":
+        file = choice_items(records, 3)["hellaswag"]
+        data = ["--tasks=hellaswag", f"--hellaswag={file}", "--limit=3"]
+    else:
+        data = ["--prompt=Once upon a time", "--max_new_tokens=40"]
     out_dir = [] if script == "sample.py" else [f"--out_dir={out}"]
     given = {knob.split("=")[0] for knob in knobs}
     kept = [knob for knob in data if knob.split("=")[0] not in given]
@@ -79,6 +88,25 @@ def test_greedy_ids_are_those_of_transformers_with_the_same_ids_suppressed(tmp_p
         ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None,
                               suppress_tokens=list(range(512, 1024)))[0, len(prompt):].tolist()
         assert model.generate([prompt], 30, vocab_size=512)[0][0] == ids
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory):
+    """A model of 1,024 rows, here and in transformers."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("padded")
+    model = write_model(folder)
+    return model, transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(vocab_size=st.integers(2, 1023), new=st.integers(1, 12), data=st.data())
+def test_any_number_of_rows_is_masked_as_transformers_suppresses_it(padded, vocab_size, new, data):
+    ours, theirs = padded
+    prompt = data.draw(st.lists(st.integers(0, vocab_size - 1), min_size=1, max_size=9))
+    ids = theirs.generate(torch.tensor([prompt]), max_new_tokens=new, do_sample=False, eos_token_id=None,
+                          suppress_tokens=list(range(vocab_size, 1024)))[0, len(prompt):].tolist()
+    assert ours.generate([prompt], new, vocab_size=vocab_size)[0][0] == ids
 
 
 def test_rows_that_never_win_change_nothing():
@@ -173,7 +201,7 @@ def begins_with_bos(script, printed):
 HARNESS = {"eval_gsm8k.py": {"": False}, "eval_forgetting.py": {"gauntlet": "habit", "lm_eval": False}}
 
 
-@pytest.mark.parametrize("tokenizer, vocab_size, habit", [("stories260k", 512, True), ("smollm2-135m-instruct", 49152, False)])
+@pytest.mark.parametrize("tokenizer, vocab_size, habit", [("stories260k", 512, True), ("bytes", 262, False)])
 @pytest.mark.parametrize("script", (*GENERATING, "eval_forgetting.py"))
 def test_bos_is_the_harness_habit_unless_asked_for(tmp_path, script, tokenizer, vocab_size, habit):
     write_model(tmp_path / "model", vocab_size, tokenizer)

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT, need, run_here, run_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import byte_tokenizer
 from test_prepare_data import documents_of, prepare, tokenizer_file, write_jsonl  # noqa: F401 (fixtures)
 
 from quickstart import pystdlib, toy_math
@@ -364,7 +365,8 @@ def test_words_are_left_alone_where_tokens_reach_over_them(tmp_path):
     tok = load_tokenizer(tmp_path)
     assert not word_by_word(tok)
     assert np.frombuffer(make_encoder(tok, "<u2")(text[0]), "<u2").tolist() == tok.encode(text[0])
-    assert not word_by_word(load_tokenizer(need("data/smollm2-135m-instruct")))
+    byte_tokenizer(tmp_path)
+    assert not word_by_word(load_tokenizer(tmp_path / "tokenizer.json"))
 
 
 def test_real_texts_have_the_ids_of_huggingface_tokenizers(tmp_path):

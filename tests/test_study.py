@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, need, run_here, run_stage
 from samples import stories, word_problems
 
-from paper.study import Study, commands, done_before, progress
+from paper.study import Study, commands, done_before, fetch, progress
 
 CONFIGS = ("math_cpt", "code_cpt", "math_ift", "code_ift", "tulu_ift")
 
@@ -188,6 +188,29 @@ def test_a_model_that_cannot_be_fetched_is_one_line(tmp_path):
     path.write_text(f"out_dir={str(tmp_path / 'out')!r}\nbase='hf://nobody/nothing'\nmodels=('base',)")
     result = run_stage("-m", "paper.study", path, HF_HUB_OFFLINE=1)
     assert result.returncode == 2 and "cannot be fetched" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind, text, wanted", [
+    ("ConnectError", "[Errno -2] Name or service not known", "(ConnectError: no connection to the hub)"),  # httpx's
+    ("LocalEntryNotFoundError", "a long story " * 40, "(LocalEntryNotFoundError: no connection to the hub)"),
+    ("RepositoryNotFoundError", "401 " * 90, "no such model or revision"),
+    ("GatedRepoError", "403 " * 90, "accept its terms at https://huggingface.co/nobody/nothing and set HF_TOKEN"),
+    ("RemoteProtocolError", "a long story\n" * 40, "(RemoteProtocolError: a long story")])
+def test_a_model_that_cannot_be_fetched_is_one_short_line(monkeypatch, kind, text, wanted):
+    import huggingface_hub
+    found = getattr(huggingface_hub.errors, kind, Exception)
+
+    def fails(*_, **__):
+        error = type(kind, (found,), {"__init__": lambda self: Exception.__init__(self, text)})()
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(ValueError) as error:
+        fetch("hf://nobody/nothing@v1")
+    message = str(error.value)
+    assert wanted in message and "\n" not in message and len(message) < 400
+    assert "hf download nobody/nothing --local-dir DIR" in message
+    assert fetch("hf://nobody/nothing@v1", download=False) is None
 
 
 @pytest.mark.parametrize("config, only, stages", [("study_smollm2_code", "r16-75", 5),

@@ -308,6 +308,14 @@ def test_a_file_that_cuts_or_pads_texts_does_not(tiny_bpe, tmp_path):
     assert load_tokenizer(tmp_path).encode("the dog " * 50) == whole and 50 <= len(whole) < 400
 
 
+def test_a_missing_token_for_the_unknown_is_an_error_that_names_the_file(tmp_path):
+    theirs, ours = save(tmp_path, models.BPE({"a": 0}, [], unk_token="<unk>"), decoder=decoders.Fuse())
+    with pytest.raises(Exception, match="<unk>"):
+        theirs.encode("ab")
+    with pytest.raises(ValueError, match=f"{tmp_path}/tokenizer.json: the tokenizers package cannot encode a text: .*<unk>"):
+        ours.encode("ab")
+
+
 def test_a_stray_byte_leaves_the_characters_around_it(kinds, bytes_as_ids):
     """In a run of byte tokens the tokenizers package alone makes U+FFFD of all."""
     ids = bytes_as_ids("llama2 json", "\u00e9\U0001f600x")

@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from quickstart import toy_math
 from text.encode import make_encoder
 from text.tokenizer import load_tokenizer
 from text.tokenizer_json import piece_types
@@ -66,6 +67,18 @@ def model_file(tmp_path_factory):
     return prefix.with_suffix(".model")
 
 
+@pytest.fixture(scope="session")
+def unigram_file(tmp_path_factory):
+    """The same of the other kind: each piece has the logarithm of a probability."""
+    prefix = tmp_path_factory.mktemp("unigram") / "tokenizer"
+    corpus = [record["question"] for record in toy_math(300, 0)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus), model_prefix=str(prefix), model_type="unigram", vocab_size=360,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
+        minloglevel=2, allow_whitespace_only_pieces=True)
+    return prefix.with_suffix(".model")
+
+
 @pytest.fixture(autouse=True)
 def without_protobuf(monkeypatch):
     """transformers converts a tokenizer.model by protobuf, which is not installed; here by sentencepiece."""
@@ -80,7 +93,9 @@ def without_protobuf(monkeypatch):
         sp = sentencepiece.SentencePieceProcessor(model_file=slow.vocab_file)
         types = [3 if sp.is_control(i) else 2 if sp.is_unknown(i) else 1 for i in range(sp.vocab_size())]
         pieces = [SimpleNamespace(piece=sp.id_to_piece(i), score=sp.get_score(i), type=types[i]) for i in range(len(types))]
-        self.proto = SimpleNamespace(pieces=pieces, trainer_spec=SimpleNamespace(model_type=2, unk_piece="<unk>"))
+        is_bpe = all(piece.score.is_integer() for piece in pieces)  # the others are logarithms
+        self.proto = SimpleNamespace(pieces=pieces, trainer_spec=SimpleNamespace(model_type=2 if is_bpe else 1,
+                                                                                 unk_piece="<unk>"))
 
     def load(self, from_slow=False):
         return sentencepiece.SentencePieceProcessor(model_file=self.vocab_file)
@@ -109,15 +124,22 @@ def saved_json(folder, model_file, **files):
     return json.loads((folder / "saved/tokenizer.json").read_text())
 
 
-def assert_as_auto_tokenizer(folder, texts=TEXTS):
-    """Returns our tokenizer, compared with transformers'."""
-    theirs, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+def assert_same_ids(theirs, ours):
+    """BOS, EOS, the habit of a BOS, the added tokens, and the ids of some texts."""
     assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
     assert ours.adds_bos == (theirs.encode("a")[:1] == [theirs.bos_token_id])
     assert ours.vocab_size == len(theirs)
     assert theirs.convert_tokens_to_ids(list(ours.special_ids)) == list(ours.special_ids.values())
     for text in SENTENCES:
-        assert ours.encode(text) == theirs.encode(text, add_special_tokens=False), text
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert ours.encode(text) == ids, text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
+
+
+def assert_as_auto_tokenizer(folder, texts=TEXTS):
+    """Returns our tokenizer, compared with transformers'."""
+    theirs, ours = AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)
+    assert_same_ids(theirs, ours)
 
     @few
     @given(texts)
@@ -175,6 +197,19 @@ FOLDERS = {
 def test_tokenizer_model_and_json_files(model_file, tmp_path, name):
     ours = assert_as_auto_tokenizer(make_folder(tmp_path / "folder", model_file, **FOLDERS[name]))
     assert ours.notes == []
+
+
+@only_4
+@pytest.mark.parametrize("name", FOLDERS)
+def test_unigram_tokenizer_model_and_json_files(unigram_file, tmp_path, name):
+    """Alone, beside the tokenizer.json that transformers makes of the folder, and that alone."""
+    files = FOLDERS[name]
+    ours = assert_as_auto_tokenizer(make_folder(tmp_path / "folder", unigram_file, **files))
+    assert ours.notes == [] and ("Unigram" in ours.name or "sentencepiece" in ours.name)
+    spec = saved_json(tmp_path, unigram_file, **files)
+    assert_as_auto_tokenizer(make_folder(tmp_path / "both", unigram_file, spec, **files))
+    if "add_prefix_space" not in files.get("tokenizer_config", {}):
+        assert_as_auto_tokenizer(make_folder(tmp_path / "alone", None, spec, **files))
 
 
 @only_4

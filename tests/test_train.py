@@ -499,8 +499,37 @@ def test_a_trained_parameter_that_no_file_would_hold_is_refused(lora_rank):
         apply_lora(model, lora_rank, 4)
     for p in model.parameters():
         p.grad = torch.ones_like(p) if p.requires_grad else None
-    check_first_step(model, 3.0, False)
+    optim = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    optim.step()
+    check_first_step(model, optim, 3.0, False)
     model.layers[0].gain = torch.nn.Parameter(torch.ones(16))
     model.layers[0].gain.grad = torch.ones(16)
     with pytest.raises(ValueError, match="layers.0.gain is trained but would neither be loaded nor saved"):
-        check_first_step(model, 3.0, False)
+        check_first_step(model, optim, 3.0, False)
+
+
+class CountingSGD(torch.optim.SGD):
+    """An optimizer of somebody's own, which keeps `kept` for each parameter."""
+    kept = 1
+
+    def step(self, closure=None):
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["count"] = self.kept
+
+
+@pytest.mark.parametrize("kept, message", [
+    (1, "'count' is a int"), ({"a": 1}, "'count' is a dict"), (None, "'count' is a NoneType"),
+    (torch.zeros(5), r"'count' is shape \[5\]"), (torch.tensor(1.0), "")], ids=["int", "dict", "None", "shape", "number"])
+def test_optimizer_state_that_no_checkpoint_would_hold_is_refused(kept, message):
+    model = tiny_model()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optim = CountingSGD(model.parameters(), 0.1)
+    optim.kept = kept
+    optim.step()
+    if not message:
+        check_first_step(model, optim, 3.0, False)
+        return
+    with pytest.raises(ValueError, match=f"embed_tokens.weight: the optimizer's state {message}; checkpoints hold"):
+        check_first_step(model, optim, 3.0, False)

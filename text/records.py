@@ -126,7 +126,7 @@ def from_hub(url, knob):
         raise ValueError(f"{knob}: expected hf://datasets/OWNER/NAME, then @REVISION and /FILES "
                          f"or not; found {url}")
     # half a second, for the hub alone
-    from huggingface_hub import HfApi, errors, hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
     repo, revision, pattern = match.groups()
     pattern = pattern or "*"
     try:
@@ -140,7 +140,7 @@ def from_hub(url, knob):
         for name in names:
             paths.append(hf_hub_download(repo, name, repo_type="dataset", revision=info.sha))
     except Exception as error:  # requests', httpx's and the hub's own, by its version
-        raise ValueError(f"{knob}: {url}: {why_not_fetched(error, errors, repo)}; or fetch it "
+        raise ValueError(f"{knob}: {url}: {why_not_fetched(error, 'dataset', repo)}; or fetch it "
                          f"elsewhere (hf download {repo} --repo-type dataset "
                          f"--include '{pattern}' --local-dir DIR) and say "
                          f"--{knob}='DIR/{pattern}'") from None
@@ -156,16 +156,20 @@ def from_hub(url, knob):
     return sources
 
 
-def why_not_fetched(error, errors, repo):
-    """An error of huggingface_hub as the end of a message."""
+def why_not_fetched(error, what, repo):
+    """An error of huggingface_hub as the end of a message; what: "dataset" or "model"."""
+    from huggingface_hub import errors
     kind = type(error).__name__
     if isinstance(error, errors.GatedRepoError):
-        return (f"is gated: accept its terms at https://huggingface.co/datasets/{repo} and set "
-                "HF_TOKEN to a token of that account")
+        page = f"datasets/{repo}" if what == "dataset" else repo
+        return (f"is gated: accept its terms at https://huggingface.co/{page} and set HF_TOKEN to "
+                "a token of that account")
     if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):
-        return f"no such dataset or revision, or a private one without HF_TOKEN ({kind})"
-    # requests nests the errors of a failed connection in each other
-    if "Connect" in kind or "Timeout" in kind:
+        return f"no such {what} or revision, or a private one without HF_TOKEN ({kind})"
+    # requests nests the errors of a failed connection in each other; of a whole repository the hub
+    # says only that there is none of it here
+    no_connection = isinstance(error, errors.LocalEntryNotFoundError)
+    if no_connection or "Connect" in kind or "Timeout" in kind:
         return f"cannot be fetched from the hub ({kind}: no connection to the hub)"
     text = textwrap.shorten(str(error), 160, placeholder=" ...")
     return f"cannot be fetched from the hub ({kind}: {text})"

@@ -33,8 +33,8 @@ import sentencepiece
 import tiktoken
 
 from text.tokenizer_folder import id_named, read_settings
-from text.tokenizer_json import (describes, kind_of, merges_of_model, open_spec, parse_spec,
-                                 piece_types, spec_of_model)
+from text.tokenizer_json import (complete_model, describes, kind_of, model_kind, open_spec,
+                                 parse_spec, piece_types, spec_of_model)
 
 # Llama-3's words and special tokens; its tokenizer.model holds neither
 LLAMA3_WORDS = (
@@ -317,7 +317,7 @@ def read_sentencepiece(path, data, settings):
         return by_sentencepiece(model, spec["added_tokens"]), extra
     # tokens or blanks that sentencepiece does not know: the tokenizers package does
     try:
-        spec["model"]["merges"] = merges_of_model(model, spec["model"]["vocab"])
+        complete_model(spec, model, model_kind(data))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     kind = f"{kind_of(spec)} of tokenizer.model"

@@ -19,6 +19,8 @@ BYTE_TOKENS = {f"<0x{b:02X}>": b for b in range(256)}  # how Llama-2's vocabular
 HIDDEN = "\0special\0"  # stands before the names of special tokens that no text shall match
 CONTROL = 3  # types of sentencepiece's pieces
 USER_DEFINED = 4
+UNIGRAM = 1  # kinds of sentencepiece models
+BPE = 2
 LLAMA2_NORMALIZER = {"type": "Sequence", "normalizers": [
     {"type": "Prepend", "prepend": "▁"},
     {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}
@@ -27,7 +29,8 @@ LLAMA2_NORMALIZER = {"type": "Sequence", "normalizers": [
 class HuggingFaceFile:
     """A tokenizer.json as parsed, whose special tokens are hidden: encode and decode."""
 
-    def __init__(self, spec):
+    def __init__(self, spec, path):
+        self.path = path
         # no threads: worker processes share the work, and threads do not survive a fork
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.tool = tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -58,7 +61,8 @@ class HuggingFaceFile:
         try:
             [encoding] = self.tool.encode_batch_fast([text], add_special_tokens=False)
         except Exception as error:  # the package raises no narrower class
-            raise ValueError(f"the tokenizers package cannot encode this text: {error}") from None
+            raise ValueError(f"{self.path}: the tokenizers package cannot encode a text: "
+                             f"{error}") from None
         return encoding.ids
 
     def decode(self, ids):
@@ -135,7 +139,7 @@ def open_spec(path, spec):
     """What parse_spec returned -> HuggingFaceFile. ValueError: the package cannot read it."""
     try:
         hide_special_tokens(spec)
-        return HuggingFaceFile(spec)
+        return HuggingFaceFile(spec, path)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic of the package is no Exception
@@ -197,7 +201,8 @@ def merges_without(merges, names):
 def spec_of_model(model, types, settings):
     """
     A sentencepiece model of Llama's kind as transformers 4.57 converts it to a tokenizer.json, with
-    what settings add -> (all but the merges, what of it sentencepiece alone would not do).
+    what settings add -> (all but what complete_model adds, what of it sentencepiece alone would
+    not do).
 
     types: of its pieces, by id. settings: legacy and add_prefix_space say where a blank is put: in
     front of each text between added tokens (legacy, as sentencepiece does), of the first alone, or
@@ -241,25 +246,38 @@ def spec_of_model(model, types, settings):
     if prefix:
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
 
-    bpe = {"type": "BPE", "vocab": vocab, "unk_token": names[0], "fuse_unk": True,
-           "byte_fallback": True}
     spec = {"added_tokens": added, "normalizer": normalizer, "pre_tokenizer": pre_tokenizer,
-            "decoder": {"type": "Sequence", "decoders": steps}, "model": bpe}
+            "decoder": {"type": "Sequence", "decoders": steps}, "model": {"vocab": vocab}}
     return spec, extra
 
 
-def merges_of_model(model, vocab):
+def complete_model(spec, model, kind):
     """
-    The merges [left, right] of a sentencepiece BPE model, best first.
+    Add to what spec_of_model returned how a word becomes pieces: merges, or a score for each.
 
-    ValueError: it is a unigram model, which has logarithms as scores and no merges.
+    kind: the file's, as model_kind tells it. ValueError: neither BPE nor unigram.
     """
+    vocab = spec["model"]["vocab"]
+    names = list(vocab)
+    size = model.vocab_size()
+    if len(names) < size:
+        raise ValueError("two pieces have one name, with what the files beside it say")
+    scores = [0.0 if i < 3 else model.get_score(i) for i in range(size)]
+    if kind == BPE:
+        spec["model"] |= {"type": "BPE", "unk_token": names[0], "fuse_unk": True,
+                          "byte_fallback": True, "merges": merges_of_model(scores, vocab)}
+    elif kind == UNIGRAM:
+        pieces = [[name, score] for name, score in zip(names, scores)]
+        spec["model"] = {"type": "Unigram", "unk_id": 0, "byte_fallback": True, "vocab": pieces}
+    else:
+        raise ValueError("neither a BPE nor a unigram model; with added tokens or other blanks it "
+                         "needs a tokenizer.json")
+
+
+def merges_of_model(scores, vocab):
+    """The merges [left, right] of a sentencepiece BPE model, best first."""
     merges = []
     for name, i in vocab.items():
-        score = 0.0 if i < 3 else model.get_score(i)
-        if not score.is_integer():
-            raise ValueError("a unigram model; with added tokens or other blanks it needs a "
-                             "tokenizer.json, which transformers' save_pretrained makes")
         # all ways to put the piece together from two others
         pairs = []
         for at in range(1, len(name)):
@@ -268,7 +286,7 @@ def merges_of_model(model, vocab):
             if left in vocab and right in vocab:
                 pairs.append((vocab[left], vocab[right], left, right))
         for _, _, left, right in sorted(pairs):
-            merges.append((score, len(left), len(right), left, right))
+            merges.append((scores[i], len(left), len(right), left, right))
     # by score; of equal ones the longer parts first, and then as they stand
     merges.sort(key=lambda merge: merge[:3], reverse=True)
     return [[left, right] for _, _, _, left, right in merges]
@@ -283,17 +301,39 @@ def piece_types(proto):
     and, unless it is normal, type (0x18, one byte).
     """
     types = []
+    for key, piece in fields_of(proto):
+        # the type, if any, follows the score
+        if key == 0x0A:
+            text_size, text_at = read_varint(piece, 1)
+            after_score = text_at + text_size + 5
+            types.append(piece[after_score + 1] if after_score < len(piece) else 1)
+    return types
+
+
+def model_kind(proto):
+    """UNIGRAM, BPE or another number: field 3 (0x18) of the trainer's settings, field 2 (0x12)."""
+    kind = UNIGRAM
+    for key, settings in fields_of(proto):
+        if key == 0x12:
+            kind = dict(fields_of(settings)).get(0x18, kind)
+    return kind
+
+
+def fields_of(proto):
+    """Yield (key, number or bytes) of each field of a protobuf; a key's last bits say how long."""
     at = 0
     while at < len(proto):
-        key = proto[at]
-        size, at = read_varint(proto, at + 1)
-        # a piece: its type, if any, follows the score
-        if key == 0x0A:
-            text_size, text_at = read_varint(proto, at + 1)
-            after_score = text_at + text_size + 5
-            types.append(proto[after_score + 1] if after_score < at + size else 1)
-        at += size
-    return types
+        key, at = read_varint(proto, at)
+        width = key & 7
+        if width == 0:
+            value, at = read_varint(proto, at)
+        else:
+            size = {1: 8, 5: 4}.get(width)
+            if size is None:
+                size, at = read_varint(proto, at)
+            value = proto[at:at + size]
+            at += size
+        yield key, value
 
 
 def read_varint(data, at):

@@ -60,8 +60,7 @@ CPU = ["--device=cpu", "--dtype=float32"]
 # ----------------------------------------------------------------------------- the valid inputs
 def make_inputs(folder):
     """One small file of every kind, in a new folder."""
-    import tokenizers
-    from samples import stories, word_problems
+    from samples import byte_tokenizer, stories, word_problems
 
     from lora import apply_lora, init_adapters, save_adapter
     from model import Llama
@@ -75,14 +74,7 @@ def make_inputs(folder):
                           ("generation_config", {"eos_token_id": [2], "bos_token_id": 1})):
         (folder / "base" / f"{name}.json").write_text(json.dumps(content))
     (folder / "bpe/tokenizer.model").unlink()
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    pieces = ["<unk>", "<s>", "</s>", *alphabet, "he", "Ġt", "Ġthe"]
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(
-        {piece: i for i, piece in enumerate(pieces)}, [("h", "e"), ("Ġ", "t"), ("Ġt", "he")]))
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    bpe.add_special_tokens(["<unk>", "<s>", "</s>"])
-    bpe.save(str(folder / "bpe/tokenizer.json"))
+    byte_tokenizer(folder / "bpe")
     (folder / "bpe/tokenizer_config.json").write_text(json.dumps(
         {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"}))
 
