@@ -187,8 +187,9 @@ def write_whole(path, text):
 def read_object(path, hint=""):
     """The object in a .json file; raises FileNotFoundError, with the `hint`, or ValueError."""
     if not path.is_file():
+        below = named_below(path.parent, path.name)
         explained = f"; {hint}" if hint else ""
-        raise FileNotFoundError(f"{path}: not found{explained}")
+        raise FileNotFoundError(f"{path}: not found{', ' if below else explained}{below}")
     try:
         found = json.loads(path.read_text())
     except (ValueError, RecursionError) as e:
@@ -196,6 +197,16 @@ def read_object(path, hint=""):
     if not isinstance(found, dict):
         raise ValueError(f"{path}: holds no object")
     return found
+
+
+def named_below(folder, pattern):
+    """The end of a message about a folder without such a file, '' if none below it has one either.
+
+    A Trainer leaves models, adapters and tokenizers in checkpoint-N of its output folder."""
+    found = {file.parent.name for file in Path(folder).glob(f"*/{pattern}")}
+    if not found:
+        return ""
+    return f"but in {', '.join(sorted(found)[:8])} below it; name one of these"
 
 
 def append_jsonl(path, record):

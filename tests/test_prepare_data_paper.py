@@ -334,6 +334,17 @@ def test_one_prompt_cannot_be_in_both_splits(prepare, tmp_path):
     assert status == 2 and "3 dropped (3 empty); see source and the fields" in err
 
 
+@pytest.mark.parametrize("val_fraction", [0, 0.2])
+def test_a_split_whose_documents_are_all_dropped_says_what_to_do_about_it(prepare, tmp_path, val_fraction):
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"{i} + 2 is how much?" * 9, "response": str(i)} for i in range(30)])
+    status, out, err = prepare(source="a.jsonl", kind="ift", val_fraction=val_fraction, seq_len=16)
+    assert status == 2 and "no room); give a larger seq_len\n" in err, err
+    write_jsonl(tmp_path / "a.jsonl", [{"text": f"{i} " + "ten words that are in the other file as well, and more of them"}
+                                       for i in range(30)])
+    status, out, err = prepare(source="a.jsonl", val_fraction=val_fraction, decontaminate="a.jsonl", anew=True)
+    assert status == 2 and "contaminated); see decontaminate\n" in err, err
+
+
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
 @pytest.mark.parametrize("separator", ["\\n\\n", "\\r\\n\\r\\n", "\\n---\\n", "---", "\\t\\n"])
 def test_windows_line_ends(prepare, tmp_path, monkeypatch, newline, separator):

@@ -22,6 +22,8 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from quickstart import toy_math
+from model import LlamaConfig
+from runtime import read_object
 from text.encode import make_encoder
 from text.tokenizer import load_tokenizer
 from text.tokenizer_json import piece_types
@@ -440,6 +442,9 @@ def test_a_folder_of_checkpoints(model_file, tmp_path):
         make_folder(tmp_path / f"out/checkpoint-{step}", model_file)
     with pytest.raises(FileNotFoundError, match="but in checkpoint-10, checkpoint-5 below it; name one of these"):
         load_tokenizer(tmp_path / "out")
+    for read in (LlamaConfig.from_json, lambda folder: read_object(folder / "config.json", "a hint")):
+        with pytest.raises(FileNotFoundError, match="config.json: not found, but in checkpoint-10, checkpoint-5 below it; name one"):
+            read(tmp_path / "out")
 
 
 @only_4

@@ -13,6 +13,11 @@ import numpy as np
 from runtime import read_object
 from text.shards import WHY, file_sha256
 
+# what to do where a split's documents are all dropped, by the reason
+AGAINST = {"empty": "see source and the fields", "no room": "give a larger seq_len",
+           "contaminated": "see decontaminate", "repeated id": "see id_field",
+           "not sampled": "give more max_tokens"}
+
 
 def show_document(folder, name, meta, tok, which, most=400):
     """Document `which` of a split: only read text in [brackets], learned text in «angles»."""
@@ -126,9 +131,13 @@ def why_no_row(documents, mine, left_out, kind):
 
     mine: which of the documents are of this split.
     """
-    reasons = [f"{count} {why}" for why, count in why_dropped(left_out).items()]
+    dropped = why_dropped(left_out)
+    reasons = [f"{count} {why}" for why, count in dropped.items()]
     found = f"{left_out.sum()} dropped ({', '.join(reasons) or 'none'})"
     others = len(documents) - int(mine.sum())
+    # all are dropped: what to do depends on why most are
+    if dropped and left_out.sum() == mine.sum():
+        return f"{found}; {AGAINST[max(dropped, key=dropped.get)]}"
     if not others:
         return f"{found}; see source and the fields"
     if kind == "ift":

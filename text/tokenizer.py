@@ -32,6 +32,7 @@ from pathlib import Path
 import sentencepiece
 import tiktoken
 
+from runtime import named_below
 from text.tokenizer_folder import id_named, read_settings
 from text.tokenizer_json import (complete_model, describes, kind_of, model_kind, open_spec,
                                  parse_spec, piece_types, spec_of_model)
@@ -170,10 +171,9 @@ def find_files(path):
 
 def what_is_held(folder):
     """The end of a message about a folder without a tokenizer."""
-    # a Trainer's output folder: the models and their tokenizers lie in checkpoint-N
-    below = sorted({file.parent.name for file in folder.glob("*/tokenizer.*")})
+    below = named_below(folder, "tokenizer.*")
     if below:
-        return f"but in {', '.join(below[:8])} below it; name one of these"
+        return below
     names = sorted(entry.name for entry in folder.iterdir())
     held = ", ".join(names[:8]) or "nothing"
     if len(names) > 8:
