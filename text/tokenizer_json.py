@@ -297,16 +297,13 @@ def piece_types(proto):
     The type of each piece of a sentencepiece file, which the package does not tell: 1 normal,
     2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte.
 
-    A file is a protobuf whose field 1 (key 0x0A) is a piece: text (0x0A), score (0x15, four bytes)
-    and, unless it is normal, type (0x18, one byte).
+    A file is a protobuf whose field 1 (key 0x0A) is a piece: text (0x0A), score (0x15) and, unless
+    it is normal, type (0x18).
     """
     types = []
     for key, piece in fields_of(proto):
-        # the type, if any, follows the score
         if key == 0x0A:
-            text_size, text_at = read_varint(piece, 1)
-            after_score = text_at + text_size + 5
-            types.append(piece[after_score + 1] if after_score < len(piece) else 1)
+            types.append(dict(fields_of(piece)).get(0x18, 1))
     return types
 
 
