@@ -66,7 +66,7 @@ def settings_of_folders(draw, plain):
     if draw(SWITCH):
         config["tokenizer_class"] = "LlamaTokenizer"
     named = draw(named_tokens())
-    tokens = draw(plain) if plain else []
+    tokens = draw(plain) if plain is not None else []
     if draw(SWITCH):
         # older: the names in one file, the ids in another
         added = {token["content"]: 360 + i for i, token in enumerate(tokens)}
