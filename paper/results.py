@@ -8,7 +8,6 @@ Runs of one setting differ only in their seed and in how long they trained. The 
 become one Point, the lengths of one setting become a curve.
 """
 import json
-import math
 import statistics
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -41,7 +40,7 @@ problems = Counter()  # what could not be read: printed at the end, and no reaso
 # ----------------------------------------------------------------------------- reading
 def number(value):
     """A finite float, else None and a note."""
-    if isinstance(value, (int, float)) and math.isfinite(value):
+    if is_number(value):
         return float(value)
     if value is not None:
         problems["values that are no finite numbers"] += 1
@@ -62,7 +61,7 @@ def read_jsonl(path):
             problems[f"lines that are not JSON, as in {path}"] += 1
             continue
         if isinstance(content, dict):
-            objects.append(content)
+            objects.append(of_types(content, OF_LINE, path))
     return objects
 
 
@@ -80,6 +79,24 @@ def is_number(value):
     """Whether a value of parsed JSON is a finite number."""
     is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_real and abs(value) < 1e300
+
+
+# what is used of the lines of log.jsonl, results.jsonl and values.jsonl, and of a run's knobs
+OF_LINE = {"step": int, "tokens": int, "epoch": float, "metric": str}
+OF_CONFIG = {"base": str, "data": str, "lora_rank": int, "lora_alpha": float, "seed": float,
+             "weight_decay": float, "attention_dropout": float}
+
+
+def of_types(content, kinds, path):
+    """An object of a file without the values of a wrong type, which are counted."""
+    kept = {}
+    for name, value in content.items():
+        kind = kinds.get(name)
+        if kind is None or value is None or is_of_kind(value, kind):
+            kept[name] = value
+        else:
+            problems[f"{path}: values of a wrong type, such as {name}"] += 1
+    return kept
 
 
 # what a matrix of spectrum.json has: numbers (float), a list or an object of numbers, text
@@ -126,9 +143,11 @@ def spectrum_fault(content, fields=tuple(OF_MATRIX)):
 
 
 def is_of_kind(value, kind):
-    """Whether value is what OF_MATRIX says."""
+    """Whether value is what OF_MATRIX, OF_LINE or OF_CONFIG says."""
     if kind is float:
         return is_number(value)
+    if kind is int:
+        return type(value) is int and 0 <= value < 1e18
     if not isinstance(value, kind):
         return False
     if kind is dict:
@@ -151,13 +170,14 @@ def read_config(folder):
     config = read_json(path).get("config") if path.is_file() else {}
     if not isinstance(config, dict):
         return {}
+    config = of_types(config, OF_CONFIG, path)
     # a run that started from an adapter has the adapter's rank
     if config.get("adapter") and not config.get("lora_rank"):
         made = sorted(folder.glob("step_*/adapter_config.json"))
         if made:
             adapter = read_json(made[0])
-            config["lora_rank"] = adapter.get("r")
-            config["lora_alpha"] = adapter.get("lora_alpha")
+            of_adapter = {"lora_rank": adapter.get("r"), "lora_alpha": adapter.get("lora_alpha")}
+            config |= of_types(of_adapter, OF_CONFIG, made[0])
     return config
 
 
@@ -188,7 +208,8 @@ def read_run(folder):
             for name, loss in losses.items():
                 measured.append((line, f"loss {name}", loss, None))
     for line in results:
-        measured.append((line, str(line.get("metric")), line.get("value"), line.get("stderr")))
+        if line.get("metric"):
+            measured.append((line, line["metric"], line.get("value"), line.get("stderr")))
 
     # by metric and step; a place is what is known of a step from all of its lines
     metrics = defaultdict(dict)
@@ -212,7 +233,7 @@ def read_run(folder):
     for line in read_jsonl(folder / "values.jsonl"):
         # one that is no number would spoil every interval
         values = line.get("values") or []
-        if None not in [number(value) for value in values]:
+        if isinstance(values, list) and None not in [number(value) for value in values]:
             items[line.get("metric"), line.get("step")] = values
     name = folder.name if config else base_name(folder.name, results)
     return Run(name, config, dict(metrics), log, places, items)
@@ -230,7 +251,9 @@ def base_name(name, results):
     """The name of a base as its runs have it: that of the model folder which was evaluated."""
     for line in results:
         judged = line.get("settings")
-        if isinstance(judged, dict) and judged.get("model") and not judged.get("adapter"):
+        if not isinstance(judged, dict) or judged.get("adapter"):
+            continue
+        if judged.get("model") and isinstance(judged["model"], str):
             name = Path(judged["model"]).name
     return name
 

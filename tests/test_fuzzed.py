@@ -15,7 +15,7 @@ from evaluation.scores import json_lines
 from lion import DecoupledLionW
 from paper.claims import rank_of_change
 from paper.plot import read_spectra
-from paper.results import problems
+from paper.results import OF_CONFIG, OF_LINE, points_of, problems, read_run
 from spectrum import resume_from
 from text.report import inspect_folder
 from training.checkpoint import load_optimizer
@@ -190,3 +190,46 @@ def test_inspect_says_it_in_one_line(data):
     rewrite(data / "meta.json", ("splits",), 3)
     done = run_here("prepare_data.py", f"--inspect={data}")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "meta.json" in done.stderr
+
+
+# ----------------------------------------------------------------------------- what runs left behind
+RUN = {"config.json": {"config": {"base": "b", "data": "d", "lora_rank": 2, "lora_alpha": 4.0, "seed": 1, "weight_decay": 0.0,
+                                  "lora_targets": "all", "learning_rate": 1e-3}},
+       "log.jsonl": {"step": 1, "tokens": 64, "epoch": 0.5, "loss": 2.0, "val": {"val": 2.5}},
+       "results.jsonl": {"step": 1, "tokens": 64, "epoch": 0.5, "metric": "gsm8k", "value": 0.5, "stderr": 0.1,
+                         "settings": {"model": "b"}},
+       "values.jsonl": {"step": 1, "metric": "gsm8k", "values": [0.0, 1.0]}}
+
+
+# numbers that are right for these keys
+SAME = {(key, value) for key in ("epoch", "lora_alpha", "seed", "weight_decay") for value in ("-1", "1.5")}
+PLACES = [(file, key) for file, content in RUN.items() for key in content.get("config", content)]
+
+
+def points_with(folder, file, key, change):
+    """(Run, [Point]) of RUN in a folder, with one of its objects changed."""
+    for name, content in RUN.items():
+        content = json.loads(json.dumps(content))
+        if name == file:
+            change(content.get("config", content))
+        (folder / name).write_text(json.dumps(content) + "\n")
+    run = read_run(folder)
+    return run, points_of([run])[0]
+
+
+@pytest.mark.parametrize("file, key", PLACES)
+def test_values_of_a_wrong_type_in_a_run_count_as_missing(tmp_path, file, key):
+    missing, _ = points_with(tmp_path, file, key, lambda content: content.pop(key))
+    for value in [*STRANGE[1:], 10 ** 30, [[1]], True]:
+        problems.clear()
+        run, _ = points_with(tmp_path, file, key, lambda content: content.update({key: value}))  # noqa: B023
+        wanted = OF_CONFIG.get(key) or OF_LINE.get(key)
+        if wanted and not (isinstance(value, str) and wanted is str) and value != 10 ** 30 and (key, repr(value)) not in SAME:
+            assert problems and repr(run) == repr(missing), (key, value)
+
+
+def test_a_run_with_right_values_has_no_problems(tmp_path):
+    problems.clear()
+    run, [point] = points_with(tmp_path, "", "", None)
+    assert run.metrics == {"gsm8k": {1: (0.5, 0.1)}, "loss val": {1: (2.5, None)}} and not problems
+    assert (point.rank, point.place) == (2, {"step": 1, "tokens": 64, "epoch": 0.5})

@@ -289,7 +289,7 @@ def test_the_tokenizer_s_eos_against_the_model_s(model_file, tmp_path):
                 config={"eos_token_id": 7}) == (360, {2, 360}, 0)
     assert load(generation_config={"eos_token_id": [5, 6]}) == (2, {2, 5, 6}, 1)
     assert load(generation_config={"eos_token_id": None}, config={"eos_token_id": [2, 9]}) == (2, {2, 9}, 0)
-    for wrong in ("</s>", [2, "x"], True, 2.0, {}):
+    for wrong in ("</s>", [2, "x"], True, 2.0, {}, -1, [2, -10 ** 30]):
         with pytest.raises(ValueError, match="generation_config.json: eos_token_id: expected an id or a list of ids"):
             load(generation_config={"eos_token_id": wrong})
 

@@ -150,7 +150,7 @@ def ids_of_configs(folder, model):
         if value is None:
             value = []
         ids = value if isinstance(value, list) else [value]
-        if not all(type(i) is int for i in ids):
+        if not all(type(i) is int and i >= 0 for i in ids):
             raise ValueError(f"{folder / file}: {key}: expected an id or a list of ids, "
                              f"found {value!r}")
         found[name] = ids
