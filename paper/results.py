@@ -88,13 +88,13 @@ OF_CONFIG = {"base": str, "data": str, "lora_rank": int, "lora_alpha": float, "s
 
 
 def of_types(content, kinds, path):
-    """An object of a file without the values of a wrong type, which are counted."""
+    """An object of a file without null and the values of a wrong type, which are counted."""
     kept = {}
     for name, value in content.items():
         kind = kinds.get(name)
-        if kind is None or value is None or is_of_kind(value, kind):
+        if kind is None or is_of_kind(value, kind):
             kept[name] = value
-        else:
+        elif value is not None:
             problems[f"{path}: values of a wrong type, such as {name}"] += 1
     return kept
 
