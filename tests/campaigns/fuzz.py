@@ -52,7 +52,7 @@ seed = 1
 only = ''                # only files with this in their name
 out_dir = '/tmp/fuzz'
 
-LIMIT = 20               # seconds that a command may take
+LIMIT = 20               # seconds of CPU that a command may take, or 10 times as long asleep
 MEMORY = 8 << 30         # bytes of address space that it may take
 CPU = ["--device=cpu", "--dtype=float32"]
 
@@ -309,11 +309,12 @@ def run(command, scratch):
             descriptor = os.open(stream, os.O_WRONLY | os.O_APPEND)
             os.dup2(descriptor, number)
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT + 1))
         os.chdir(scratch)
         sys.argv = command
         runpy.run_path(str(ROOT / command[0]), run_name="__main__")
 
-    status = wait([forks.fork(work)], LIMIT)[0]
+    status = wait([forks.fork(work)], 10 * LIMIT)[0]
     return status, out.read_text(errors="replace"), error.read_text(errors="replace")
 
 
@@ -324,7 +325,7 @@ def is_chatter(line):
 
 def judge(status, error, final):
     """What is wrong with how a command ended, or '' if nothing is."""
-    if status == -signal.SIGKILL:
+    if status in (-signal.SIGXCPU, -signal.SIGKILL):
         return "hang"
     if "Traceback" in error:
         return "traceback"
