@@ -52,7 +52,7 @@ seed = 1
 only = ''                # only files with this in their name
 out_dir = '/tmp/fuzz'
 
-LIMIT = 20               # seconds of CPU that a command may take, or 10 times as long asleep
+LIMIT = 20               # seconds of CPU that a command may take, or 5 times as long in all
 MEMORY = 8 << 30         # bytes of address space that it may take
 CPU = ["--device=cpu", "--dtype=float32"]
 
@@ -314,7 +314,7 @@ def run(command, scratch):
         sys.argv = command
         runpy.run_path(str(ROOT / command[0]), run_name="__main__")
 
-    status = wait([forks.fork(work)], 10 * LIMIT)[0]
+    status = wait([forks.fork(work)], 5 * LIMIT)[0]
     return status, out.read_text(errors="replace"), error.read_text(errors="replace")
 
 
