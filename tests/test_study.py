@@ -198,7 +198,8 @@ def test_a_model_that_cannot_be_fetched_is_one_line(tmp_path):
     ("RemoteProtocolError", "a long story\n" * 40, "(RemoteProtocolError: a long story")])
 def test_a_model_that_cannot_be_fetched_is_one_short_line(monkeypatch, kind, text, wanted):
     import huggingface_hub
-    found = getattr(huggingface_hub.errors, kind, Exception)
+    from huggingface_hub import errors
+    found = getattr(errors, kind, Exception)
 
     def fails(*_, **__):
         error = type(kind, (found,), {"__init__": lambda self: Exception.__init__(self, text)})()
