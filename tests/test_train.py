@@ -519,8 +519,8 @@ class CountingSGD(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("kept, message", [
-    (1, "'count' is a int"), ({"a": 1}, "'count' is a dict"), (None, "'count' is a NoneType"),
-    (torch.zeros(5), r"'count' is shape \[5\]"), (torch.tensor(1.0), "")], ids=["int", "dict", "None", "shape", "number"])
+    (1, "'count' is of type int"), ({"a": 1}, "'count' is of type dict"), (None, "'count' is of type NoneType"),
+    (torch.zeros(5), r"'count' is of shape \[5\]"), (torch.tensor(1.0), "")], ids=["int", "dict", "None", "shape", "number"])
 def test_optimizer_state_that_no_checkpoint_would_hold_is_refused(kept, message):
     model = tiny_model()
     for p in model.parameters():

@@ -109,11 +109,11 @@ def check_first_step(model, optim, loss, is_from_scratch):
 def check_optimizer_state(name, p, state):
     """Raise ValueError for what a checkpoint could not hold of a parameter's optimizer state."""
     for kind, value in state.items():
-        found = f"a {type(value).__name__}"
+        found = f"of type {type(value).__name__}"
         if isinstance(value, torch.Tensor):
             if value.dim() == 0 or value.shape == p.shape:
                 continue
-            found = f"shape {list(value.shape)}"
+            found = f"of shape {list(value.shape)}"
         raise ValueError(f"{name}: the optimizer's state {kind!r} is {found}; checkpoints hold "
                          f"tensors of the parameter's shape, {list(p.shape)}, or of one number, "
                          "torch.tensor(0.0)")
