@@ -54,6 +54,8 @@ def one_line_errors():
             traceback.print_exc()
         # one line, whatever the message has
         message = " ".join(str(e).split())
+        if len(message) > 580:  # a library's error can hold a whole file
+            message = f"{message[:400]} ... {message[-150:]}"
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -253,6 +253,11 @@ def checkpoint_state(folder, config, defaults, fingerprint, free):
         data = state["data"]
     except (KeyError, TypeError) as e:
         raise ValueError(f"{folder}/state/state.json: not written by train.py ({e!r})") from None
+    for key in ("step", "tokens", "skipped"):
+        value = state.get(key, 0)
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{folder}/state/state.json: {key}: expected a count, found "
+                             f"{str(value)[:40]!r}")
     if data != fingerprint:
         raise ValueError(f"resume: {folder} was trained on other data than {config['data']}")
     # what makes another run of it
