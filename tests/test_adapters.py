@@ -86,7 +86,7 @@ def test_every_module_has_pefts_rank_and_scale(tmp_path_factory, theirs, targets
                                                layers, rslora):
     folder = tmp_path_factory.mktemp("adapter")
     config = peft.LoraConfig(target_modules=targets, exclude_modules=excluded, r=rank, lora_alpha=alpha, rank_pattern=ranks,
-                        alpha_pattern=alphas, layers_to_transform=layers, use_rslora=rslora)
+                             alpha_pattern=alphas, layers_to_transform=layers, use_rslora=rslora)
     config.save_pretrained(folder)
     config = peft.LoraConfig.from_pretrained(folder)  # as their own file says it: without the order
     try:
