@@ -7,6 +7,10 @@ quickstart: .venv/installed
 test: .venv/installed-test
 	$(BIN)/python -m pytest -q
 
+# the same tests with the newest packages, in an environment of their own
+test-newest: .venv-newest/installed
+	.venv-newest/bin/python -m pytest -q
+
 # under a minute: a look at every stage, in one process
 QUICK = configurator model lora lion tokenizer prepare_data plan train eval_gsm8k spectrum
 QUICK_SKIPS = merge_script or killed or sigterm or full_disk or as_a_user or long_runs or any_scalar or program_of_its_own
@@ -52,4 +56,9 @@ gpu: .venv/installed-test
 	$(BIN)/pip install -q -r requirements-test.txt
 	touch $@
 
-.PHONY: quickstart test quick lines bench gpu
+.venv-newest/installed: requirements-newest.txt
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/pip install -q -r requirements-newest.txt
+	touch $@
+
+.PHONY: quickstart test test-newest quick lines bench gpu

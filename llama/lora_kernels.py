@@ -292,7 +292,7 @@ PLAIN = [tile_config(128, 128, 32, False, 8, 4),
 PERSISTENT = [tile_config(128, 128, 64, True, 8, 3),
               tile_config(128, 128, 64, True, 4, 3),
               tile_config(128, 256, 64, True, 8, 4)]
-FP32 = [Config(dict(BM=64, BN=32, BK=16, TMA=False), num_warps=8, num_stages=3, maxnreg=224)]
+FP32 = [Config(dict(BM=64, BN=32, BK=16, TMA=False), num_warps=8, num_stages=2, maxnreg=224)]
 
 
 def applicable(G, DROP, ADD, HALF, TMA_FITS):

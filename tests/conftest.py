@@ -39,6 +39,11 @@ def need(path):
     return beside
 
 
+def need_peft():
+    """The package peft, or skip the test: a machine lent with a GPU may lack it."""
+    return pytest.importorskip("peft", reason="needs peft")
+
+
 def golden(name):
     """The recorded outputs in tests/golden/NAME.json.gz, parsed."""
     with gzip.open(GOLDEN / f"{name}.json.gz", "rt", encoding="utf-8") as file:

@@ -173,9 +173,12 @@ def test_tuning_measures_what_applies_and_spoils_nothing(dtype, monkeypatch):
     for kernel in ("fused", "added"):
         close(run(kernel, x, W, A, B, spans, 1.7, 0.05, seeds, dy), exact(x, W, A, B, spans, 1.7, 0.05, seeds, dy), dtype)
     half, tma = dtype == torch.float16, dtype == torch.float16 and lora_operators.has_tma(DEVICE)
-    wanted = sum(len(lk.applicable(2, masked, added, half, tma)) for added in (False, True) for masked in (False, True))
-    small = (lk.DOWN, lk.RIGHT, lk.BOTH) if half else (lk.DOWN_FP32, lk.RIGHT_FP32, lk.BOTH_FP32)
-    assert len(tried) == sum(map(len, small)) + wanted
+    choices = [lk.DOWN, lk.RIGHT, lk.BOTH] if half else [lk.DOWN_FP32, lk.RIGHT_FP32, lk.BOTH_FP32]
+    choices += [lk.applicable(2, masked, added, half, tma) for added in (False, True) for masked in (False, True)]
+    # what has no rival is measured by Triton 3.7, and taken as it is by 3.8
+    several = sum(len(choice) for choice in choices if len(choice) > 1)
+    alone = sum(len(choice) == 1 for choice in choices)
+    assert len(tried) in (several, several + alone)
 
 
 def test_x_without_gradient_spends_nothing_on_it(monkeypatch):

@@ -6,7 +6,6 @@ import torch
 from conftest import run_here
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_lora import ADAPTER, CONFIG, TOKENS, peft_adapter, peft_logits, published
 from test_lora import base  # noqa: F401
@@ -20,6 +19,7 @@ from llama.weights import PROJECTIONS
 from lora import load_adapter, merge_folders, merge_lora, save_adapter
 from model import Llama
 
+peft = pytest.importorskip("peft", reason="needs peft")
 ALL = list(PROJECTIONS)
 CONFIGS = {
     "ranks by name": dict(target_modules=ALL, rank_pattern={"q_proj": 8, "down_proj": 2}),
@@ -85,12 +85,12 @@ NUMBERS = st.integers(1, 9)
 def test_every_module_has_pefts_rank_and_scale(tmp_path_factory, theirs, targets, excluded, rank, alpha, ranks, alphas,
                                                layers, rslora):
     folder = tmp_path_factory.mktemp("adapter")
-    config = LoraConfig(target_modules=targets, exclude_modules=excluded, r=rank, lora_alpha=alpha, rank_pattern=ranks,
-                        alpha_pattern=alphas, layers_to_transform=layers, use_rslora=rslora)
+    config = peft.LoraConfig(target_modules=targets, exclude_modules=excluded, r=rank, lora_alpha=alpha, rank_pattern=ranks,
+                             alpha_pattern=alphas, layers_to_transform=layers, use_rslora=rslora)
     config.save_pretrained(folder)
-    config = LoraConfig.from_pretrained(folder)  # as their own file says it: without the order
+    config = peft.LoraConfig.from_pretrained(folder)  # as their own file says it: without the order
     try:
-        model = get_peft_model(theirs(), config)
+        model = peft.get_peft_model(theirs(), config)
     except ValueError:
         model = None  # no module fits
     ours = read_adapter_config(folder)
@@ -164,7 +164,7 @@ def test_untrained_embeddings_saved_along_change_nothing(tmp_path, dtype, tied):
     tiny(tie_word_embeddings=tied).save_pretrained(base)
     torch.manual_seed(0)
     theirs = LlamaForCausalLM.from_pretrained(base, dtype=dtype)
-    model = get_peft_model(theirs, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    model = peft.get_peft_model(theirs, peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
     model.save_pretrained(tmp_path / "with", save_embedding_layers=True)
     model.save_pretrained(tmp_path / "without", save_embedding_layers=False)
     names = load_file(tmp_path / "with" / ADAPTER).keys() - load_file(tmp_path / "without" / ADAPTER).keys()
@@ -177,7 +177,7 @@ def test_untrained_embeddings_saved_along_change_nothing(tmp_path, dtype, tied):
 @pytest.mark.parametrize("how", ["trained", "resized", "trained head"])
 def test_trained_or_resized_embeddings_are_refused_by_name(base, tmp_path, how):  # noqa: F811
     theirs = LlamaForCausalLM.from_pretrained(base)
-    model = get_peft_model(theirs, LoraConfig(r=4, target_modules=["q_proj"]))
+    model = peft.get_peft_model(theirs, peft.LoraConfig(r=4, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
     name = "base_model.model.lm_head.weight" if how == "trained head" else "base_model.model.model.embed_tokens.weight"
     matrix = load_file(tmp_path / "theirs" / ADAPTER)[name]

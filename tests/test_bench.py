@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import need, run_here
+from conftest import need, need_peft, run_here
 from samples import programs, word_problems
 
 from bench import kernels, sides, throughput, train
@@ -35,6 +35,7 @@ def axes(**changes):
 
 # ----------------------------------------------------------------------------- throughput
 def test_throughput_from_end_to_end(tmp_path):
+    need_peft()
     argv = [*TINY, "--seq_lens=32,16", "--checkpointing=none,block", "--batches=8,16",
             "--microbatch_tokens=32", f"--out={tmp_path}/b.json"]
     done = run_here("bench/throughput.py", *argv)
@@ -61,6 +62,7 @@ def test_throughput_from_end_to_end(tmp_path):
 
 
 def test_both_sides_train_the_same_parameters_and_checkpoint():
+    need_peft()
     for rank in (0, 4):
         models = []
         for side in ("ours", "peer"):
@@ -128,6 +130,7 @@ def test_a_script_with_failures_has_another_status():
 
 # ----------------------------------------------------------------------------- train, generate
 def test_a_step_by_microbatches_has_the_gradient_of_the_whole_batch(monkeypatch):
+    need_peft()
     tokens, targets = train.random_batch(3, 16, 320, CPU)
     assert (targets[:, :-1] == tokens[:, 1:]).all() and (targets[:, -1] == IGNORE).all()
     found = []
@@ -174,6 +177,8 @@ def tiny_model(folder, **changes):
     ("train", ("full", "lora"), ["--rows=1", "--seq_len=8", "--compile=False", "--lora_rank=2"]),
     ("generate", ("greedy", "samples"), ["--prompts=2", "--samples=2", "--new_tokens=3"])])
 def test_a_small_model_by_both_sides(tmp_path, monkeypatch, script, parts, knobs):
+    if script == "train":
+        need_peft()
     monkeypatch.setattr(subprocess, "run", run_module_here)
     tiny_model(tmp_path / "model")
     done = run_here(f"bench/{script}.py", f"--model={tmp_path}/model", "--repeats=2",

@@ -6,8 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, golden, need, run_stage
-from peft import LoraConfig, PeftModel, get_peft_model
+from conftest import ROOT, golden, need, need_peft, run_stage
 from safetensors.torch import load_file
 from test_model import CUTS, close, edit_bytes, edit_config, edit_tensors, loss_of, one_line, tiny, tokens_like
 from test_model import one_thread  # noqa: F401 (a fixture of the whole file)
@@ -123,9 +122,10 @@ def base(tmp_path):
 
 def peft_adapter(base, folder, **config):
     """Save an adapter as peft does, with random A and B; returns the logits of peft's model on TOKENS."""
+    peft = need_peft()
     torch.manual_seed(0)
-    config = LoraConfig(**{**dict(r=4, lora_alpha=8, task_type="CAUSAL_LM"), **config})
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config).eval()
+    config = peft.LoraConfig(**{**dict(r=4, lora_alpha=8, task_type="CAUSAL_LM"), **config})
+    model = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_" in name:
@@ -136,7 +136,7 @@ def peft_adapter(base, folder, **config):
 
 def peft_logits(base, folder):
     """Logits on TOKENS of an adapter folder that peft loads, with nothing missing."""
-    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder).eval()
+    model = need_peft().PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder).eval()
     names = {name.replace(".default", "") for name, _ in model.named_parameters() if "lora_" in name}
     assert load_file(folder / ADAPTER).keys() == names
     with torch.no_grad():

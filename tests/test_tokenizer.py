@@ -11,8 +11,7 @@ from conftest import need, run_stage, whole_golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
-from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+from transformers.convert_slow_tokenizer import TikTokenConverter, bytes_to_unicode, generate_merges
 
 from text.tokenizer import LLAMA3_SPECIAL, LLAMA3_WORDS, StreamDecoder, load_tokenizer, text_stopper
 
@@ -52,7 +51,9 @@ def save(folder, model, pre_tokenizer=None, normalizer=None, decoder=None, speci
 def assert_same(theirs, ours, text):
     ids = theirs.encode(text, add_special_tokens=False).ids
     assert ours.encode(text) == ids
-    assert ours.decode(ids) == theirs.decode(ids)
+    # tokenizers 0.22 leaves special tokens out of a text; 0.23.3 keeps those that are normalized
+    special = {i for i, token in theirs.get_added_tokens_decoder().items() if token.special}
+    assert ours.decode(ids) == theirs.decode([i for i in ids if i not in special])
 
 
 def llama2_json(folder, model_file, **pre):
@@ -183,7 +184,9 @@ def test_llama3_ranks_and_their_conversion(rank_file, tmp_path):
     ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
     special = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)}
     original = tiktoken.Encoding("llama3", pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=special)
-    theirs = TikTokenConverter(vocab_file=str(rank_file), additional_special_tokens=LLAMA3_SPECIAL).converted()
+    # transformers 4 and 5 name this differently, and pass over the other's name
+    named = dict(additional_special_tokens=LLAMA3_SPECIAL, extra_special_tokens=LLAMA3_SPECIAL)
+    theirs = TikTokenConverter(vocab_file=str(rank_file), **named).converted()
     theirs.save(str(tmp_path / "tokenizer.json"))
     converted = load_tokenizer(tmp_path)
     assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (len(ranks) + 256, len(ranks), len(ranks) + 1)
