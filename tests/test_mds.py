@@ -95,23 +95,23 @@ def prepare(tmp_path, monkeypatch):
     return run
 
 
-# of the files that MDSWriter of mosaicml-streaming 0.13.0 makes of the same samples (size_limit 1 << 26)
-STREAMING = {}
+# sha256 of what MDSWriter of mosaicml-streaming 0.13.0 makes of the same samples, (encoding, type of the ids) -> file
+STREAMING = {("ndarray:int32", "int32"): "5a3e932d7725abf3", ("ndarray:int32:16", "int32"): "1a21fa6162e79f69",
+             ("ndarray:uint16", "uint16"): "e904ddfd828125a9", ("ndarray:int64", "int64"): "4b6efb7dd78a141a",
+             ("bytes", "int64"): "8849eeecdf9a8e97", ("bytes", "uint16"): "c1fddc2da1c4474d", ("bytes", "int32"): "16a94ed0eb95781c"}
 
 
-@pytest.mark.parametrize("case", STREAMING)
-def test_the_writer_of_these_tests_is_streaming_s(tmp_path, case):
-    encoding, _, type_of_bytes = case.partition(" of ")
-    if case == "texts":
-        write_mds(tmp_path / "mds", TEXT_COLUMNS, [TEXTS])
-    else:
-        write_ids(tmp_path / "mds", encoding, type_of_bytes or "int64")
-    assert digest(tmp_path / "mds") == STREAMING[case]
+def test_the_writer_of_these_tests_is_streaming_s(tmp_path):
+    for number, ((encoding, dtype), wanted) in enumerate(STREAMING.items()):
+        folder = write_mds(tmp_path / str(number), {"tokens": encoding}, [[{"tokens": row.astype(dtype)} for row in ROWS]])
+        assert digest(folder) == wanted, (encoding, dtype)
+    # columns of several kinds, and a shape that takes two bytes
+    assert digest(write_mds(tmp_path / "texts", TEXT_COLUMNS, [TEXTS])) == "2487b3db948d4e23"
+    wide = [{"tokens": np.arange(300 * i, 300 * (i + 1)).astype("int32") % 512} for i in range(3)]
+    assert digest(write_mds(tmp_path / "wide", {"tokens": "ndarray:int32"}, [wide])) == "b04791dea8a92176"
 
 
-@pytest.mark.parametrize("encoding, type_of_bytes", [
-    ("ndarray:int32", "int32"), ("ndarray:int32:16", "int32"), ("ndarray:uint16", "uint16"), ("ndarray:int64", "int64"),
-    ("bytes", "int64"), ("bytes", "uint16"), ("bytes", "int32")])
+@pytest.mark.parametrize("encoding, type_of_bytes", STREAMING)
 @pytest.mark.parametrize("source", ["mds", "mds/*.mds"])
 def test_ids_stay_as_they_are(prepare, tmp_path, encoding, type_of_bytes, source):
     write_ids(tmp_path / "mds", encoding, type_of_bytes)

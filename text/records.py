@@ -91,6 +91,9 @@ def from_folder(folder, suffixes, knob):
         hidden = any(part.startswith(".") for part in inside.parts)
         if path.name.endswith(suffixes) and path.is_file() and not hidden:
             files.append(inside.as_posix())
+    if not files and list(Path(folder).rglob("*.arrow")):
+        raise ValueError(f"{knob}: {folder} was saved by datasets' save_to_disk; write it with "
+                         f"load_from_disk({folder!r}).to_parquet('FILE.parquet')")
     if not files:
         raise ValueError(f"{knob}: the folder {folder} holds no {', '.join(suffixes)} file "
                          "(--suffixes says which count as documents); records are named by "
