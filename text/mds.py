@@ -23,12 +23,13 @@ TYPES = ("uint16", "int32", "uint32", "int64")
 
 def holds_ids(field):
     """Whether a text_field names a column of ids: 'tokens:int32'."""
-    return field.rpartition(":")[2] in TYPES and ":" in field
+    return ":" in field and field.rpartition(":")[2] in TYPES
 
 
 def ids_encoder(vocab_size, dtype):
     """A function: ids as a text -> their bytes. ValueError for an id that the tokenizer lacks."""
     def encode(text):
+        # eight bytes an id, see entry_of
         ids = np.frombuffer(bytes.fromhex(text), "<i8")
         wrong = ids[(ids < 0) | (ids >= vocab_size)]
         if len(wrong):
@@ -43,45 +44,54 @@ def shards_of(folder, knob):
     """The shards that a folder's index.json lists, as paths; [] without one of MDS.
 
     ValueError for one that is compressed, missing or not whole."""
+    shards = []
     try:
-        index = json.loads(Path(folder, "index.json").read_bytes())
-        shards = [(shard["raw_data"], shard["zip_data"]) for shard in index["shards"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        for shard in json.loads(Path(folder, "index.json").read_bytes())["shards"]:
+            raw = shard["raw_data"]
+            packed = (shard["zip_data"] or {}).get("basename")
+            shards.append((Path(folder, raw["basename"]), int(raw["bytes"]), packed))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
-    paths = []
-    for raw, packed in shards:
-        path = Path(folder, raw["basename"])
+    for path, size, packed in shards:
         if packed and not path.exists():
-            raise ValueError(f"{knob}: {folder}/{packed['basename']} is compressed; unpack the "
-                             "shards beside it (zstd -d, gzip -d, brotli -d by their names)")
-        if not path.exists() or path.stat().st_size != raw["bytes"]:
-            raise ValueError(f"{knob}: {path} is missing or not whole; index.json says "
-                             f"{raw['bytes']:,} bytes")
-        paths.append(str(path))
-    return paths
+            raise ValueError(f"{knob}: {folder}/{packed} is compressed; unpack the shards beside "
+                             "it (zstd -d, gzip -d, brotli -d by their names)")
+        if not path.exists() or path.stat().st_size != size:
+            raise ValueError(f"{knob}: {path} is missing or not whole; index.json says {size} "
+                             "bytes")
+    return [str(path) for path, _, _ in shards]
 
 
 def mds_rows(file, fields):
     """Yield (record, share of the shard that is read); ids only of `fields`. ValueError: no MDS."""
+    # the types of ids that are asked for, by column
+    asked = {}
+    for field in fields or ():
+        if holds_ids(field):
+            name, _, dtype = field.rpartition(":")
+            asked[name] = dtype
     data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    asked = dict(field.rsplit(":", 1) for field in fields or () if holds_ids(field))
     try:
+        # where the samples are, and what is in them
         count = int.from_bytes(data[:4], "little")
-        starts = np.frombuffer(data[4:4 * (count + 2)], "<u4").tolist()
-        header = json.loads(data[4 * (count + 2):starts[0]])
-        columns = [header[f"column_{key}"] for key in ("names", "encodings", "sizes")]
+        head = 4 * (count + 2)
+        starts = np.frombuffer(data[4:head], "<u4").tolist()
+        header = json.loads(data[head:starts[0]])
+        columns = list(zip(header["column_names"], header["column_encodings"],
+                           header["column_sizes"]))
         for number in range(count):
             sample = data[starts[number]:starts[number + 1]]
-            yield record_of(sample, list(zip(*columns)), asked), (number + 1) / count
+            yield record_of(sample, columns, asked), (number + 1) / count
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"no MDS shard, or cut short: {error!r}") from None
 
 
 def record_of(sample, columns, asked):
     """A sample's bytes -> its record. columns: (name, encoding, size in bytes or None)."""
-    varying = 4 * sum(size is None for _, _, size in columns)
-    sizes = np.frombuffer(sample[:varying], "<u4").tolist()
-    at = varying
+    # sizes that vary stand in front
+    varying = [name for name, _, size in columns if size is None]
+    at = 4 * len(varying)
+    sizes = np.frombuffer(sample[:at], "<u4").tolist()
     record = {}
     for name, encoding, size in columns:
         end = at + (sizes.pop(0) if size is None else size)
@@ -94,17 +104,23 @@ def record_of(sample, columns, asked):
 
 
 def entry_of(name, encoding, value, asked):
-    """(key, text as bytes, or ids if that type is asked for) of a column; None for what is else."""
+    """
+    A column's value -> (key in the record, text as bytes, or ids as a text).
+
+    asked: the type of ids that is asked for, or None. What is neither text nor asked for is None.
+    """
     kind, *form = encoding.split(":")
     if kind == "str":
         return name, value
     if kind == "bytes":
         # they do not say what they are
         form = [asked or "|".join(TYPES), "no shape"]
-    key = ":".join([name, *(form[:1] or [kind])])
-    if asked is None or form[:1] != [asked]:
-        return key, None
+    dtype = form[0] if form else kind
+    if asked != dtype:
+        return f"{name}:{dtype}", None
+    # an array may begin with its shape: axes and bytes a number in one byte, then the numbers
     if len(form) == 1:
-        # an array that begins with its shape: axes and bytes a number, then the numbers
-        value = value[1 + (value[0] >> 2) * 2 ** (value[0] & 3):]
-    return key, np.frombuffer(value, asked).astype("<i8").tobytes().hex()
+        axes, width = value[0] >> 2, 2 ** (value[0] & 3)
+        value = value[1 + axes * width:]
+    ids = np.frombuffer(value, dtype).astype("<i8")
+    return f"{name}:{dtype}", ids.tobytes().hex()
