@@ -171,7 +171,7 @@ def test_bytes_need_a_type(prepare, tmp_path):
     # of a wrong type: half a number, or ids that no tokenizer has
     shutil.rmtree(tmp_path / "mds")
     write_ids(tmp_path / "mds", "bytes", "uint16")
-    assert "shard.00000.mds:1: id 4222189076676618 is not" in prepare(source="mds", text_field="tokens:int64")[2]
+    assert "shard.00000.mds:1: id 6755472456155139 is not" in prepare(source="mds", text_field="tokens:int64")[2]
 
 
 def test_damaged_shards(prepare, tmp_path):
