@@ -132,7 +132,8 @@ def weight_files(folder, name):
     if (folder / name).is_file():
         shards = folder.glob(f"{Path(name).stem}-*-of-*.safetensors")
         older = sorted(path.name for path in shards)
-        if index.is_file():
+        # mlx-lm writes an index of this one file as well
+        if index.is_file() and name.encode() not in index.read_bytes():
             older.append(index.name)
         if older:
             print0(f"note: {folder / name} is read, as transformers does; "
