@@ -22,7 +22,7 @@ from typing import NamedTuple
 from configurator import configure, knob_table
 from evaluation.evals import (begin_and_end, bos_of_harness, cut_left, digest, find_model,
                               generate_items, load_for_eval, open_items, read_items, start_ranks,
-                              warn_of_cuts, without_eos)
+                              warn_of_cuts, with_eos_spelled, without_eos)
 from evaluation.scores import write_result
 from runtime import one_line_errors, pick_dtype, print0
 from text.tokenizer import text_stopper
@@ -81,8 +81,7 @@ class Prompt(NamedTuple):
 
 
 def make_prompts(questions, train, drawn, tok, bos, room):
-    """A Prompt for each question, of at most `room` tokens; drawn: its rows of `train`; bos: see
-    bos_of_harness."""
+    """A Prompt for each question, of at most `room` tokens; drawn: its rows of `train`."""
     prompts = []
     for question, rows in zip(questions, drawn):
         text = build_prompt(question["question"], [train[row] for row in rows])
@@ -102,9 +101,9 @@ def print_prompts(prompts, shots, bos, tok):
 
 
 # ----------------------------------------------------------------------------- answers
-def cut_at_stops(text):
+def cut_at_stops(text, stops=STOPS):
     """The text before the first stop string."""
-    for stop in STOPS:
+    for stop in stops:
         text = text.split(stop)[0]
     return text
 
@@ -129,10 +128,10 @@ def normalise(answer):
     return answer.lower()
 
 
-def judge_answer(output, answer):
+def judge_answer(output, answer, stops=STOPS):
     """Scores of an output against GSM8K's answer, as fields of the item's record."""
     # from the first stop string on, the model may ask and answer questions of its own
-    output = cut_at_stops(output)
+    output = cut_at_stops(output, stops)
     strict = extract_strict(output)
     flexible = extract_flexible(output)
     gold = normalise(answer)
@@ -145,7 +144,8 @@ def judge_answer(output, answer):
 def answer_questions(items, subject, prompts, questions, max_new_tokens, batch_size):
     """Generate, judge and keep the answers that `items` lacks; returns all records."""
     tok = subject.tokenizer
-    stop = text_stopper(tok, STOPS, tok.stop_ids)
+    stops = with_eos_spelled(STOPS, tok)
+    stop = text_stopper(tok, stops, tok.stop_ids)
     # longest first: rows of a batch read no more keys than its longest has
     todo = sorted(items.todo, key=lambda i: -len(prompts[i].tokens))
     tokens = [prompts[i].tokens for i in todo]
@@ -155,7 +155,7 @@ def answer_questions(items, subject, prompts, questions, max_new_tokens, batch_s
         new = samples[0]
         # what ends an answer is EOS or a stop string, else the limit cut it short
         ended = stop(new)
-        verdict = judge_answer(tok.decode(without_eos(tok, new)), questions[i]["answer"])
+        verdict = judge_answer(tok.decode(without_eos(tok, new)), questions[i]["answer"], stops)
         items.finish(i, {"prompt": prompts[i].text, **verdict,
                          "prompt_tokens": len(prompts[i].tokens), "cut": prompts[i].cut,
                          "new_tokens": len(new), "truncated": int(not ended)})

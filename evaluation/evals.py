@@ -300,6 +300,14 @@ def without_eos(tok, new):
     return new[:-1] if new and new[-1] in tok.stop_ids else new
 
 
+def with_eos_spelled(stops, tok):
+    """Stop strings and the name of EOS: lm-eval also cuts where a model spells it as text."""
+    for name, i in tok.special_ids.items():
+        if i == tok.eos_id and name not in stops:
+            return (*stops, name)
+    return stops
+
+
 def judged_name(subject):
     """The folder of what is judged, for messages; the run's name where there is no model."""
     return subject.identity.get("adapter") or subject.identity.get("model") or subject.run
