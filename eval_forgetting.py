@@ -17,16 +17,16 @@ There are two ways (styles) to write this down and to take the best, both scored
   gauntlet  MosaicML's (LLM Foundry 0.9.0), the paper's: shots drawn from the file itself; shots,
             question and choice are tokenized apart; the best has the highest mean log-probability
             a token (lowest perplexity).
-  lm_eval   EleutherAI's lm-evaluation-harness (0.4.2): question and choice are tokenized as one
-            text; `acc` takes the highest sum of log-probabilities, `acc_norm` divides it by the
+  lm_eval   EleutherAI's lm-evaluation-harness (knob harness): question and choice are one text;
+            `acc` takes the highest sum of log-probabilities, `acc_norm` divides it by the
             characters of the choice.
 
 The metric `forgetting` is the unweighted mean of the gauntlet's accuracies of the three tasks.
 TASK_loss (not of MMLU), the gauntlet's nats a token of the gold choice, is finer than an accuracy.
 BOS stands in front in the gauntlet where the tokenizer puts it, and not in lm_eval, as in those
-tools; knob bos sets it for both (lm-eval 0.4.13 puts it where the tokenizer does: --bos=True has
-its numbers). A prompt that is too long (knob max_seq_len) loses its beginning, BOS included; how
-many items did is printed, and stands in their records as `cut`.
+tools (lm-eval 0.4.13 also puts it where the tokenizer does: --harness=0.4.13); knob bos sets it for
+both. A prompt that is too long (knob max_seq_len) loses its beginning, BOS included; how many items
+did is printed, and stands in their records as `cut`.
 Beginnings that sequences share are computed once: see evaluation/trees.py.
 """
 import math
@@ -36,8 +36,8 @@ from typing import Callable, NamedTuple
 
 from configurator import configure, knob_table
 from evaluation.choices import gauntlet_sequences, lm_eval_sequences
-from evaluation.evals import (digest, find_model, load_for_eval, open_items, read_items, shown,
-                              start_ranks)
+from evaluation.evals import (bos_of_harness, digest, find_model, load_for_eval, open_items,
+                              read_items, shown, start_ranks)
 from evaluation.scores import write_mean, write_result
 from evaluation.shots import gauntlet_shots, lm_eval_shots_from, lm_eval_shots_of_subject
 from evaluation.trees import batches, bundle, score_sequences
@@ -64,10 +64,11 @@ winogrande_shots = 5
 mmlu_shots = 5
 shot_seed = 1234
 # lm_eval
+harness = '0.4.2'        # its version: 0.4.2 puts no BOS, 0.4.13 as the tokenizer does
 lm_eval_shots = 0
 lm_eval_shot_data = ''   # where they come from (train split; MMLU: dev), of the one task in `tasks`
 # both
-bos = None               # None = as the tokenizer in the gauntlet, none in lm_eval, as those tools
+bos = None               # None = as the tokenizer in the gauntlet, as `harness` in lm_eval
 max_seq_len = 0          # longer prompts lose their beginning; 0 = what the model can read
 # machine; changes rounding at most
 batch_tokens = 4096      # distinct tokens in one pass
@@ -75,7 +76,7 @@ device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
 _types = {'bos': bool}
 _choices = {'tasks': ('hellaswag', 'arc_challenge', 'winogrande', 'mmlu'),
-            'styles': ('gauntlet', 'lm_eval'),
+            'styles': ('gauntlet', 'lm_eval'), 'harness': ('0.4.2', '0.4.13'),
             'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 FORGETTING = ("hellaswag", "arc_challenge", "winogrande")  # `forgetting` is their mean
@@ -437,7 +438,8 @@ if __name__ == "__main__":
             raise ValueError(f"max_seq_len={max_len}: the model reads {context} tokens at most")
         if tok.bos_id is None and bos:
             raise ValueError(f"bos: this tokenizer has none ({tok.name}); say --bos=False")
-        has_bos = {"gauntlet": tok.adds_bos if bos is None else bos, "lm_eval": bool(bos)}
+        has_bos = {"gauntlet": tok.adds_bos if bos is None else bos,
+                   "lm_eval": bool(bos_of_harness(harness, bos, tok))}
         if any(has_bos.values()) and tok.bos_id >= subject.model.config.vocab_size:
             raise ValueError(f"bos: the model has no row for BOS (id {tok.bos_id})")
         print0(f"{subject.run} step {subject.step}, {subject.identity['dtype']}, "

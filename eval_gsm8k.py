@@ -10,8 +10,8 @@ r"""Stage 3, learning: GSM8K as lm-evaluation-harness 0.4.2 asks and judges it (
        strict: 18, the number after the first "#### "; flexible: 18, the last number
 
 A prompt too long for the model loses its beginning, which is counted (metric gsm8k_cut); BOS stays
-(lm-eval 0.4.13, which sends one as --bos=True, loses it). Started again after a kill, it does the
-items that are missing. Batch size and number of GPUs do not change the answers.
+(not in lm-eval 0.4.13: --harness=0.4.13). Started again after a kill, it does the items that are
+missing. Batch size and number of GPUs do not change the answers.
 """
 import random
 import re
@@ -20,9 +20,9 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from configurator import configure, knob_table
-from evaluation.evals import (begin_and_end, cut_left, digest, find_model, generate_items,
-                              load_for_eval, open_items, read_items, start_ranks, warn_of_cuts,
-                              without_eos)
+from evaluation.evals import (begin_and_end, bos_of_harness, cut_left, digest, find_model,
+                              generate_items, load_for_eval, open_items, read_items, start_ranks,
+                              warn_of_cuts, with_eos_spelled, without_eos)
 from evaluation.scores import write_result
 from runtime import one_line_errors, pick_dtype, print0
 from text.tokenizer import text_stopper
@@ -35,7 +35,8 @@ test_data = 'hf://datasets/openai/gsm8k/main/test-00000-of-00001.parquet'
 train_data = 'hf://datasets/openai/gsm8k/main/train-00000-of-00001.parquet'  # of worked examples
 shots = 5
 shot_seed = 1234         # the harness's; one stream of draws through all items
-bos = None               # None = as the harness, none; True = one, as Llama was trained
+harness = '0.4.2'        # lm-eval's version: 0.4.2 sends no BOS; 0.4.13 as the tokenizer, until cut
+bos = None               # None = as the harness; True = one, as Llama was trained
 max_new_tokens = 256     # the harness's
 limit = 0                # only the first so many items; 0 = all
 batch_size = 64          # rows generated at once
@@ -44,7 +45,7 @@ out_dir = ''             # for items and results; '' = the checkpoint's folder, 
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
 _types = {'bos': bool}
-_choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
+_choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64'), 'harness': ('0.4.2', '0.4.13')}
 
 STOPS = ("Question:", "</s>", "<|im_end|>")
 INVALID = "[invalid]"    # where no number is found
@@ -86,9 +87,7 @@ def make_prompts(questions, train, drawn, tok, bos, room):
         text = build_prompt(question["question"], [train[row] for row in rows])
         tokens = tok.encode(text, bos=bos)
         # a BOS stays in front of what is left
-        tokens, cut = cut_left(tokens, room, tok.bos_id if bos else None)
-        if bos and tokens.count(tok.bos_id) != 1:
-            raise ValueError(f"item {len(prompts)}: {tokens.count(tok.bos_id)} BOS, expected 1")
+        tokens, cut = cut_left(tokens, room, tok.bos_id if bos is True else None)
         prompts.append(Prompt(text, tokens, cut))
     return prompts
 
@@ -102,9 +101,9 @@ def print_prompts(prompts, shots, bos, tok):
 
 
 # ----------------------------------------------------------------------------- answers
-def cut_at_stops(text):
+def cut_at_stops(text, stops=STOPS):
     """The text before the first stop string."""
-    for stop in STOPS:
+    for stop in stops:
         text = text.split(stop)[0]
     return text
 
@@ -129,10 +128,10 @@ def normalise(answer):
     return answer.lower()
 
 
-def judge_answer(output, answer):
+def judge_answer(output, answer, stops=STOPS):
     """Scores of an output against GSM8K's answer, as fields of the item's record."""
     # from the first stop string on, the model may ask and answer questions of its own
-    output = cut_at_stops(output)
+    output = cut_at_stops(output, stops)
     strict = extract_strict(output)
     flexible = extract_flexible(output)
     gold = normalise(answer)
@@ -145,7 +144,8 @@ def judge_answer(output, answer):
 def answer_questions(items, subject, prompts, questions, max_new_tokens, batch_size):
     """Generate, judge and keep the answers that `items` lacks; returns all records."""
     tok = subject.tokenizer
-    stop = text_stopper(tok, STOPS, tok.stop_ids)
+    stops = with_eos_spelled(STOPS, tok)
+    stop = text_stopper(tok, stops, tok.stop_ids)
     # longest first: rows of a batch read no more keys than its longest has
     todo = sorted(items.todo, key=lambda i: -len(prompts[i].tokens))
     tokens = [prompts[i].tokens for i in todo]
@@ -155,7 +155,7 @@ def answer_questions(items, subject, prompts, questions, max_new_tokens, batch_s
         new = samples[0]
         # what ends an answer is EOS or a stop string, else the limit cut it short
         ended = stop(new)
-        verdict = judge_answer(tok.decode(without_eos(tok, new)), questions[i]["answer"])
+        verdict = judge_answer(tok.decode(without_eos(tok, new)), questions[i]["answer"], stops)
         items.finish(i, {"prompt": prompts[i].text, **verdict,
                          "prompt_tokens": len(prompts[i].tokens), "cut": prompts[i].cut,
                          "new_tokens": len(new), "truncated": int(not ended)})
@@ -182,7 +182,7 @@ if __name__ == "__main__":
         device = start_ranks(device)
         dtype = pick_dtype(dtype, device)
         subject = load_for_eval(model, adapter, device, dtype, tokenizer, out_dir)
-        bos = bool(bos)
+        bos = bos_of_harness(harness, bos, subject.tokenizer)
         context = subject.model.config.max_position_embeddings
         room = context - max_new_tokens
         if room < 1:

@@ -49,8 +49,8 @@ from runtime import ROOT, one_line_errors
 from text.encode import make_encoder
 from text.packing import pack_best_fit, pack_no_wrap, pack_paper, write_rows
 from text.records import describe, eval_ngrams, expand, is_contaminated, parse, text_of, unescape
-from text.report import (choose_bos, examples_of, inspect_folder, print_report, why_dropped,
-                         why_no_row)
+from text.report import (choose_bos_and_eos, examples_of, inspect_folder, print_report,
+                         why_dropped, why_no_row)
 from text.shards import (DOCUMENT, WHY, checksums, encode_blocks, file_sha256, hashes,
                          leave_out_repeated, leave_out_unsampled, place_of, processes_for,
                          read_tables, write_stream, written_whole)
@@ -59,11 +59,12 @@ from text.tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------
 # what goes in
-source = ()                  # files (.parquet .jsonl .json .txt, the last three also .gz), globs,
-                             # folders of source files, hf://datasets/OWNER/NAME@REVISION/GLOB
+source = ()                  # files (.parquet .mds .jsonl .json .txt, the last three also .gz),
+                             # globs, folders of source files or MDS shards,
+                             # hf://datasets/OWNER/NAME@REVISION/GLOB
 val_fraction = 0.05          # held out for val, by a hash of the text or prompt; 0 = none
 kind = 'cpt'                 # 'cpt' = documents as one stream | 'ift' = prompts and responses
-text_field = 'text'          # cpt: the field of a record that holds the document
+text_field = 'text'          # cpt: the document's field; 'tokens:int32' = a column of ids in MDS
 prompt_field = 'prompt'      # ift: the field that holds the prompt
 response_field = 'response'  # ift: the field that holds the response
 messages_field = 'messages'  # ift, chat template: the field with the turns, [{"role", "content"}]
@@ -154,7 +155,7 @@ def plan_job(config, tok):
     if job.add_eos and tok.eos_id is None:
         raise ValueError(f"add_eos: {job.tokenizer} has no such token; say --add_eos=False")
     job.dtype = np.dtype("<u2" if tok.vocab_size <= 65536 else "<u4")
-    job.encode = make_encoder(tok, job.dtype)
+    job.encode = make_encoder(tok, job.dtype, job.text_field)
     job.bos_bytes = np.array(tok.bos_id, job.dtype).tobytes() if job.bos else b""
     if job.double_bos:
         job.bos_bytes = job.bos_bytes + job.bos_bytes
@@ -184,13 +185,14 @@ def encode_block(job, name, items):
     bad = []
     text_bytes = 0
     for number, raw in items:
-        # the record, its texts and its id
+        # the record, its texts, its id and its tokens
         identity = ""
         try:
             record = parse(raw)
             turns = turns_of(record, job)
             if job.id_field:
                 identity = text_of(record, job.id_field, (str, int))
+            document_ids, mask, lost, why = encode_document(job, turns)
         except ValueError as error:
             separator = "/" if isinstance(number, str) else ":"  # a folder's file, or a record
             message = f"{name}{separator}{number}: {error}"
@@ -198,8 +200,6 @@ def encode_block(job, name, items):
                 raise ValueError(message) from None
             bad.append(message)
             continue
-        # its tokens
-        document_ids, mask, lost, why = encode_document(job, turns)
         ids.append(document_ids)
         masks.append(mask)
         length = len(document_ids) // job.dtype.itemsize
@@ -363,7 +363,7 @@ if __name__ == "__main__":
         print(knob_table(globals()))
         check_knobs(config)
         tok = load_tokenizer(tokenizer)
-        config["bos"] = choose_bos(True if double_bos else bos, tok)
+        choose_bos_and_eos(config, tok)
         job = plan_job(config, tok)
         out = os.path.normpath(out_dir)
         if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):

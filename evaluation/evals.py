@@ -42,6 +42,8 @@ from text.records import Source, check_format, from_hub, parse, read_records
 from text.tokenizer import Tokenizer, load_tokenizer
 from training.checkpoint import checkpoints, read_state
 
+UNTIL_CUT = "until cut"  # a BOS, but not in front of a prompt that was cut
+
 
 class Subject(NamedTuple):
     """What is judged, and where its results belong."""
@@ -253,6 +255,15 @@ def cut_left(ids, most, bos_id=None):
     return ids[cut:], cut
 
 
+def bos_of_harness(harness, bos, tok):
+    """What lm-eval puts before a prompt: False no BOS, True one that stays, UNTIL_CUT one that a
+    prompt loses with its beginning. harness: its version; bos: None = as that version has it."""
+    if harness == "0.4.2":
+        return bool(bos)
+    puts_one = tok.adds_bos if bos is None else bos
+    return UNTIL_CUT if puts_one else False
+
+
 def warn_of_cuts(cuts, most):
     """Say how many prompts cut_left made shorter, to `most` tokens."""
     cuts = [cut for cut in cuts if cut]
@@ -289,6 +300,14 @@ def without_eos(tok, new):
     return new[:-1] if new and new[-1] in tok.stop_ids else new
 
 
+def with_eos_spelled(stops, tok):
+    """Stop strings and the name of EOS: lm-eval also cuts where a model spells it as text."""
+    for name, i in tok.special_ids.items():
+        if i == tok.eos_id and name not in stops:
+            return (*stops, name)
+    return stops
+
+
 def judged_name(subject):
     """The folder of what is judged, for messages; the run's name where there is no model."""
     return subject.identity.get("adapter") or subject.identity.get("model") or subject.run
@@ -297,6 +316,8 @@ def judged_name(subject):
 def begin_and_end(tok, bos):
     """What stands before a prompt and which ids end a row, in words."""
     front = f"BOS (id {tok.bos_id}) in front" if bos else "no BOS in front"
+    if bos == UNTIL_CUT:
+        front += " where a prompt is whole"
     # an added token that is not special has its name as text
     names = {i: name for name, i in tok.special_ids.items()}
     ends = [f"{names.get(i) or tok.decode([i])} (id {i})" for i in sorted(tok.stop_ids)]

@@ -130,6 +130,9 @@ def read_adapter_config(folder):
     Raises FileNotFoundError, or ValueError for what this LoRA does not compute."""
     path = Path(folder) / "adapter_config.json"
     config = read_object(path, "an adapter folder holds it and adapter_model.safetensors")
+    if "peft_type" not in config:
+        raise ValueError(f"{path}: has no peft_type, so it is not peft's; merge it with the tool "
+                         "that wrote it (mlx-lm's: python -m mlx_lm fuse)")
     # options that this LoRA does not compute
     for key, allowed in COMPUTED.items():
         found = config.get(key)

@@ -132,7 +132,8 @@ def weight_files(folder, name):
     if (folder / name).is_file():
         shards = folder.glob(f"{Path(name).stem}-*-of-*.safetensors")
         older = sorted(path.name for path in shards)
-        if index.is_file():
+        # mlx-lm writes an index of this one file as well
+        if index.is_file() and name.encode() not in index.read_bytes():
             older.append(index.name)
         if older:
             print0(f"note: {folder / name} is read, as transformers does; "
@@ -149,12 +150,19 @@ def weight_files(folder, name):
     # pickles run code when they are read
     hint = ""
     pickles = sorted(path.name for path in folder.glob("*.bin"))
+    pickles += sorted(path.name for path in folder.glob("*.pth"))
     if pickles:
         tool = "transformers, AutoModelForCausalLM"
         if name.startswith("adapter"):
             tool = "peft, AutoPeftModelForCausalLM"
+        arguments = "folder"
+        if pickles[0].endswith(".pth"):
+            # litgpt's, which no tool finds by its name
+            arguments = "folder, state_dict=torch.load(it)"
+        if pickles[0] == "lit_model.pth":
+            tool = f"litgpt convert_from_litgpt, then {tool}"
         hint = (f"; {pickles[0]} is a pickle and is not read: convert it with "
-                f"{tool}.from_pretrained(folder).save_pretrained(folder)")
+                f"{tool}.from_pretrained({arguments}).save_pretrained(folder)")
     raise FileNotFoundError(f"{folder}: neither {name} nor {index.name}{hint}")
 
 

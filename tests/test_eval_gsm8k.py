@@ -2,13 +2,15 @@
 import json
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 from conftest import golden, need, run_here
 from samples import hellaswag_record, word_problems, write_lines
 
-from eval_gsm8k import build_prompt, cut_at_stops, draw_shots, extract_flexible, extract_strict, judge_answer, normalise
-from evaluation.evals import read_items, read_done
+from eval_gsm8k import (STOPS, build_prompt, cut_at_stops, draw_shots, extract_flexible, extract_strict, judge_answer,
+                        normalise)
+from evaluation.evals import read_done, read_items, with_eos_spelled
 from quickstart import toy_math
 
 
@@ -38,6 +40,17 @@ def test_extraction_and_verdicts_are_the_harness():
         assert record["gold"] == item["gold"]
         assert record["strict_match"] == item["strict_match"]["exact_match"], cut
         assert record["flexible_match"] == item["flexible_extract"]["exact_match"], cut
+
+
+def test_an_eos_that_a_model_spells_as_text_ends_its_answer():
+    """lm-eval 0.4.13 (and 0.4.2) adds EOS's name to the stop strings; tinystories-656k spells its own before it ends."""
+    tok = SimpleNamespace(special_ids={"<unk>": 0, "<|end_story|>": 2}, eos_id=2)
+    stops = with_eos_spelled(STOPS, tok)
+    verdict = judge_answer("So 3.\n#### 3<|end_story|>\n#### 4", "#### 3", stops)
+    assert verdict["output"] == "So 3.\n#### 3" and verdict["flexible_match"] == 1
+    llama = SimpleNamespace(special_ids={"<s>": 1, "</s>": 2}, eos_id=2)
+    assert with_eos_spelled(STOPS, llama) == STOPS
+    assert with_eos_spelled(STOPS, SimpleNamespace(special_ids={}, eos_id=None)) == STOPS
 
 
 def test_every_gold_answer_is_right_by_its_own_text():

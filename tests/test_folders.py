@@ -219,6 +219,17 @@ def test_a_single_file_is_read_before_an_index_as_in_transformers(tmp_path, caps
     assert torch.equal(files["model.norm.weight"].get_tensor("model.norm.weight"), new.norm.weight)
 
 
+def test_an_index_of_the_single_file_itself_is_not_passed_over(tmp_path, capsys):
+    """mlx-lm 0.32.2 writes one beside every model."""
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert torch.equal(Llama.from_pretrained(tmp_path).norm.weight, model.norm.weight)
+    assert capsys.readouterr().out == ""
+
+
 LEFT = [(single, index, shards) for single in (False, True) for index in (False, True) for shards in range(8)]
 
 

@@ -552,6 +552,8 @@ BAD_ADAPTERS = {
     "embeddings as a target": (changed(target_modules=r".*(q_proj|v_proj|embed_tokens)"), [CONFIG, "model.embed_tokens"]),
     "regex that fits nothing": (changed(target_modules="transformer.*"), [CONFIG, "target_modules"]),
     "another method": (changed(peft_type="IA3"), [CONFIG, "peft_type", "IA3"]),
+    "another tool": (edit_bytes(CONFIG, lambda _: b'{"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}'),
+                     [CONFIG, "no peft_type", "mlx_lm fuse"]),
     "DoRA": (changed(use_dora=True), [CONFIG, "use_dora"]),
     "rank pattern": (changed(rank_pattern={"q_proj": 8}), [r"q_proj.lora_A.weight \[4, 32\] for \[8, 32\]"]),
     "rank pattern of a text": (changed(rank_pattern={"q_proj": "8"}), [CONFIG, "rank_pattern", "'8'"]),

@@ -4,7 +4,7 @@ import math
 import re
 import shutil
 from collections import defaultdict
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -466,8 +466,8 @@ def edit_bytes(name, change):
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
 
 
-def only_pickles(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+def only_pickles(folder, name="pytorch_model.bin"):
+    (folder / "model.safetensors").rename(folder / name)
 
 
 def one_line(error, *words):
@@ -503,7 +503,9 @@ BAD_FOLDERS = {
     "no head": (edit_tensors({"lm_head.weight": None}), ["missing lm_head.weight"]),
     "head unlike the embeddings": (edit_config(tie_word_embeddings=True), ["lm_head", "embed_tokens", "differ"]),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors"]),
-    "only pickles": (only_pickles, ["pytorch_model.bin", "convert", "save_pretrained"]),
+    "only pickles": (only_pickles, ["pytorch_model.bin", "convert", r"from_pretrained\(folder\).save_pretrained"]),
+    "litgpt's own pickle": (partial(only_pickles, name="lit_model.pth"), ["lit_model.pth", "litgpt convert_from_litgpt"]),
+    "litgpt's pickle for others": (partial(only_pickles, name="model.pth"), ["model.pth", r"state_dict=torch.load\(it\)"]),
     **{f"weights {what}": (edit_bytes("model.safetensors", cut), ["model.safetensors"]) for what, cut in CUTS.items()}}
 BAD_SHARDS = {
     "missing": (lambda f: (f / SHARD).unlink(), [SHARD, "missing", INDEX]),

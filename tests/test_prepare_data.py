@@ -468,6 +468,7 @@ MISTAKES = {  # name: (knobs, what the message says)
     "missing eval file": ({"source": "a.txt", "decontaminate": "b.csv"}, "decontaminate: expected a file"),
     "glob of nothing": ({"source": "a.txt,*.gz"}, "*.gz is not there"),
     "folder": ({"source": "sub"}, "holds no .py file"),
+    "saved by datasets": ({"source": "saved"}, "write it with load_from_disk('saved').to_parquet("),
     "format": ({"source": "a.csv"}, "found a.csv"),
     "empty file": ({"source": "a.txt,empty.jsonl"}, "empty.jsonl:1: the file holds no records"),
     "empty text": ({"source": "empty.txt"}, "empty.txt:1: the file holds no records"),
@@ -505,6 +506,8 @@ def test_mistake(prepare, tmp_path, name):
     for folder in ("sub", "other.work"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "mine.txt").write_text("mine")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved/data-00000-of-00001.arrow").write_bytes(b"x")
     before = sorted(tmp_path.rglob("*"))
     status, out, err = prepare(**{"seq_len": 16, **knobs})
     assert status == 2 and err.count("\n") == 1 and err.startswith("prepare_data.py: error: ") and message in err, err

@@ -10,11 +10,17 @@ import re
 
 import numpy as np
 
+from text.mds import holds_ids, ids_encoder
+
 SENTENCEPIECE_BLANK = "▁"
 
 
-def make_encoder(tokenizer, dtype):
-    """A function: text -> its ids as bytes of dtype; from a WordCache where that is exact."""
+def make_encoder(tokenizer, dtype, field=""):
+    """A function: text -> its ids as bytes of dtype; from a WordCache where that is exact.
+
+    field: the text_field; where it names ids of an MDS shard, these are taken as they are."""
+    if holds_ids(field):
+        return ids_encoder(tokenizer.vocab_size, dtype)
     cache = None
     if word_by_word(tokenizer):
         cache = WordCache(tokenizer, dtype)

@@ -23,7 +23,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-FORMATS = r"\.(parquet|(txt|json|jsonl)(\.gz)?)$"
+from text.mds import mds_rows, shards_of
+
+FORMATS = r"\.(parquet|mds|(txt|json|jsonl)(\.gz)?)$"
 CHUNK = 1 << 20  # bytes read at once
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -62,8 +64,9 @@ def expand(patterns, suffixes, knob="source"):
     """
     Files, folders, globs and hub datasets -> [Source], sorted within a pattern.
 
-    Of a folder the files that end in one of `suffixes` count, unless they are hidden. Hub datasets
-    are downloaded. ValueError, with the name of the knob, for what is not there.
+    A folder of MDS shards is what its index.json lists. Of another the files that end in one of
+    `suffixes` count, unless they are hidden. Hub datasets are downloaded. ValueError, with the name
+    of the knob, for what is not there.
     """
     found = []
     for pattern in patterns:
@@ -71,7 +74,10 @@ def expand(patterns, suffixes, knob="source"):
         if pattern.startswith("hf://"):
             found += from_hub(pattern, knob)
         elif os.path.isdir(pattern):
-            found.append(from_folder(pattern, suffixes, knob))
+            shards = shards_of(pattern, knob)
+            found += [Source(path, path) for path in shards]
+            if not shards:
+                found.append(from_folder(pattern, suffixes, knob))
         else:
             found += from_glob(pattern, knob)
     return found
@@ -85,6 +91,9 @@ def from_folder(folder, suffixes, knob):
         hidden = any(part.startswith(".") for part in inside.parts)
         if path.name.endswith(suffixes) and path.is_file() and not hidden:
             files.append(inside.as_posix())
+    if not files and list(Path(folder).rglob("*.arrow")):
+        raise ValueError(f"{knob}: {folder} was saved by datasets' save_to_disk; write it with "
+                         f"load_from_disk({folder!r}).to_parquet('FILE.parquet')")
     if not files:
         raise ValueError(f"{knob}: the folder {folder} holds no {', '.join(suffixes)} file "
                          "(--suffixes says which count as documents); records are named by "
@@ -110,8 +119,8 @@ def from_glob(pattern, knob):
 def check_format(path, knob):
     """ValueError for a file name of a kind that read_records does not know."""
     if not re.search(FORMATS, path):
-        raise ValueError(f"{knob}: expected .parquet, .txt, .json or .jsonl (the last three also "
-                         f".gz), found {path}")
+        raise ValueError(f"{knob}: expected .parquet, .mds, .txt, .json or .jsonl (the last three "
+                         f"also .gz), found {path}")
 
 
 def from_hub(url, knob):
@@ -198,7 +207,7 @@ def read_records(source, text_field="text", txt_split="", fields=None):
     number  of the line in a .jsonl, else of the record, from 1; in a folder the file's name
     raw     for parse(), which turns it into the record: what is slow or can fail is left to parse,
             and so to another process. What cannot even be read comes as a ValueError in its place.
-    fields  only these are read from a parquet file
+    fields  only these are read from a parquet file, and only these ids from an MDS shard
     """
     if os.path.isdir(source.path):
         yield from folder_records(source, text_field)
@@ -207,9 +216,10 @@ def read_records(source, text_field="text", txt_split="", fields=None):
     number = 0
     try:
         with open(source.path, "rb") as file:
-            if source.name.endswith(".parquet"):
-                # its bytes are not read in order: the share of rows stands for them
-                for number, (record, share) in enumerate(parquet_rows(file, fields), 1):
+            if source.name.endswith((".parquet", ".mds")):
+                # bytes are not read in order: the share of rows stands for them
+                rows = parquet_rows if source.name.endswith(".parquet") else mds_rows
+                for number, (record, share) in enumerate(rows(file, fields), 1):
                     yield number, record, int(size * share)
             elif size:
                 for number, raw in numbered_raws(file, source.name, text_field, txt_split):

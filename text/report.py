@@ -11,12 +11,16 @@ from pathlib import Path
 import numpy as np
 
 from runtime import read_object
+from text.mds import holds_ids
 from text.shards import WHY, file_sha256
 
 # what to do where a split's documents are all dropped, by the reason
 AGAINST = {"empty": "see source and the fields", "no room": "give a larger seq_len",
            "contaminated": "see decontaminate", "repeated id": "see id_field",
            "not sampled": "give more max_tokens"}
+# What knobs may be where documents are ids
+FOR_IDS = {"kind": ("cpt",), "bos": (None, False), "double_bos": (False,), "template": ("none",),
+           "decontaminate": ((),)}
 
 
 def show_document(folder, name, meta, tok, which, most=400):
@@ -108,16 +112,31 @@ def print_split(name, counts, seq_len):
             print(f"  {2 ** power:9,} to {2 ** (power + 1) - 1:9,} tokens {count:10,}  {bar}")
 
 
-def choose_bos(bos, tok):
-    """Whether documents begin with BOS, printed: as the knob says, or the tokenizer does."""
+def choose_bos_and_eos(config, tok):
+    """Set the knobs bos and add_eos as they hold for this tokenizer and source, and print them.
+
+    ValueError for knobs that a source of ids has no use for."""
     for line in tok.notes:
         print(line)
-    chosen = tok.adds_bos if bos is None else bos
+    if holds_ids(config["text_field"]):
+        # ids have theirs already
+        for knob, expected in FOR_IDS.items():
+            if config[knob] not in expected:
+                raise ValueError(f"{knob}: a source of ids ({config['text_field']}) expects "
+                                 f"{expected[0]!r}, found {config[knob]!r}")
+        config["bos"] = config["add_eos"] = False
+        print(f"tokenizer: {tok.name}; documents are ids that stay as they are: no BOS or EOS is "
+              "added")
+        return
+    # as the knob says, or the tokenizer does
+    if config["double_bos"]:
+        config["bos"] = True
+    elif config["bos"] is None:
+        config["bos"] = tok.adds_bos
     habit = "puts one" if tok.adds_bos else "puts none"
-    front = "with" if chosen else "without"
+    front = "with" if config["bos"] else "without"
     print(f"tokenizer: {tok.name}, BOS {tok.bos_id} (by itself it {habit}), EOS {tok.eos_id}; "
           f"documents begin {front} BOS")
-    return chosen
 
 
 def why_dropped(left_out):
