@@ -435,4 +435,5 @@ def pick(names, points):
 
 def falls(metric):
     """Is less better?"""
-    return metric.startswith("loss ") or metric.endswith("_loss") or "perplexity" in metric
+    of_rows = metric.startswith(("loss ", "bpb ", "kl ", "reverse kl "))
+    return of_rows or metric.endswith("_loss") or "perplexity" in metric
