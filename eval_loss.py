@@ -94,7 +94,8 @@ def row_bytes(token_rows, i, tokenizer, counts):
     """Bytes of UTF-8 that the targets of row i add to their documents' texts.
 
     counts: tokenizer.byte_counts() in numpy. The blank that sentencepiece puts in front of a text
-    is not counted where a document's first token is a target."""
+    is not counted where a document's first token is a target. These are the raw text's bytes but
+    for tokenizers that rewrite texts: blanks that one drops are not counted."""
     tokens, targets, starts = token_rows[i]
     total = int(counts[targets[targets != IGNORE]].sum())
     blank = int(counts[tokenizer.encode("a")].sum()) - 1

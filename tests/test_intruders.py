@@ -112,13 +112,13 @@ def test_none_are_counted_where_none_are_asked_for_and_other_knobs_are_another_f
 def test_a_planted_direction_is_the_only_intruder():
     W0 = with_values([9.0, 7, 5, 3, 1], 30, 20)
     U, _, Vh = torch.linalg.svd(W0)
-    planted = W0 + 8 * torch.outer(U[:, 10], Vh[12])
+    planted = W0 + 8 * torch.outer(U[:, 25], Vh[12])
     found = intruders(W0, planted, k=4)
     assert found["intruders"] == 1 and found["max_cosines"][1] == pytest.approx(0, abs=1e-6)
     assert found["max_cosines"][0] == found["max_cosines"][2] == 1
     # half of it is left, and only of it
     soft, count = softened(W0, planted, 0.5, k=4)
-    assert count == 1 and torch.allclose(soft, W0 + 4 * torch.outer(U[:, 10], Vh[12]), atol=1e-12)
+    assert count == 1 and torch.allclose(soft, W0 + 4 * torch.outer(U[:, 25], Vh[12]), atol=1e-12)
     assert torch.allclose(softened(W0, planted, 1.0)[0], planted, atol=1e-12)
     # inputs (V) are not looked at
     turned = W0 + 8 * torch.outer(U[:, 0], Vh[12])
@@ -133,10 +133,10 @@ def test_fewer_directions_than_k_and_vectors_that_are_there_already():
 
 def test_a_large_matrix_needs_no_whole_svd():
     W0 = with_values([3.0 * 0.9 ** i for i in range(40)], 1060, 1030) + 1e-3 * gaussian(1060, 1030, seed=5)
-    W = W0 + with_values([2.8, 1.0], 1060, 1030, seed=9)
+    W = W0 + with_values([2.8], 1060, 1030, seed=9)
     want = intruders(W0, W, 6)
     found = intruders(W0, W, 6, values=torch.linalg.svdvals(W))
-    assert found["intruders"] == want["intruders"] == 2 and found["max_cosines"] == pytest.approx(want["max_cosines"], abs=2e-3)
+    assert found["intruders"] == want["intruders"] == 1 and found["max_cosines"] == pytest.approx(want["max_cosines"], abs=2e-3)
 
 
 @pytest.mark.parametrize("k, eps", [(0, 0.5), (10, 0.0), (10, 1.1)])
