@@ -46,6 +46,7 @@ from runtime import device_name, one_line_errors, pick_dtype, print0
 # -----------------------------------------------------------------------------
 model = ''               # model folder, or the checkpoint folder (out/RUN/step_N) of any run
 adapter = ''             # PEFT folder, or the checkpoint folder of a LoRA run
+t = 1.0                  # judge W0 + t (W - W0): 0 is the base, 0.5 half way back to it
 tokenizer = ''           # tokenizer file or folder; '' = the base's folder
 out_dir = ''             # for items and results; '' = the checkpoint's folder, or out/MODEL
 name = 'forgetting'      # items go to eval_NAME_TASK.jsonl: another name for other settings
@@ -430,7 +431,7 @@ if __name__ == "__main__":
         # the model
         device = start_ranks(device)
         dtype = pick_dtype(dtype, device)
-        subject = load_for_eval(model, adapter, device, dtype, tokenizer, out_dir)
+        subject = load_for_eval(model, adapter, device, dtype, tokenizer, out_dir, t)
         tok = subject.tokenizer
         context = subject.model.config.max_position_embeddings
         max_len = max_seq_len or context

@@ -30,6 +30,7 @@ from text.tokenizer import text_stopper
 # -----------------------------------------------------------------------------
 model = ''               # model folder, checkpoint folder out/RUN/step_N, or PEFT folder
 adapter = ''             # PEFT folder whose base is `model`
+t = 1.0                  # judge W0 + t (W - W0): 0 is the base, 0.5 half way back to it
 tokenizer = ''           # tokenizer file or folder; '' = the base's
 test_data = 'hf://datasets/openai/gsm8k/main/test-00000-of-00001.parquet'
 train_data = 'hf://datasets/openai/gsm8k/main/train-00000-of-00001.parquet'  # of worked examples
@@ -181,7 +182,7 @@ if __name__ == "__main__":
         # the model and its prompts
         device = start_ranks(device)
         dtype = pick_dtype(dtype, device)
-        subject = load_for_eval(model, adapter, device, dtype, tokenizer, out_dir)
+        subject = load_for_eval(model, adapter, device, dtype, tokenizer, out_dir, t)
         bos = bos_of_harness(harness, bos, subject.tokenizer)
         context = subject.model.config.max_position_embeddings
         room = context - max_new_tokens

@@ -39,6 +39,7 @@ from text.tokenizer import text_stopper
 # -----------------------------------------------------------------------------
 model = ''               # model folder, checkpoint folder out/RUN/step_N, or PEFT folder
 adapter = ''             # PEFT folder whose base is `model`
+t = 1.0                  # judge W0 + t (W - W0): 0 is the base, 0.5 half way back to it
 tokenizer = ''           # tokenizer file or folder; '' = the base's
 data = 'hf://datasets/openai/openai_humaneval/openai_humaneval/test-00000-of-00001.parquet'
 mode = 'pass1'           # the paper's protocols, pass1 | passk: see MODES below
@@ -272,7 +273,7 @@ if __name__ == "__main__":
         # or drawn from the model
         else:
             dtype = pick_dtype(dtype, device)
-            subject = load_for_eval(model, adapter, device, dtype, tokenizer, out_dir)
+            subject = load_for_eval(model, adapter, device, dtype, tokenizer, out_dir, t)
             tok = subject.tokenizer
             bos = tok.adds_bos if bos is None else bos
             config["bos"] = bos

@@ -25,6 +25,7 @@ from llama.adapter_config import MERGE, adapter_json, named_base, read_adapter_c
 from llama.folder import carry_files
 from llama.identity import BF16_STEP, identity_of, is_same_base
 from llama.lora_matmul import adapter_parts, lora_matmul
+from llama.pissa import beginnings, doubled, start_as_principal
 from llama.weights import (GROUPS, PROJECTIONS, check_finite, compare_names, fill, full_tensor,
                            local_part, open_weights, write_safetensors)
 from model import Llama, Projection
@@ -97,13 +98,19 @@ class LoRAProjection(nn.Module):
                         self.spans, self.scale, dropout, seeds)
         return y.view(*x.shape[:-1], -1)
 
-    def init_weights(self):
-        """PEFT's: A kaiming_uniform(a=sqrt(5)), which is U(-1, 1) / sqrt(K); B = 0."""
-        bound = self.lora_A.shape[1] ** -0.5
+    def init_weights(self, init="default"):
+        """PEFT's: A kaiming_uniform(a=sqrt(5)), which is U(-1, 1) / sqrt(K); B = 0.
+
+        'zero_a': A = 0, B by that rule, U(-1, 1) / sqrt(rank). 'pissa': see llama/pissa.py."""
+        if init == "pissa":
+            start_as_principal(self)
+            return
         # drawn whole on the CPU: the same for any device and sharding
-        A = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype)
+        A = torch.zeros(self.lora_A.shape, dtype=self.lora_A.dtype)
         B = torch.zeros(self.lora_B.shape, dtype=self.lora_B.dtype)
-        A.uniform_(-bound, bound)
+        drawn = B if init == "zero_a" else A
+        bound = drawn.shape[1] ** -0.5
+        drawn.uniform_(-bound, bound)
         fill(self.lora_A, A)
         fill(self.lora_B, B)
 
@@ -163,11 +170,13 @@ def add_adapters(model, lora, sizes):
     return model
 
 
-def init_adapters(model):
-    """New A and B for every adapter, from torch's random state."""
+def init_adapters(model, init="default"):
+    """New A and B for every adapter, from torch's random state; init as in init_weights."""
+    if init == "pissa":
+        model.base_identity = identity_of(model)  # whose weights are about to change
     for module in model.modules():
         if isinstance(module, LoRAProjection):
-            module.init_weights()
+            module.init_weights(init)
 
 
 def merge_lora(model):
@@ -235,11 +244,15 @@ def save_adapter(model, folder, base_name="", get=full_tensor):
     get(parameter) is the tensor to write, by default the parameter as it is now. Under FSDP all
     ranks must call it: all gather, rank 0 writes."""
     places = adapter_tensors(model)
+    behind = beginnings(model)
     tensors = {}
     for name, (p, first, rows, columns, factor) in places.items():
         if not factor:
             raise ValueError(f"{name}: alpha 0 beside another alpha is merged, but not saved again")
         part = get(p)[first:first + rows, :columns] / factor
+        if p in behind:
+            begun, axis = behind[p]
+            part = torch.cat([part, begun[first:first + rows].to(part.device)], axis)
         tensors[name] = part.to("cpu").contiguous()
     metadata = {"format": "pt", **identity_of(model, get)}
     if dist.is_initialized() and dist.get_rank() != 0:
@@ -252,7 +265,12 @@ def save_adapter(model, folder, base_name="", get=full_tensor):
             parent, _, _ = path.rpartition(".")
             for name, size in module.sizes.items():
                 sizes[f"model.{parent}.{name}"] = size
-    config = adapter_json(model.lora, sizes, len(model.layers), base_name)
+    lora = dict(model.lora)
+    if behind:
+        # all are of one size
+        lora["rank"], lora["alpha"] = doubled(lora["rank"], lora["alpha"], lora["rslora"])
+        sizes = dict.fromkeys(sizes, (lora["rank"], lora["alpha"]))
+    config = adapter_json(lora, sizes, len(model.layers), base_name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))

@@ -1,6 +1,6 @@
 """Stage 4: why. Singular values of every projection before (W0) and after (W) finetuning, and of
 the change D = W - W0; how many of them hold 90% of the sum of squares (the effective rank); what a
-random matrix would give; whether W keeps the leading directions of W0.
+random matrix would give; whether W keeps the leading directions of W0, and has intruders among its.
 
     singular values 5 4 2 1    squares 25 16 4 1    running share 54% 89% 98% 100%    rank 3
 
@@ -19,9 +19,7 @@ resumes where it was stopped. `python -m paper.plot` draws OUT.
 """
 import json
 import time
-from collections import defaultdict
 from pathlib import Path
-from statistics import fmean
 
 import numpy as np
 import torch
@@ -31,9 +29,11 @@ from analysis.chance import (random_edge, random_lora_singular_values, random_si
                              rounding_share)
 from analysis.directions import compare_directions, leading_vectors
 from analysis.folders import base_named_by, find_checkpoints, open_checkpoint, open_model
+from analysis.intruders import check_intruder_knobs, intruders, left_vectors
+from analysis.kept import check_made_with, default_out, resume_from
 from analysis.singular import UNIT, lora_singular_values, singular_values
+from analysis.table import summary
 from configurator import configure
-from llama.weights import PROJECTIONS
 from lora import resolve_targets
 from model import LlamaConfig
 from runtime import device_name, one_line_errors, peak_memory, pick_device, versions, write_whole
@@ -47,6 +47,8 @@ modules = 'all'          # all | attention | mlp | names with commas, of q k v o
 layers = ()              # numbers of blocks; none = all
 fractions = (0.5, 0.9, 0.99)   # effective rank: of the values that hold this share of the squares
 subspaces = (1, 4, 16, 64)     # overlap of so many leading directions; none = do not compute them
+intruder_k = 10          # so many leading directions of W may be intruders; 0 = do not look for any
+intruder_eps = 0.5       # they are if no |cosine| with a direction of W0 is at least that
 method = 'auto'          # gram: eigenvalues of A^T A in fp64 | svd | auto: gram if accurate
 tolerance = 1e-6         # auto: largest error of a singular value, as a share of the largest
 device = 'auto'          # auto | cpu | cuda | cuda:N
@@ -97,7 +99,8 @@ def describe(values, error, method, shape, fractions, lora_rank=None):
 
 
 # ----------------------------------------------------------------------------- one projection
-def analyse(before, checkpoints, layer, module, device, fractions, subspaces, method, tolerance):
+def analyse(before, checkpoints, layer, module, device, fractions, subspaces, method, tolerance,
+            intruder_k=0, intruder_eps=0.5):
     """Records of one projection: W0, then W and D of every checkpoint that holds it."""
     how = (method, tolerance, fractions)
     W0 = before.read_weight(layer, module, device).double()
@@ -111,6 +114,8 @@ def analyse(before, checkpoints, layer, module, device, fractions, subspaces, me
     records = [{**place, "checkpoint": None, "matrix": "W0", **record}]
     if sizes:
         leading = leading_vectors(W0, sizes, of_W0[0])
+    if intruder_k:
+        left = left_vectors(W0)
 
     for i, checkpoint in enumerate(checkpoints):
         if not checkpoint.has(layer, module):
@@ -136,6 +141,8 @@ def analyse(before, checkpoints, layer, module, device, fractions, subspaces, me
         record = describe(*of_W, shape, fractions)
         if sizes:
             record.update(compare_directions(leading, W, of_W[0], D, sizes))
+        if intruder_k:
+            record.update(intruders(W0, W, intruder_k, intruder_eps, left, of_W[0]))
         records.append({**place, "checkpoint": i, "matrix": "W", **record})
         # the change beside them
         lora_rank = None if checkpoint.rank is None else len(A)
@@ -143,90 +150,6 @@ def analyse(before, checkpoints, layer, module, device, fractions, subspaces, me
         record["rounding_share"] = rounding
         records.append({**place, "checkpoint": i, "matrix": "D", **record})
     return records
-
-
-# ----------------------------------------------------------------------------- files
-def default_out(folders):
-    """RUN/spectrum.json; raises ValueError when the checkpoints are not those of one run."""
-    advice = f"say where to write, as in --out={folders[0] / 'spectrum.json'}"
-    runs = {folder.parent for folder in folders}
-    if len(runs) > 1:
-        raise ValueError(f"tuned names several runs; {advice}")
-    if not read_state(folders[0]):
-        raise ValueError(f"tuned: {folders[0]} is no run and no checkpoint of train.py; {advice}")
-    return folders[0].parent / "spectrum.json"
-
-
-def check_made_with(path, made_with):
-    """Raise ValueError when OUT or OUT.part was made with something else, or is not whole."""
-    advice = "delete it or choose another --out"
-    try:
-        before = dict(json.loads(path.read_text().split("\n")[0])["made_with"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"{path}: not written by this script, or cut short; {advice}") from None
-    other = [key for key in made_with if before.get(key) != made_with[key]]
-    if other:
-        raise ValueError(f"{path} was made with other {', '.join(other)}; {advice}")
-
-
-def resume_from(part, made_with):
-    """{(layer, module): records} that OUT.part holds; begins the file when there is none.
-
-    Its first line is {"made_with": ...}, each other one holds the records of one projection."""
-    lines = []
-    if part.is_file() and part.stat().st_size:
-        check_made_with(part, made_with)
-        lines = part.read_text().split("\n")[1:-1]  # after the last newline: what a kill cut short
-    part.parent.mkdir(parents=True, exist_ok=True)
-    # written again without the torn line
-    first = json.dumps({"made_with": made_with})
-    write_whole(part, "\n".join([first, *lines]) + "\n")
-    done = {}
-    for line in lines:
-        try:
-            records = json.loads(line)
-            done[records[0]["layer"], records[0]["module"]] = records
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
-            raise ValueError(f"{part}: a line of it is damaged; delete it") from None
-    return done
-
-
-# ----------------------------------------------------------------------------- the table
-def summary(matrices, checkpoints, fraction):
-    """The table printed at the end: means over layers, a line for each checkpoint and module."""
-    key = str(fraction)
-    # the layers of one module and matrix together
-    groups = defaultdict(list)
-    for record in matrices:
-        groups[record["module"], record["matrix"], record["checkpoint"]].append(record)
-
-    lines = [f"least rank that holds {fraction:.0%} of the squares, mean over layers; random: "
-             "a Gaussian of the same shape and norm (LoRA: of the same rank)",
-             f"{'':24} {'module':10} {'shape':>13} {'W0':>7} {'W':>7} {'D':>7} {'random':>7}  "
-             f"{'D above random edge':>20}"]
-    for i, checkpoint in enumerate(checkpoints):
-        name = "/".join(checkpoint.folder.parts[-2:])[-24:]
-        for module in PROJECTIONS:
-            of_D = groups[module, "D", i]
-            if not of_D:
-                continue
-            shape = "x".join(map(str, of_D[0]["shape"]))
-            line = f"{name:24} {module:10} {shape:>13}"
-            for group in (groups[module, "W0", None], groups[module, "W", i], of_D):
-                rank = fmean(record["effective_rank"][key] for record in group)
-                line += f" {rank:7.1f}"
-            above = fmean(record["above_random"] for record in of_D)
-            share = fmean(record["above_random_share"] for record in of_D)
-            random_rank = of_D[0]["random_rank"][key]
-            lines.append(f"{line} {random_rank:7}  {above:6.1f} hold {share:7.1%}")
-
-    # changes that may be rounding
-    for i, checkpoint in enumerate(checkpoints):
-        of_D = [r for r in matrices if r["matrix"] == "D" and r["checkpoint"] == i]
-        if any(record["rounding_share"] > 0.1 for record in of_D):
-            lines.append("note: rounding to 16 bits alone makes more than 10% of the change in "
-                         f"{checkpoint.folder}")
-    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------- the run
@@ -240,6 +163,8 @@ if __name__ == "__main__":
         if min(subspaces, default=1) < 1 or tolerance <= 0:
             raise ValueError("subspaces and tolerance must be positive, "
                              f"found {subspaces}, {tolerance}")
+        if intruder_k:
+            check_intruder_knobs(intruder_k, intruder_eps)
 
         # what to read, where to write
         folders = find_checkpoints(tuned)
@@ -259,7 +184,8 @@ if __name__ == "__main__":
         identities = [[checkpoint.folder.name, checkpoint.identity] for checkpoint in checkpoints]
         made_with = {"base": before.identity, "checkpoints": identities,
                      "modules": modules, "layers": layers, "fractions": fractions,
-                     "subspaces": subspaces, "method": method, "tolerance": tolerance}
+                     "subspaces": subspaces, "method": method, "tolerance": tolerance,
+                     "intruder_k": intruder_k, "intruder_eps": intruder_eps}
         made_with = json.loads(json.dumps(made_with))  # tuples become lists, as in the file
         share = 0.9 if 0.9 in fractions else fractions[0]
         if path.is_file():
@@ -284,7 +210,8 @@ if __name__ == "__main__":
                     if records is None:
                         progress.set_postfix_str(f"block {layer} {module}")
                         records = analyse(before, checkpoints, layer, module, device,
-                                          fractions, subspaces, method, tolerance)
+                                          fractions, subspaces, method, tolerance,
+                                          intruder_k, intruder_eps)
                         file.write(json.dumps(records) + "\n")
                         file.flush()
                         progress.update()

@@ -33,18 +33,20 @@ from configurator import configure, default_values, knob_table
 from lion import OPTIMIZERS
 from llama.lora_matmul import choose_kernel
 from llama.weights import full_tensor
-from lora import apply_lora, apply_saved_lora, init_adapters, load_adapter_weights
+from lora import apply_lora, apply_saved_lora, init_adapters
 from model import IGNORE, Llama, LlamaConfig
 from runtime import (LOCAL_WORLD, RANK, WORLD, append_jsonl, catch_stop_signals, device_memory,
                      device_name, join_ranks, matmul_flops, one_line_errors, peak_flops,
                      peak_memory, pick_device, pick_dtype, print0, versions, write_whole)
-from training.checkpoint import (checkpoint_state, checkpoints, load_optimizer, lock,
-                                 newest_checkpoint, save_checkpoint, start_log)
+from training.checkpoint import (checkpoint_state, checkpoints, load_optimizer,
+                                 load_trained_adapter, lock, newest_checkpoint, save_checkpoint,
+                                 start_log)
 from training.checks import check_first_step, check_knobs
 from training.parallel import (all_reduce, all_reduce_gradients, check_replicas,
                                destroy_process_group, is_sharded, shard_model)
 from training.plan import choose_sharding, count_steps, plan_run, print_plan, shape_of, step_at
-from training.rows import evenly_spaced, open_sets, rows_of_step, stack
+from training.rows import open_sets, rows_of_step, stack
+from training.watch import validate
 
 # -----------------------------------------------------------------------------
 base = ''                    # model folder: config.json, *.safetensors, tokenizer
@@ -61,6 +63,8 @@ lora_alpha = None            # scale is alpha / rank; None = 2 * rank, as in the
 lora_dropout = 0.05          # on the adapter's input
 lora_targets = 'all'         # all | attention | mlp | names with commas: q_proj,v_proj,down_proj
 rslora = False               # scale alpha / sqrt(rank) instead
+lora_init = 'default'        # A random, B zero | zero_a: B random | pissa: leading part of weights
+lora_plus = 1.0              # rate of B is so many times that of A; LoRA+ recommends 16
 lora_kernel = 'auto'         # torch: plain products | triton: fused | auto: the faster on a GPU
 adapter = ''                 # train this PEFT folder (its rank, alpha, targets), not a new one
 # batch and duration (exactly one of the three max_)
@@ -120,6 +124,7 @@ _types = {'checkpoint_at': float, 'lora_alpha': float, 'warmup_steps': int, 'coo
 _choices = {'optimizer': tuple(OPTIMIZERS), 'loss_norm': ('token', 'paper'),
             'schedule': ('cosine', 'inv_sqrt', 'constant'),
             'dtype': ('auto', 'float32', 'bfloat16', 'float64'),
+            'lora_init': ('default', 'zero_a', 'pissa'),
             'param_dtype': ('float32', 'bfloat16', 'float64'),
             'shard': ('auto', 'none', 'full', 'hybrid'), 'lora_kernel': ('auto', 'torch', 'triton'),
             'activation_checkpointing': ('none', 'block', 'selective')}
@@ -191,7 +196,7 @@ def make_model(shape, compute_dtype, knobs, saved_adapter=""):
     weight_dtype = compute_dtype if is_lora else getattr(torch, knobs.param_dtype)
     with torch.device("meta"):
         model = Llama(shape).to(weight_dtype)
-    if saved_adapter:
+    if saved_adapter and knobs.lora_init != "pissa":  # whose files are of twice the rank
         apply_saved_lora(model, saved_adapter)
     elif is_lora:
         alpha = 2 * knobs.lora_rank if knobs.lora_alpha is None else knobs.lora_alpha
@@ -205,9 +210,17 @@ def make_model(shape, compute_dtype, knobs, saved_adapter=""):
 
 
 def make_optimizer(model, knobs):
-    """The optimizer. To add one: its class and a line of OPTIMIZERS, both in lion.py."""
+    """The optimizer. To add one: its class and a line of OPTIMIZERS, both in lion.py.
+
+    With lora_plus, B has a rate of its own: LoRA+ (Hayou et al. 2024, arXiv 2402.12354)."""
     # parameter groups: each may have its own "lr", and keeps its ratio to learning_rate
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [{"params": list(trained.values())}]
+    if knobs.lora_plus != 1:
+        faster = [p for name, p in trained.items() if name.endswith("lora_B")]
+        others = [p for name, p in trained.items() if not name.endswith("lora_B")]
+        rate = knobs.learning_rate * knobs.lora_plus
+        groups = [{"params": others}, {"params": faster, "lr": rate}]
     betas = (knobs.beta1, knobs.beta2)
     optim = OPTIMIZERS[knobs.optimizer](groups, knobs.learning_rate, betas, knobs.weight_decay)
     for group in optim.param_groups:
@@ -248,36 +261,6 @@ def backward_batch(model, rows, batch, microbatch, device, loss_norm="token", do
         loss.backward()
         total = total + loss.detach()
     return total
-
-
-@torch.no_grad()
-def mean_loss(model, rows, microbatch, device, limit=0):
-    """Mean loss per target (nats) over `limit` rows of a set (0 = all), without dropout."""
-    model.eval()
-    total, count = 0.0, 0
-    chosen = evenly_spaced(len(rows), limit)
-    for i in range(0, len(chosen), WORLD * microbatch):
-        first = i + RANK * microbatch
-        part = [rows[j] for j in chosen[first:first + microbatch]]
-        # pad with rows without targets: a new shape would be compiled again
-        tokens, targets, starts = rows[0]
-        no_targets = np.full_like(targets, IGNORE)
-        while len(part) < microbatch:
-            part.append((tokens, no_targets, starts))
-        tokens, targets, docs = stack(part, device)
-        total += model(tokens, targets, docs if rows.doc_mask else None, reduction="sum")[1].item()
-        count += int((targets != IGNORE).sum())
-    model.train()
-    if is_sharded(model):
-        model.reshard()  # without a backward pass the parts outside the blocks would stay gathered
-    total, count = all_reduce(total, count, device=device)
-    return total / count if count else math.nan
-
-
-def validate(model, watched, knobs, device):
-    """{name: mean loss} of the sets that are watched."""
-    return {name: mean_loss(model, rows, knobs.microbatch, device, knobs.eval_rows)
-            for name, rows in watched.items()}
 
 
 # ----------------------------------------------------------------------------- what is logged
@@ -368,9 +351,9 @@ if __name__ == "__main__":
         else:
             model.load_weights(base)
         if saved_adapter:
-            load_adapter_weights(model, saved_adapter)
+            load_trained_adapter(model, saved_adapter, lora_init)
         elif is_lora:
-            init_adapters(model)
+            init_adapters(model, lora_init)
         model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
         optim = make_optimizer(model, knobs)

@@ -4,6 +4,8 @@
     4096 x 4096     2089 of 4096 singular values
     4096 x 11008    2917 of 4096
     LoRA, r = 16      15 of 16      (B A of Gaussian A [16, 4096] and B [4096, 16])
+
+    Nor does a small cosine: the largest of a random direction with 4096 orthogonal ones is .06.
 """
 from functools import lru_cache
 
@@ -47,6 +49,15 @@ def random_lora_singular_values(m, n, rank):
     B = torch.randn(m, rank, generator=generator, dtype=torch.float64)
     values = lora_singular_values(A, B, 1.0).numpy()
     return values / np.linalg.norm(values)
+
+
+def random_cosine(dimensions, vectors):
+    """Largest |cosine| of a random direction with so many orthonormal vectors: its median.
+
+    Each cosine is N(0, 1 / dimensions) in many dimensions, and nearly independent of the others:
+    all are below c with probability erf(c sqrt(dimensions / 2)) ** vectors, here 1/2."""
+    each = torch.tensor(0.5 ** (1 / vectors), dtype=torch.float64)
+    return (torch.erfinv(each) * (2 / dimensions) ** 0.5).item()
 
 
 def rounding_share(W, D):

@@ -31,6 +31,7 @@ from text.tokenizer import text_stopper
 # -----------------------------------------------------------------------------
 model = ''               # model folder, checkpoint folder out/RUN/step_N, or PEFT folder
 adapter = ''             # PEFT folder whose base is `model`
+t = 1.0                  # judge W0 + t (W - W0): 0 is the base, 0.5 half way back to it
 tokenizer = ''           # tokenizer file or folder; '' = the base's
 questions = ''           # FastChat's fastchat/llm_judge/data/mt_bench/question.jsonl
 # of one turn, as in training (this is Tulu's); \n is a new line, \t a tab, \\ a backslash
@@ -187,7 +188,7 @@ if __name__ == "__main__":
         device = start_ranks(device)
         started = time.perf_counter()
         dtype = pick_dtype(dtype, device)
-        subject = load_for_eval(model, adapter, device, dtype, tokenizer, out_dir)
+        subject = load_for_eval(model, adapter, device, dtype, tokenizer, out_dir, t)
         context = subject.model.config.max_position_embeddings
         if context <= max_new_tokens:
             raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a question in "

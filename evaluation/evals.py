@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from evaluation.against import base_of_full_run, interpolate
 from evaluation.scores import json_lines, with_identity
 from llama.adapter_config import is_adapter, named_base
 from llama.generate import NotFinite
@@ -81,22 +82,30 @@ def gather(value):
 
 # ----------------------------------------------------------------------------- model
 def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.float32, tokenizer="",
-                  out_dir=""):
+                  out_dir="", t=1.0):
     """The Subject of a model folder, a checkpoint folder out/RUN/step_N, or an adapter.
 
     An adapter stands in `adapter` and its base in `model`; or it stands in `model` alone, and its
     config names the base. It is merged in fp32, then rounded once to `dtype`.
+    t: judge W0 + t (W - W0) instead, W0 being the base's weights; its results stand in a folder
+    t_T of the checkpoint's.
     Raises ValueError or FileNotFoundError for any other folder, and as its readers do."""
     judged, base, adapter = find_model(model, adapter)
     tok = load_tokenizer(tokenizer or base)
 
     # the weights; an adapter is merged in fp32 at least
-    load_dtype = torch.promote_types(dtype, torch.float32) if adapter else dtype
+    is_changed = bool(adapter) or t != 1
+    load_dtype = torch.promote_types(dtype, torch.float32) if is_changed else dtype
     llama = Llama.from_pretrained(base, load_dtype, device)
     weights = fingerprint(llama)
     if adapter:
-        llama = merge_lora(load_adapter(llama, adapter)).to(dtype)
+        merge_lora(load_adapter(llama, adapter))
+    if t != 1:
+        interpolate(llama, base if adapter else base_of_full_run(judged), t)
+    if is_changed:
+        llama = llama.to(dtype)
         llama.compute_dtype = dtype
+    if adapter:
         adapter_bytes = (judged / "adapter_model.safetensors").read_bytes()
         weights += hashlib.sha256(adapter_bytes).hexdigest()
     check_vocabulary(tok, llama.config.vocab_size)
@@ -109,6 +118,11 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
     identity = {"model": str(base), "adapter": str(adapter), "weights": weights,
                 "dtype": str(dtype).removeprefix("torch."), "tokenizer": tok.sha256}
     subject = place(judged, out_dir or Path("out") / judged.resolve().name, bool(out_dir))
+    if t != 1:
+        identity["t"] = t
+        if not out_dir:
+            folder = subject.folder / f"t_{t:g}"
+            subject = subject._replace(folder=folder, results=folder / "results.jsonl")
     llama = llama.eval().requires_grad_(False)
     return subject._replace(model=llama, tokenizer=tok, identity=identity)
 

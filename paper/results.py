@@ -20,7 +20,8 @@ from configurator import default_values
 # trains. So a new knob sets runs apart, and a run from before it counts as having its default.
 KNOBS = default_values(vars(train))
 NO_SETTING = train._free | {"seed", "microbatch", "warmup_steps", "cooldown_steps"}
-LORA_KNOBS = {"lora_dropout", "rslora"}  # which mean nothing in full finetuning
+# which mean nothing in full finetuning
+LORA_KNOBS = {"lora_dropout", "rslora", "lora_init", "lora_plus"}
 # fields of Setting
 FIELDS = {"base", "data", "lora_rank", "lora_alpha", "lora_targets"}
 SETTING = sorted(KNOBS.keys() - NO_SETTING - FIELDS)
@@ -458,4 +459,5 @@ def pick(names, points):
 
 def falls(metric):
     """Is less better?"""
-    return metric.startswith("loss ") or metric.endswith("_loss") or "perplexity" in metric
+    of_rows = metric.startswith(("loss ", "bpb ", "kl ", "reverse kl "))
+    return of_rows or metric.endswith("_loss") or "perplexity" in metric

@@ -7,12 +7,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import need, run_here, run_stage
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
-from eval_loss import values_of_rows
-from evaluation.evals import read_done
+from eval_loss import row_bytes, row_kl, values_of_rows
+from evaluation.against import kl_of_row
+from evaluation.evals import load_for_eval, read_done
 from evaluation.scores import score
-from model import Llama
+from llama.functions import ChunkedCrossEntropy
+from lora import load_adapter, merge_lora
+from model import IGNORE, Llama
 from paper.results import falls
+from text.tokenizer import load_tokenizer
+from training.rows import TokenRows
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +55,13 @@ def test_loss_is_the_one_that_training_logs(studied):
         done = run_here("eval_loss.py", f"--model={model}", sets, "--rows=7", "--dtype=float32", *elsewhere)
         assert done.returncode == 0, done.stderr
         for name, found in results(folder).items():
+            if name.startswith("bpb "):
+                continue
             assert found["value"] == pytest.approx(logged[step][name.removeprefix("loss ")], rel=1e-5) and found["step"] == step
             assert found["n"] == 7 and found["stderr"] > 0
     assert abs(logged[4]["a"] - logged[0]["a"]) > 0.05  # the adapter was there
     values = [json.loads(line) for line in (out / "run/values.jsonl").read_text().splitlines()]
-    assert [v["metric"] for v in values] == ["loss a", "loss b"] and {len(v["values"]) for v in values} == {7}
+    assert [v["metric"] for v in values] == ["loss a", "bpb a", "loss b", "bpb b"] and {len(v["values"]) for v in values} == {7}
     assert np.mean(values[0]["values"]) == pytest.approx(logged[4]["a"], rel=1e-5)
 
 
@@ -68,7 +77,7 @@ def test_two_ranks_and_a_second_start_find_the_same(studied, tmp_path):
     every = read_done(tmp_path / "eval_loss_a.jsonl")
     assert len(every) > 7 and all(every[i] == record for i, record in first.items())
     again = run_here("eval_loss.py", *argv, "--rows=0")
-    assert again.returncode == 0 and len((tmp_path / "values.jsonl").read_text().splitlines()) == 2  # not a third time
+    assert again.returncode == 0 and len((tmp_path / "values.jsonl").read_text().splitlines()) == 4  # not a third time
 
 
 def test_another_name_is_another_metric_of_which_less_is_better(studied, tmp_path):
@@ -78,7 +87,7 @@ def test_another_name_is_another_metric_of_which_less_is_better(studied, tmp_pat
         done = run_here("eval_loss.py", *argv, *more)
         assert done.returncode == 0, done.stderr
     found = results(tmp_path)
-    assert set(found) == {"loss a", "loss nomask a"} and all(map(falls, found)) and falls("hellaswag_loss")
+    assert set(found) == {"loss a", "loss nomask a", "bpb a", "bpb nomask a"} and all(map(falls, found)) and falls("hellaswag_loss")
     assert found["loss a"]["value"] != found["loss nomask a"]["value"] and not falls("lossy_strict_match")
 
 
@@ -130,3 +139,140 @@ def test_a_loss_that_is_no_number_is_one_line_and_no_result(studied, tmp_path):
     assert done.returncode == 2 and done.stderr.count("error: ") == 1, done.stderr
     assert f"{tmp_path / 'model'}, item " in done.stderr and "NaN or infinite" in done.stderr
     assert not (tmp_path / "out/results.jsonl").exists()
+
+
+# ----------------------------------------------------------------------------- distance from a base
+def divergences(out, base, tokens, targets):
+    """Both, by transformers and peft in float64, summed where something is predicted."""
+    load = lambda: AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
+    tuned = PeftModel.from_pretrained(load(), out / "run/step_4", autocast_adapter_dtype=False).eval()
+    at = targets[0] != IGNORE
+    with torch.no_grad():
+        logp, logp0 = (torch.log_softmax(model(tokens).logits[0][at], -1) for model in (tuned, load().eval()))
+    return ((logp0.exp() * (logp0 - logp)).sum().item(), (logp.exp() * (logp - logp0)).sum().item())
+
+
+def test_divergence_is_that_of_float64_however_it_is_cut(studied, monkeypatch):
+    out, base, _ = studied
+    rows = TokenRows(out / "ift", doc_mask=False)
+    llama = merge_lora(load_adapter(Llama.from_pretrained(base), out / "run/step_4")).eval()
+    plain = Llama.from_pretrained(base).eval()
+    for chunk in (2 ** 27, 4 * 512 * 4 * 3):
+        monkeypatch.setattr(ChunkedCrossEntropy, "chunk_bytes", chunk)
+        for i in (0, 3):
+            tokens, targets = (torch.from_numpy(part)[None] for part in rows[i][:2])
+            want = divergences(out, base, tokens, targets)
+            found = row_kl(llama, plain, rows, i, "cpu")
+            assert (found["kl"], found["reverse_kl"]) == pytest.approx(want, rel=1e-3) and want[0] > 0.1
+            assert found["targets"] == (targets != IGNORE).sum()
+            assert kl_of_row(plain, plain, tokens, targets) == (0, 0)
+    assert abs(want[0] - want[1]) > 0.01 * want[0]  # the two directions differ
+
+
+def test_against_a_base_gives_both_directions(studied, tmp_path):
+    out, base, _ = studied
+    argv = [f"--model={out / 'run/step_4'}", f"--data=a={out / 'ift'}", f"--out_dir={tmp_path}", "--rows=5", "--dtype=float32",
+            f"--against={base}"]
+    done = run_here("eval_loss.py", *argv)
+    assert done.returncode == 0, done.stderr
+    found = results(tmp_path)
+    assert set(found) == {"loss a", "bpb a", "kl a", "reverse kl a"} and all(map(falls, found))
+    records = read_done(tmp_path / "eval_kl_loss_a.jsonl").values()
+    targets = sum(record["targets"] for record in records)
+    assert found["kl a"]["value"] == pytest.approx(sum(record["kl"] for record in records) / targets) and len(records) == 5
+    assert found["kl a"]["value"] > 0 and found["kl a"]["value"] != found["reverse kl a"]["value"]
+    assert found["kl a"]["settings"]["against"]["model"] == str(base)
+    done = run_here("eval_loss.py", *argv[:-1], f"--against={out / 'run/step_4'}")  # of another base, in the same file
+    assert done.returncode == 2 and "was made with against" in done.stderr, done.stderr
+
+
+def test_a_base_with_another_vocabulary_is_refused(studied):
+    out, base, _ = studied
+    small = Llama.from_pretrained(need("golden/models/mha-untied"))
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="against: the base's vocabulary"):
+        kl_of_row(Llama.from_pretrained(base), small, tokens, tokens)
+
+
+# ----------------------------------------------------------------------------- bits per byte
+def test_bytes_are_those_of_the_documents_texts(studied):
+    out, base, _ = studied
+    tok = load_tokenizer(base)
+    counts = np.array(tok.byte_counts())
+    # whole documents: all of their text is predicted but what a row's first token holds
+    rows = TokenRows(out / "cpt", doc_mask=False)
+    texts = {json.loads(line)["text"] for line in (out / "text.jsonl").read_text().splitlines()}
+    kept = rows.tokens[:len(rows) * rows.seq_len]
+    documents = [tok.decode(part) for part in np.split(kept, rows.starts[rows.starts < len(kept)].astype(int)[1:])]
+    assert set(documents[:-1]) < texts and len(documents) > 50  # the last one is cut
+    firsts = np.arange(len(rows)) * rows.seq_len
+    not_predicted = sum(counts[kept[first]] - int(first > 0 and kept[first - 1] == tok.bos_id) for first in firsts)
+    found = sum(row_bytes(rows, i, tok, counts) for i in range(len(rows)))
+    assert found + not_predicted == sum(len(text.encode()) for text in documents)
+    # responses: what of them is in the rows, decoded
+    rows = TokenRows(out / "ift")
+    for i in range(len(rows)):
+        tokens, targets, starts = rows[i]
+        kept = [int(id_) for id_ in targets[targets != IGNORE]]
+        assert row_bytes(rows, i, tok, counts) == counts[kept].sum() > 0
+
+
+def test_bits_per_byte_is_the_loss_over_the_bytes(studied, tmp_path):
+    out, base, _ = studied
+    done = run_here("eval_loss.py", f"--model={base}", f"--data=b={out / 'cpt'}", f"--out_dir={tmp_path}", "--rows=0",
+                    "--dtype=float32")
+    assert done.returncode == 0, done.stderr
+    tok = load_tokenizer(base)
+    counts = np.array(tok.byte_counts())
+    rows = TokenRows(out / "cpt")
+    nats = sum(record["loss"] for record in read_done(tmp_path / "eval_loss_b.jsonl").values())
+    size = sum(row_bytes(rows, i, tok, counts) for i in range(len(rows)))
+    assert results(tmp_path)["bpb b"]["value"] == pytest.approx(nats / math.log(2) / size)
+    assert results(tmp_path)["bpb b"]["n"] == len(rows)
+
+
+# ----------------------------------------------------------------------------- between base and tuned
+def test_t_is_an_adapter_scaled_and_its_results_stand_apart(studied, tmp_path):
+    out, base, logged = studied
+    shutil.copytree(out / "run", tmp_path / "run", ignore=shutil.ignore_patterns("eval_*", "results.jsonl"))
+    for t in (0, 0.5, 1):
+        done = run_here("eval_loss.py", f"--model={tmp_path / 'run/step_4'}", f"--data=a={out / 'ift'}", "--rows=7",
+                        "--dtype=float32", f"--t={t}")
+        assert done.returncode == 0, done.stderr
+    at = {0: results(tmp_path / "run/step_4/t_0"), 0.5: results(tmp_path / "run/step_4/t_0.5"), 1: results(tmp_path / "run")}
+    assert at[0]["loss a"]["value"] == pytest.approx(logged[0]["a"], rel=1e-5)
+    assert at[1]["loss a"]["value"] == pytest.approx(logged[4]["a"], rel=1e-5)
+    assert at[0.5]["loss a"]["settings"]["t"] == 0.5 and at[0.5]["loss a"]["step"] == 4
+    # half of the adapter, which is half of alpha
+    config = json.loads((tmp_path / "run/step_4/adapter_config.json").read_text())
+    (tmp_path / "run/step_4/adapter_config.json").write_text(json.dumps({**config, "lora_alpha": config["lora_alpha"] / 2}))
+    half = load_for_eval(str(tmp_path / "run/step_4"))
+    (tmp_path / "run/step_4/adapter_config.json").write_text(json.dumps(config))
+    mixed = load_for_eval(str(tmp_path / "run/step_4"), t=0.5)
+    for p, q in zip(half.model.parameters(), mixed.model.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-6)
+    assert mixed.identity["weights"] != load_for_eval(str(base)).identity["weights"] and "t" not in half.identity
+
+
+def test_t_of_a_full_model_mixes_all_weights(studied, tmp_path):
+    out, base, _ = studied
+    done = run_here("train.py", f"--base={base}", f"--data={out / 'ift'}", f"--out_dir={tmp_path / 'run'}", "--max_steps=2",
+                    "--global_batch=4", "--dtype=float32", "--learning_rate=1e-2")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run/step_2"
+    mixed = load_for_eval(str(folder), t=0.25).model
+    before, after = (Llama.from_pretrained(path) for path in (base, folder))
+    assert not torch.equal(before.norm.weight, after.norm.weight)
+    for p, p0, p1 in zip(mixed.parameters(), before.parameters(), after.parameters(), strict=True):
+        assert torch.allclose(p, 0.75 * p0 + 0.25 * p1, atol=1e-6)
+    # in bf16 it is mixed before it is rounded
+    half = load_for_eval(str(folder), dtype=torch.bfloat16, t=0.25).model
+    assert half.norm.weight.dtype == half.compute_dtype == torch.bfloat16
+    assert torch.equal(half.norm.weight, mixed.norm.weight.bfloat16())
+
+
+@pytest.mark.parametrize("t, message", [(-0.5, "t must be at least 0"), (0.5, "no W0 to go back to")])
+def test_t_without_a_way_back_is_refused(studied, t, message):
+    out, base, _ = studied
+    with pytest.raises(ValueError, match=message):
+        load_for_eval(str(out / "run/step_4" if t < 0 else base), t=t)

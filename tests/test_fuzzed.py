@@ -16,7 +16,7 @@ from lion import DecoupledLionW
 from paper.claims import rank_of_change
 from paper.plot import read_spectra
 from paper.results import OF_CONFIG, OF_LINE, points_of, problems, read_run
-from spectrum import resume_from
+from analysis.kept import resume_from
 from text.report import inspect_folder
 from training.checkpoint import load_optimizer
 from training.rows import TokenRows

@@ -106,8 +106,8 @@ def test_loss_of_packed_documents_is_their_loss_alone(prepare, tmp_path, packing
     import torch
 
     from model import Llama
-    from train import mean_loss
     from training.rows import TokenRows
+    from training.watch import mean_loss
     base, records = need("data/stories260k"), []
     for number, length in enumerate([3, 40, 9, 25, 14, 30, 5, 18]):
         records.append({"prompt": f"Once there were {number}", "response": "little birds who sang " * (length // 9 + 1)})

@@ -360,6 +360,27 @@ KINDS = ["sentencepiece", "llama3", "byte-level", "llama2 json"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_bytes_of_ids_are_those_of_the_text(kinds, kind):
+    tokenizer = kinds[kind]
+    counts = tokenizer.byte_counts()
+    blank = sum(counts[i] for i in tokenizer.encode("a")) - 1  # sentencepiece's own
+    assert len(counts) == tokenizer.vocab_size and blank == (kind in ("sentencepiece", "llama2 json"))
+    for text in [*CORPUS, "日", "\U0001f600", " a", "a\n\n b"]:
+        assert sum(counts[i] for i in tokenizer.encode(text)) == len(text.encode()) + blank
+    assert all(counts[i] == 0 for i in tokenizer.special_ids.values())
+
+
+def test_bytes_of_an_added_token_are_those_of_its_name(tiny_bpe, tmp_path):
+    save(tmp_path, models.BPE(*tiny_bpe), GPT2_SPLIT)
+    spec = json.loads((tmp_path / "tokenizer.json").read_text())
+    token = {"id": len(tiny_bpe[0]), "content": "<é>", "special": False, "normalized": False}
+    spec["added_tokens"] = [{"single_word": False, "lstrip": False, "rstrip": False, **token}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a<é>") == [tokenizer.encode("a")[0], token["id"]] and tokenizer.byte_counts()[token["id"]] == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_long_runs(kinds, kind):
     """tiktoken's regex engine dies of a million blanks when they are given to it at once."""
     for text in ["a" * 10**6, " \n" * 600_000 + "x"]:

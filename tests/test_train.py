@@ -24,6 +24,7 @@ from configurator import default_values
 from training.checkpoint import checkpoints, save_checkpoint
 from training.checks import check_first_step
 from training.rows import TokenRows
+from training.watch import mean_loss
 from lora import apply_lora
 from model import IGNORE, Llama, LlamaConfig
 
@@ -480,7 +481,7 @@ def test_validation_looks_at_rows_evenly_spaced():
     seen, model = [], tiny_model()
     model.register_forward_pre_hook(lambda module, args: seen.extend(args[0][args[1][:, 0] != IGNORE, 0].tolist()))
     rows = Rows((np.full(4, i), np.full(4, 1), np.empty(0, np.int64)) for i in range(10))
-    train.mean_loss(model, rows, 2, "cpu", limit=3)
+    mean_loss(model, rows, 2, "cpu", limit=3)
     assert seen == [0, 3, 6]
 
 

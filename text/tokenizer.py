@@ -115,6 +115,10 @@ class Tokenizer:
             raise ValueError(f"token id {min(ids)} is below 0")
         return self.tool.decode([i for i in ids if i < self.vocab_size])
 
+    def byte_counts(self):
+        """[bytes that each id adds to a text in UTF-8]; 0 for those that decode to nothing."""
+        return [0 if self.is_silent(i) else self.tool.bytes_of(i) for i in range(self.vocab_size)]
+
     def is_silent(self, token_id):
         """Whether an id decodes to nothing, wherever it stands."""
         return token_id in self.silent or token_id >= self.vocab_size
@@ -299,6 +303,11 @@ class SentencePieceModel:
     def decode(self, ids):
         return self.model.decode([i for i in ids if i < self.size])
 
+    def bytes_of(self, i):
+        if self.model.is_byte(i):
+            return 1
+        return len(self.model.id_to_piece(i).replace("▁", " ").encode())
+
 
 def open_sentencepiece(data):
     """A sentencepiece model of a file's bytes, or None where it is none."""
@@ -374,6 +383,9 @@ class Llama3Ranks:
     def decode(self, ids):
         # special ids are not among the ranks
         return b"".join([self.bytes_of_id.get(i, b"") for i in ids]).decode("utf-8", "replace")
+
+    def bytes_of(self, i):
+        return len(self.bytes_of_id[i])
 
 
 def read_llama3(path, data):

@@ -52,6 +52,10 @@ class HuggingFaceFile:
         if falls_back and BYTE_TOKENS.keys() <= self.vocab.keys():
             self.byte_of_id = {self.vocab[name]: b for name, b in BYTE_TOKENS.items()}
 
+        # whether names spell bytes, a character each; added tokens are texts
+        self.is_byte_level = "ByteLevel" in json.dumps(spec.get("decoder"))
+        self.added = {token["id"]: token["content"] for token in spec.get("added_tokens") or []}
+
         # the special id that the file's post-processor puts in front of a text
         first = self.tool.encode("a").ids[:1]
         self.first_id = first[0] if first and first[0] in self.silent else None
@@ -70,6 +74,17 @@ class HuggingFaceFile:
         if not self.byte_of_id.keys().isdisjoint(ids):
             ids = self.mend_bytes(ids)
         return self.tool.decode(ids)
+
+    def bytes_of(self, i):
+        """Bytes that an id adds to a text in UTF-8."""
+        if i in self.byte_of_id:
+            return 1
+        if i in self.added:
+            return len(self.added[i].encode())
+        name = self.tool.id_to_token(i)
+        if self.is_byte_level:
+            return len(name)
+        return len(name.replace("▁", " ").encode())
 
     def mend_bytes(self, ids):
         """

@@ -22,9 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from llama.folder import carry_files
-from llama.identity import identity_of_folder, is_same_base, known_by
+from llama.identity import identity_of, identity_of_folder, is_same_base, known_by
+from llama.pissa import halves, start_from
 from llama.weights import check_finite, fill, full_tensor, local_part, write_safetensors
-from lora import save_adapter
+from lora import (LoRAProjection, adapter_tensors, load_adapter_weights, open_adapter_weights,
+                  save_adapter)
 from training.parallel import barrier, gloo_group, is_sharded
 from runtime import RANK, fsync_folder, print0, read_object, write_whole
 
@@ -350,3 +352,42 @@ def load_optimizer(model, optim, folder):
     for key, tensor in momenta.items():
         mine, _ = local_part(tensor)
         check_finite(mine, state, key)
+
+
+def load_trained_adapter(model, folder, init="default"):
+    """Fill a model's adapters from a checkpoint, or from the PEFT folder that training begins with.
+
+    init: the run's lora_init. Raises as load_adapter_weights, or as start_from with 'pissa'."""
+    if init == "pissa":
+        resume_pissa(model, folder)
+    else:
+        load_adapter_weights(model, folder)
+
+
+@torch.no_grad()
+def resume_pissa(model, folder):
+    """Fill A and B from a file of rank 2 r (llama/pissa.py), and take what they began as out of the
+    weights. That is in the file: another machine's SVD could have other signs."""
+    model.base_identity = identity_of(model)
+    places = adapter_tensors(model)
+    expected = {}
+    for name, place in places.items():
+        is_A = ".lora_A." in name
+        shape = (2 * place.rows, place.columns) if is_A else (place.rows, 2 * place.columns)
+        expected[name] = shape
+    where = open_adapter_weights(Path(folder), expected, lambda: model.base_identity)
+
+    # both halves, stacked as the parameters are
+    trained = {}
+    begun = {}
+    for name, (p, first, rows, _, _) in places.items():
+        tensor = where[name].get_tensor(name)
+        check_finite(tensor, folder, name)
+        for values, half in zip((trained, begun), halves(name, tensor)):
+            values.setdefault(p, torch.empty(p.shape, dtype=p.dtype))[first:first + rows] = half
+
+    for module in model.modules():
+        if isinstance(module, LoRAProjection):
+            start_from(module, begun[module.lora_A], begun[module.lora_B])
+            fill(module.lora_A, trained[module.lora_A])
+            fill(module.lora_B, trained[module.lora_B])

@@ -70,11 +70,20 @@ def check_lora(knobs):
         raise ValueError("scratch: LoRA needs a pretrained base; say scratch=False or lora_rank=0")
     if knobs.lora_rank and knobs.adapter:
         raise ValueError("adapter: it brings its own rank; say lora_rank=0")
-    says_how = knobs.lora_alpha is not None or knobs.lora_targets != "all" or knobs.rslora
+    says_how = (knobs.lora_alpha is not None or knobs.lora_targets != "all" or knobs.rslora
+                or knobs.lora_init != "default")
     if says_how and not knobs.lora_rank:
         why = ": an adapter brings them" if knobs.adapter else ", which is full finetuning"
-        raise ValueError("lora_alpha, lora_targets and rslora say how LoRA is made, but lora_rank "
-                         "is 0" + why)
+        raise ValueError("lora_alpha, lora_targets, rslora and lora_init say how LoRA is made, but "
+                         "lora_rank is 0" + why)
+    if not 0 < knobs.lora_plus < math.inf:
+        raise ValueError(f"lora_plus is a ratio of rates; it must be positive, "
+                         f"found {knobs.lora_plus}")
+    if knobs.lora_plus != 1 and not (knobs.lora_rank or knobs.adapter):
+        raise ValueError("lora_plus is the ratio of the rates of B and A, but lora_rank is 0, "
+                         "which is full finetuning")
+    if knobs.lora_init == "pissa" and knobs.shard in ("full", "hybrid"):
+        raise ValueError("lora_init=pissa changes whole weights; say --shard=none")
 
 
 def check_first_step(model, optim, loss, is_from_scratch):
@@ -88,7 +97,14 @@ def check_first_step(model, optim, loss, is_from_scratch):
                "are base and data right?")
     saved = set(file_tensors(model))
     in_adapter = {id(place.parameter) for place in adapter_tensors(model).values()}
-    for name, p in model.named_parameters():
+    parameters = dict(model.named_parameters())
+    partners = {}  # name of a factor -> the other one
+    for name, p in parameters.items():
+        if name.endswith("lora_A"):
+            B = name.removesuffix("lora_A") + "lora_B"
+            partners[name] = parameters[B]
+            partners[B] = p
+    for name, p in parameters.items():
         if p.requires_grad and name not in saved and id(p) not in in_adapter:
             raise ValueError(f"{name} is trained but would neither be loaded nor saved: give it a "
                              "place in file_tensors (llama/weights.py) or adapter_tensors "
@@ -97,9 +113,9 @@ def check_first_step(model, optim, loss, is_from_scratch):
             if p.grad is not None:
                 raise ValueError(f"{name} is frozen but has a gradient")
             continue
-        # lora_A has a gradient of zeros while lora_B is zero; lora_B must move
+        # a factor has a gradient of zeros while the other one is zero; else it must move
         is_dead = p.grad is None
-        if name.endswith("lora_B") and not is_dead:
+        if name in partners and not is_dead and full_tensor(partners[name]).any():
             is_dead = not full_tensor(p.grad).any()
         if is_dead:
             raise ValueError(f"{name} is trained but has no gradient")
