@@ -60,7 +60,11 @@ def attention(x, part):
     # rows of the stacked weight: queries, keys, values
     heads = (part.qkv_proj.weight @ x.T).unflatten(0, (-1, c.head_dim)).mT
     q, k, v = heads.split((part.heads, part.kv_heads, part.kv_heads))
-    k, v = (t.repeat_interleave(part.heads // part.kv_heads, 0) for t in (rotate(k), v))
+    # a key head for each query head
+    sharing = part.heads // part.kv_heads
+    k = rotate(k).repeat_interleave(sharing, 0)
+    v = v.repeat_interleave(sharing, 0)
+    # each token's mixture of the values up to its own
     scores = rotate(q) @ k.mT / c.head_dim ** 0.5
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     mixed = scores.masked_fill(future, -torch.inf).softmax(-1) @ v

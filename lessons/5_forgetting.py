@@ -71,23 +71,22 @@ base = quickstart.pretrain(work / "pretraining", base_steps, base=work / "shape"
 
 # %%
 device = torch.device("cpu")
+config = LlamaConfig.from_json(base)
+assert config.num_hidden_layers == 2 and config.hidden_size == 64
 rows = TokenRows(work / "target")
 held_out = {"learned": TokenRows(work / "target_test"), "forgot": TokenRows(work / "source")}
-
-
-def losses(model):
-    """Mean loss on held-out problems and Python, nats a token."""
-    return {name: train.mean_loss(model, some, 8, device, 40) for name, some in held_out.items()}
+knobs = SimpleNamespace(**default_values(vars(train)))  # those of train.py, as it has them
+knobs.microbatch = 8  # rows at once when a loss is measured
+knobs.eval_rows = 40
 
 
 def finetune(rank, rate):
     """(learned, forgot) in nats a token of a run from the base; rank 0 is full finetuning."""
-    knobs = SimpleNamespace(**default_values(vars(train)))
     knobs.lora_rank = rank
     knobs.lora_targets = lora_targets
     knobs.learning_rate = rate
     # the model
-    model = train.make_model(LlamaConfig.from_json(base), torch.float32, knobs)
+    model = train.make_model(config, torch.float32, knobs)
     model.to_empty(device=device).load_weights(base)
     torch.manual_seed(seed)
     if rank:
@@ -103,12 +102,15 @@ def finetune(rank, rate):
         torch.nn.utils.clip_grad_norm_(trained, knobs.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-    after = losses(model)
+    after = train.validate(model, held_out, knobs, device)
     return start["learned"] - after["learned"], after["forgot"] - start["forgot"]
 
 
-start = losses(Llama.from_pretrained(base))
-print(f"the base: loss {start['learned']:.2f} on problems, {start['forgot']:.2f} on Python")
+start = train.validate(Llama.from_pretrained(base), held_out, knobs, device)
+even_guess = torch.tensor(config.vocab_size).log().item()
+print(f"the base: loss {start['learned']:.2f} on problems, {start['forgot']:.2f} on Python; "
+      f"an even guess: {even_guess:.2f}")
+assert round(even_guess, 2) == 6.24
 points = {}
 for rank, rates in ((0, full_rates), (lora_rank, lora_rates)):
     for rate in sorted(rates):

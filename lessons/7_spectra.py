@@ -117,8 +117,8 @@ lora = found[names[1], "D"]
 
 # %% [markdown]
 # The change of full finetuning has more than three times the effective rank of LoRA's, which cannot
-# be above `lora_rank`. Still it is below noise's: a few directions stand above the edge. So both are true: the
-# change has a high rank, and what is certainly not noise in it has a low one.
+# be above `lora_rank`. Still it is below noise's, because a few directions stand above the edge. So
+# both are true: the change has a high rank, and what is certainly no noise in it has a low one.
 
 # %%
 assert lora["effective_rank"]["0.9"] <= lora_rank
@@ -144,7 +144,7 @@ name_end(ax, None, random_edge(rows, columns), "the edge of noise", CHANCE)
 ax.set_ylim(0)
 ax.set_xlabel("number of the singular value, from the largest")
 ax.set_ylabel("singular value, share of the norm")
-ax.set_title(f"The change of block {layer}'s {module} ({rows} x {columns})")
+ax.set_title(f"Few directions of a change stand above noise (block {layer}, {module})")
 show(figure, out_dir, "7_spectra")
 
 # %% [markdown]

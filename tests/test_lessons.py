@@ -115,3 +115,36 @@ def test_an_unknown_knob_is_one_line(tmp_path):
     done = run_stage(ROOT / "lessons/3_lora.py", "--rnak=3", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "3_lora.py: error: --rnak=3: no such knob, nearest is rank\n"
+
+
+@pytest.mark.parametrize("name", ["1_rows", "2_forward", "3_lora", "4_optimizers", "6_scores"])
+def test_it_runs_and_holds(lesson, name):
+    lesson(name)
+
+
+@pytest.mark.slow
+def test_forgetting_runs_on_a_smaller_base(lesson, tmp_path):
+    small = dict(modules=20, problems=60, base_steps=4, steps=3, full_rates="1e-3", lora_rates="1e-2,1e-3")
+    printed = lesson("5_forgetting", **small)
+    learned = re.findall(r"(full|LoRA r=4) +rate (\S+): learned +(\S+), forgot +(\S+)", printed)
+    assert [row[:2] for row in learned] == [("full", "1e-03"), ("LoRA r=4", "1e-03"), ("LoRA r=4", "1e-02")]
+    # the base stays, and what depends on nothing else comes out the same
+    before = (tmp_path / "5_base/pretraining/step_4/model.safetensors").stat().st_mtime_ns
+    again = lesson("5_forgetting", **small, lora_rank=2)
+    assert (tmp_path / "5_base/pretraining/step_4/model.safetensors").stat().st_mtime_ns == before
+    assert [line for line in again.splitlines() if line.startswith("full ")] == [
+        line for line in printed.splitlines() if line.startswith("full ")]
+
+
+@pytest.mark.slow
+def test_spectra_run_after_fewer_steps(lesson):
+    printed = lesson("7_spectra", steps=4)
+    assert re.search(r"LoRA r=4  D : effective rank +[1-4], noise +4; ", printed)
+
+
+# ----------------------------------------------------------------------------- questions
+def numbers(pattern, printed):
+    """What the groups of a pattern find, as floats."""
+    found = re.search(pattern, printed)
+    assert found, printed
+    return [float(text.replace(",", "")) for text in found.groups()]
