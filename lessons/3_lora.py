@@ -164,8 +164,7 @@ full = numbers_kept(lambda: F.linear(x, trained), trained)
 at = ranks.index(rank)
 print(f"numbers a token kept at rank {rank}: plain PyTorch {kept['plain PyTorch'][at]:.0f}, "
       f"lora.py {kept['lora.py'][at]:.0f}, full finetuning {full:.0f}")
-assert full == K
-assert kept["lora.py"] == [K + r for r in ranks]
+assert full == K and kept["lora.py"] == [K + r for r in ranks]
 assert kept["plain PyTorch"] == [(2 * K if dropout else K) + r for r in ranks]
 if (rank, dropout > 0) == (4, True):
     assert kept["plain PyTorch"][at] == 348 and kept["lora.py"][at] == 176
@@ -186,8 +185,8 @@ show(figure, out_dir, "3_lora")
 # %% [markdown]
 # ## Merging
 # $W + s B A$ is a matrix of $W$'s shape: add it once and the detour is gone, at no cost for whoever
-# uses the model. In float64 nothing changes. But weights are stored in bfloat16, which keeps 8 bits
-# of a number: what is much smaller than $W$'s numbers is rounded away.
+# uses the model. In float64 nothing changes. But weights are published in bfloat16, which keeps 8
+# bits of a number: where the change is much smaller than a number of $W$, it is rounded away.
 
 # %%
 model.eval()
@@ -195,6 +194,8 @@ with torch.no_grad():
     for name, p in model.named_parameters():
         if name.endswith("lora_B"):
             p.normal_(0, size_of_b)
+        elif not name.endswith("lora_A"):
+            p.copy_(p.bfloat16())  # a base as it is published
     ids = torch.randint(model.config.vocab_size, (1, 64))
     before, _ = model(ids)
     lost = lost_to_rounding(model, torch.bfloat16)

@@ -85,7 +85,7 @@ for output, expected in ANSWERS.items():
 # %% [markdown]
 # ## One model, two scores
 # Now a whole test set. Our model gets 45% of the problems right, but it does not always write the
-# form, and sometimes it talks on. With the default knobs strict match says 34% and flexible 41%.
+# form, and sometimes it talks on. With the default knobs strict match says 36% and flexible 43%.
 # Neither is 45%, and neither is wrong: they measure other things. A number without its rule says
 # little.
 
@@ -106,7 +106,7 @@ for name, values in (("strict", strict), ("flexible", flexible)):
     mean, stderr, low, high = score(values)
     print(f"{name:8} {mean:.3f} +- {stderr:.3f}, 95% interval {low:.3f} to {high:.3f}")
 if (items, knows, follows_form, chats_on, seed) == (1319, 0.45, 0.75, 0.1, 1):
-    assert round(np.mean(strict), 2) == 0.34 and round(np.mean(flexible), 2) == 0.41
+    assert round(np.mean(strict), 2) == 0.36 and round(np.mean(flexible), 2) == 0.43
 
 # %% [markdown]
 # ## Intervals

@@ -148,3 +148,50 @@ def numbers(pattern, printed):
     found = re.search(pattern, printed)
     assert found, printed
     return [float(text.replace(",", "")) for text in found.groups()]
+
+
+@pytest.mark.slow
+def test_answers_about_rows(lesson):
+    assert "24 rows, 67% padding" in lesson("1_rows", packing="none")
+    assert "9 rows, 12% padding, 87% is learned" in lesson("1_rows", train_on_prompt=True)
+    moved, = numbers(r"differ by up to (\S+)", lesson("1_rows", doc_mask=False))
+    assert moved > 1
+
+
+def test_answers_about_flops(lesson):
+    share = r"scores and values .* (\d+)%"
+    assert numbers(share, lesson("2_forward", seq_len=33024)) == [40]
+    assert numbers(share, lesson("2_forward", seq_len=131072)) == [72]
+    assert numbers(r"head .* (\d+)%", lesson("2_forward", shape="Llama-3.1-8B")) == [7]
+    of_lora = r"a step takes ([\d.]+)% of the FLOPs"
+    assert numbers(of_lora, lesson("2_forward", lora_rank=256)) == [78.1]
+    assert numbers(of_lora, lesson("2_forward", lora_rank=890))[0] > 100 > numbers(
+        of_lora, lesson("2_forward", lora_rank=870))[0]
+
+
+def test_answers_about_lora(lesson):
+    assert numbers(r"A and B [\d,]+: ([\d.]+)%", lesson("3_lora", rank=46))[0] < 100
+    assert numbers(r"A and B [\d,]+: ([\d.]+)%", lesson("3_lora", rank=47))[0] > 100
+    assert "plain PyTorch 176, lora.py 176, full finetuning 172" in lesson("3_lora", dropout=0.0)
+    lost = r"in bfloat16 ([\d.]+)% of the change"
+    assert numbers(lost, lesson("3_lora", size_of_b=0.003))[0] < 50
+    assert numbers(lost, lesson("3_lora", size_of_b=0.001))[0] > 50
+
+
+def test_answers_about_optimizers(lesson):
+    printed = lesson("4_optimizers", schedule_lag=False)
+    assert "as shares: [0.005, 0.01, 0.015, 0.02]\nand of the last: 0.01\n" in printed
+    settles = r"Lion  constant settles (\S+) from.*\n.*\nAdamW constant settles (\S+) from"
+    lion, adamw = numbers(settles, printed)
+    twice_lion, twice_adamw = numbers(settles, lesson("4_optimizers", learning_rate=0.02))
+    assert 1.2 < twice_lion / lion < 2.2 and 1.2 < twice_adamw / adamw < 2.2
+    lion, adamw = numbers(settles, lesson("4_optimizers", noise=0.0))
+    assert lion > 10 * adamw
+
+
+def test_answers_about_scores(lesson):
+    assert "truth 0.410, formula 0.410, guess 0.406" in lesson("6_scores", n_samples=200)
+    assert "truth 0.410, formula 0.410, guess 0.296" in lesson("6_scores", n_samples=5)
+    printed = lesson("6_scores", follows_form=1.0)
+    assert "strict   0.471" in printed and "flexible 0.429" in printed
+    assert "the intervals part at None items" in lesson("6_scores", items=164)
