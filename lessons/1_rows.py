@@ -122,11 +122,11 @@ assert moved < 1e-3 if doc_mask else moved > 1
 
 # %% [markdown]
 # ## The picture
-# Grey is read, blue is learned, white is padding. A line is a boundary.
+# Grey is read, blue is learned, yellow is padding. A line is a boundary.
 
 # %%
 figure, ax = plt.subplots(figsize=(6.5, 0.9 + 0.18 * len(rows)))
-looks = {"only read": "#BBBBBB", "learned": "#0072B2", "padding": "#FFFFFF"}
+looks = {"only read": "#BBBBBB", "learned": "#0072B2", "padding": "#FCE8A6"}
 for y in range(len(rows)):
     ids, row_targets, starts = rows[y]
     colours = np.where(np.append(IGNORE, row_targets[:-1]) == IGNORE, "only read", "learned")
@@ -143,7 +143,7 @@ ax.grid(False)
 ax.set_xlabel("position in the row, tokens")
 ax.set_ylabel("row")
 ax.set_title(f"{problems} problems in {len(rows)} rows: {padding:.0%} padding")
-ax.legend(ncols=3, loc="upper left", bbox_to_anchor=(0, -0.2), edgecolor="black", handlelength=1)
+ax.legend(ncols=3, loc="upper left", bbox_to_anchor=(0, -0.2), handlelength=1)
 show(figure, out_dir, "1_rows")
 
 # %% [markdown]

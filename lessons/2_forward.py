@@ -158,7 +158,7 @@ at_crossing = forward_flops(config, crossing)
 if shape == "Llama-2-7b-hf":  # where the heads together are as wide as the stream
     assert crossing == 33024 and at_crossing["scores and values"] == at_crossing["MLP"]
 
-figure, ax = plt.subplots(figsize=(5, 3))
+figure, ax = plt.subplots(figsize=(6.5, 3.2))
 lengths = [2 ** power for power in range(9, 18)]
 bands = {name: [] for name in parts}
 for length in lengths:

@@ -163,7 +163,7 @@ above.legend(loc="lower center")
 below.set_yscale("log")
 below.set_xlabel("step")
 below.set_ylabel("distance from the target, rms")
-below.legend(loc="lower left")
+below.legend(loc="upper right")
 show(figure, out_dir, "4_optimizers")
 
 # %% [markdown]
