@@ -22,6 +22,15 @@ READING_PATH = configurator.py model.py lora.py lion.py prepare_data.py train.py
 lines:
 	@wc -l $(READING_PATH)
 
+# seven lessons, in order; docs/lessons.md says for whom
+LESSONS = $(sort $(wildcard lessons/[1-9]_*.py))
+lessons: .venv/installed
+	set -e; for lesson in $(LESSONS); do echo "== $$lesson"; $(BIN)/python $$lesson; done
+
+# the same as notebooks, lessons/*.ipynb, which are not committed
+notebooks: .venv/installed-notebooks
+	$(BIN)/jupytext --to notebook $(LESSONS)
+
 # what the machine can run: on a GPU all, on a CPU a small model
 bench: .venv/installed-test
 	if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
@@ -61,4 +70,8 @@ gpu: .venv/installed-test
 	.venv-newest/bin/pip install -q -r requirements-newest.txt
 	touch $@
 
-.PHONY: quickstart test test-newest quick lines bench gpu
+.venv/installed-notebooks: .venv/installed requirements-notebooks.txt
+	$(BIN)/pip install -q -r requirements-notebooks.txt
+	touch $@
+
+.PHONY: quickstart test test-newest quick lines lessons notebooks bench gpu
