@@ -54,7 +54,7 @@ OF_NO_INTEREST = {"out_dir", "resume", "auto_resume", "resume_from"}
 def make_figures(found, loaded, metrics):
     """[{"title", "source"}] of the figures that there is data for, as data URIs of SVG.
 
-    found {folder: Run}; loaded: what paper.plot.read_spectra returns."""
+    found {folder: Run}; loaded [(path, JSON)] of the spectra."""
     read = list(found.values())
     points, bases = points_of(read)
     settings = {folder: setting_of(run) for folder, run in found.items()}
@@ -207,7 +207,10 @@ if __name__ == "__main__":
         if not found:
             raise ValueError(f"runs: no folder with results or a log is named {', '.join(runs)}")
         beside = [folder / "spectrum.json" for folder in found]
-        loaded = read_spectra([path for path in beside if path.is_file()])
+        loaded = []
+        for path, content in read_spectra([path for path in beside if path.is_file()]):
+            if content["kind"] == "spectrum":
+                loaded.append((path, content))
         names = names_of(found)
         items = read_evaluations(list(found), tasks)
         paragraphs = share_paragraphs(items)

@@ -89,13 +89,13 @@ def wandb_writer(knobs, last_step, config):
     # a new run has an id of its own, also where a deleted one left its file
     id_file = Path(knobs.out_dir) / "wandb_id"
     goes_on = last_step >= 0 and id_file.is_file()
-    run_id = id_file.read_text().strip() if goes_on else wandb.util.generate_id()
+    run_id = id_file.read_text().strip() if goes_on else None
     try:
         run = wandb.init(project=knobs.wandb, name=Path(knobs.out_dir).resolve().name, id=run_id,
                          dir=knobs.out_dir, config=config, resume="allow")
     except wandb.errors.Error as e:
         raise ValueError(f"wandb={knobs.wandb}: {e}") from None
-    write_whole(id_file, run_id + "\n")
+    write_whole(id_file, run.id + "\n")
     # by our own step, since theirs cannot go back to where a run resumes
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
