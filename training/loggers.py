@@ -70,13 +70,12 @@ def start_files(knobs, config, last_step):
 
 
 def numbers_of(record):
-    """{name: number} of a record; {"val": {"code": 1.9}} is val/code, a list is its length."""
+    """{name: number} of a record; a validation's are val/NAME, a list is its length."""
+    if "val" in record:
+        return {f"val/{name}": loss for name, loss in record["val"].items()}
     numbers = {}
     for name, value in record.items():
-        if isinstance(value, dict):
-            for inner, number in value.items():
-                numbers[f"{name}/{inner}"] = number
-        elif isinstance(value, list):
+        if isinstance(value, list):
             numbers[name] = len(value)
         elif name != "step" and isinstance(value, (int, float)):
             numbers[name] = value
