@@ -1,26 +1,34 @@
 r"""
-Try a model: prompt in, text out, printed while it is generated.
+Try models: prompt in, text out, printed while it is generated; several stand side by side.
 
     python sample.py --model=models/llama2-7b --prompt='Once upon a time'
     python sample.py --model=models/llama2-7b --adapter=out/gsm8k/step_200 --prompt='Q: ...\nA:'
-    python sample.py --model=out/gsm8k-full/step_200 --temperature=0.8 --n=3 < prompt.txt
+    python sample.py --model=models/llama2-7b --adapter=none,out/r16/step_200,out/r64/step_200 < q
+    python sample.py --model=out/full/step_200,out/r16/step_200 --chat=True    # a line a message
 
     'Once upon a time'  ->  [1, 403, 407, 261, 378]  ->  [432, 383, 286, ...]  ->  ', there was ...'
 """
+import shutil
 import sys
 import time
 
 from configurator import configure
 from evaluation.evals import begin_and_end, load_for_eval
 from runtime import one_line_errors, pick_device, pick_dtype
+from text.chat import chat_encoder
+from text.columns import column_width, print_alone, print_row, print_side_by_side
 from text.records import unescape
+from text.templates import CHATS
 from text.tokenizer import StreamDecoder, text_stopper
 
 # -----------------------------------------------------------------------------
-model = ''               # folder of a model, a checkpoint, or an adapter that names its base
-adapter = ''             # adapter folder to put on `model`
+model = ()               # folders of models, checkpoints, or adapters that name their base
+adapter = ()             # adapter folders to put on the one `model`; none = the model itself
 tokenizer = ''           # tokenizer file or folder; '' = the model's folder
 prompt = ''              # text; \n, \t and \\ mean what they mean in templates; '' = standard input
+chat = False             # prompt, then each line of standard input, is a message
+template = ''            # of chat: tulu | llama2; '' = the one in the model's folder
+system = ''              # of chat: a system message
 bos = None               # whether BOS stands in front; None = as the tokenizer does it
 max_new_tokens = 256
 temperature = 0.0        # 0 = greedy
@@ -31,41 +39,110 @@ stop = ()                # texts that end a continuation, read like the prompt
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
 _types = {'bos': bool}
-_choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
+_choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64'),
+            'template': ('', *CHATS)}
 
 
-# -----------------------------------------------------------------------------
+# ----------------------------------------------------------------------------- models
+def pairs_of(models, adapters):
+    """[(model, adapter or "")] to compare; ValueError for adapters on several models."""
+    if not adapters:
+        return [(each, "") for each in models or ("",)]
+    if len(models) > 1:
+        raise ValueError("adapter: they go on one model; name others, or adapters, in model alone")
+    base = models[0] if models else ""
+    return [(base, "" if each == "none" else each) for each in adapters]
+
+
+def answer_of(subject, ids, stop_texts, most, drawing):
+    """Yield the text that a Subject's model continues `ids` with, a piece for each new id.
+
+    most: new ids; drawing: more arguments of generate_tokens."""
+    tok = subject.tokenizer
+    decoder = StreamDecoder(tok, ids)
+    ended = text_stopper(tok, stop_texts, tok.stop_ids)
+    tokens = subject.model.generate_tokens([ids], most, stop=ended, vocab_size=tok.vocab_size,
+                                           **drawing)
+    for _, _, token, _ in tokens:
+        yield "" if token in tok.stop_ids else decoder.push(token)
+    yield decoder.finish()
+
+
+def room_for(subject, ids, most):
+    """New ids that fit behind a conversation, at most `most`; ValueError where none does."""
+    context = subject.model.config.max_position_embeddings
+    if len(ids) >= context:
+        raise ValueError(f"the conversation has {len(ids)} tokens, the model's context {context}")
+    return min(most, context - len(ids))
+
+
+def messages_in(prompt, lines):
+    """Yield the prompt, if there is one, then each line that is not blank."""
+    if prompt:
+        yield prompt
+    for line in lines:
+        if line.strip():
+            yield line.rstrip("\n")
+
+
+# ----------------------------------------------------------------------------- the run
 if __name__ == "__main__":
     with one_line_errors():
         configure(globals())
+        pairs = pairs_of(model, adapter)
+        if chat and n > 1:
+            raise ValueError("n: a conversation has one answer to each message; say n=1")
+        width = column_width(shutil.get_terminal_size().columns, len(pairs))
 
-        # model and prompt
+        # the models; the error stream says how a text begins and ends, the other has texts alone
         device = pick_device(device)
-        loaded = load_for_eval(model, adapter, device, pick_dtype(dtype, device), tokenizer)
-        llama = loaded.model
-        tok = loaded.tokenizer
-        text = unescape(prompt) if prompt else sys.stdin.read()
-        stop_texts = [unescape(end) for end in stop]
-        # the error stream says how it begins and ends, the other has the text alone
-        bos = tok.adds_bos if bos is None else bos
-        ids = tok.encode(text, bos=bos)
-        print(f"[{begin_and_end(tok, bos)}]", file=sys.stderr)
+        subjects = []
+        begins = []
+        encoders = []
+        for folder, put_on in pairs:
+            subject = load_for_eval(folder, put_on, device, pick_dtype(dtype, device), tokenizer)
+            tok = subject.tokenizer
+            begins.append(tok.adds_bos if bos is None else bos)
+            if chat:
+                holds_template = tokenizer or subject.identity["model"]
+                encoders.append(chat_encoder(tok, holds_template, template, begins[-1]))
+            print(f"[{put_on or folder}: {begin_and_end(tok, begins[-1])}]", file=sys.stderr)
+            subjects.append(subject)
 
-        # one continuation after the other, so that each can be read while it is generated
+        # one prompt n times, or a message after the other
+        if chat:
+            rounds = messages_in(unescape(prompt), sys.stdin)
+        else:
+            rounds = [unescape(prompt) if prompt else sys.stdin.read()] * n
+        stop_texts = [unescape(end) for end in stop]
+        conversations = [[("system", system)] if system else [] for _ in subjects]
         count = 0
         started = time.perf_counter()
-        for i in range(n):
-            print(text, end="", flush=True)
-            decoder = StreamDecoder(tok, ids)
-            ended = text_stopper(tok, stop_texts, tok.stop_ids)
-            tokens = llama.generate_tokens([ids], max_new_tokens, temperature, top_p,
-                                           stop=ended, seed=seed + i, vocab_size=tok.vocab_size)
-            for _, _, token, _ in tokens:
-                count += 1
-                if token not in tok.stop_ids:
-                    print(decoder.push(token), end="", flush=True)
-            print(decoder.finish())
-            if i < n - 1:
-                print()  # a blank line between continuations
+        for number, text in enumerate(rounds):
+            drawing = {"temperature": temperature, "top_p": top_p, "seed": seed + number}
+            answers = []
+            for i, subject in enumerate(subjects):
+                most = max_new_tokens
+                if chat:
+                    conversations[i].append(("user", text))
+                    ids = encoders[i](conversations[i])
+                    most = room_for(subject, ids, most)
+                else:
+                    ids = subject.tokenizer.encode(text, bos=begins[i])
+                answers.append(answer_of(subject, ids, stop_texts, most, drawing))
+
+            # a blank line between rounds; one continuation stands behind its prompt
+            if number:
+                print()
+            if not chat:
+                print(text, end="" if len(answers) == 1 else "\n\n", flush=True)
+            if len(answers) == 1:
+                texts, pieces = print_alone(answers[0])
+            else:
+                print_row([str(put_on or folder)[-width:] for folder, put_on in pairs], width)
+                texts, pieces = print_side_by_side(answers, width)
+            count += pieces - len(subjects)  # each ends with a piece that is no token
+            for conversation, said in zip(conversations, texts):
+                conversation.append(("assistant", said))
         seconds = time.perf_counter() - started
         print(f"[{count} tokens, {count / seconds:.1f} a second]", file=sys.stderr)

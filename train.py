@@ -18,7 +18,6 @@ A step of global_batch=8 rows, microbatch=2, on 2 ranks, which take the microbat
 Same knobs, same run, on any number of ranks: rows are a function of (seed, epoch, step), dropout
 masks of (seed, step, microbatch).
 """
-import json
 import math
 import signal
 import time
@@ -35,13 +34,13 @@ from llama.lora_matmul import choose_kernel
 from llama.weights import full_tensor
 from lora import apply_lora, apply_saved_lora, init_adapters
 from model import IGNORE, Llama, LlamaConfig
-from runtime import (LOCAL_WORLD, RANK, WORLD, append_jsonl, catch_stop_signals, device_memory,
-                     device_name, join_ranks, matmul_flops, one_line_errors, peak_flops,
-                     peak_memory, pick_device, pick_dtype, print0, versions, write_whole)
+from runtime import (LOCAL_WORLD, RANK, WORLD, catch_stop_signals, device_memory, device_name,
+                     join_ranks, matmul_flops, one_line_errors, peak_flops, peak_memory,
+                     pick_device, pick_dtype, print0, versions)
 from training.checkpoint import (checkpoint_state, checkpoints, load_optimizer,
-                                 load_trained_adapter, lock, newest_checkpoint, save_checkpoint,
-                                 start_log)
+                                 load_trained_adapter, lock, newest_checkpoint, save_checkpoint)
 from training.checks import check_first_step, check_knobs
+from training.loggers import start_files
 from training.parallel import (all_reduce, all_reduce_gradients, check_replicas,
                                destroy_process_group, is_sharded, shard_model)
 from training.plan import choose_sharding, count_steps, plan_run, print_plan, shape_of, step_at
@@ -104,6 +103,8 @@ keep_last = 2                # complete checkpoints to keep; 0 = all
 async_save = False           # write while training goes on, from copies in rank 0's CPU memory
 checkpoint_at = ()           # save and keep: steps, or tokens from 1e6 on, as in 500,0.25e9,1e9
 max_skipped = 5              # steps in a row whose loss or gradient is not finite
+wandb = ''                   # log to this project of Weights & Biases as well
+tensorboard = ''             # log to a folder of the run's name in this one as well
 # machine
 device = 'auto'              # auto | cpu | cuda | cuda:N
 dtype = 'auto'               # of activations and frozen weights; auto: bf16 if a GPU has it
@@ -133,7 +134,7 @@ _free = {'out_dir', 'resume', 'auto_resume', 'resume_from', 'max_steps', 'max_ep
          'val_data', 'log_interval', 'eval_interval', 'eval_rows', 'save_interval', 'keep_last',
          'async_save', 'checkpoint_at', 'max_skipped', 'device', 'compile', 'lora_kernel', 'shard',
          'shard_ranks', 'activation_checkpointing', 'memory_gb', 'mfu', 'dry_run', 'gpus', 'gpu',
-         'data_rows'}
+         'data_rows', 'wandb', 'tensorboard'}
 # and these too in a run that branches off with resume_from
 _schedule = {'learning_rate', 'schedule', 'warmup_steps', 'alpha_f', 't_scale', 'alpha_f_decay',
              'cooldown_steps', 'alpha_f_cooldown'}
@@ -275,7 +276,7 @@ def log_step(log, record, steps, flops, peak):
            f"lr {record['lr']:.2e}  norm {record['grad_norm']:.3f}  "
            f"{record['tok_per_s']:,.0f} tok/s  {rate / 1e12:.2f} TFLOP/s  MFU {mfu}  "
            f"ETA {hours:.0f}:{minutes:02.0f}:{seconds:02.0f}")
-    append_jsonl(log, record)
+    log.append(record)
 
 
 def log_losses(log, step, steps, tokens, losses):
@@ -283,7 +284,7 @@ def log_losses(log, step, steps, tokens, losses):
     if losses:
         text = "  ".join(f"{name} loss {loss:.4f}" for name, loss in losses.items())
         print0(f"step {step}/{steps}  {text}")
-        append_jsonl(log, {"step": step, "tokens": tokens, "val": losses})
+        log.append({"step": step, "tokens": tokens, "val": losses})
 
 
 # ----------------------------------------------------------------------------- the run
@@ -363,11 +364,7 @@ if __name__ == "__main__":
             model.compile_blocks()
 
         # ---- the run's files
-        log = Path(out_dir) / "log.jsonl"
-        if RANK == 0:
-            start_log(log, first_step if started_from else -1)
-            text = json.dumps({"config": config, "versions": versions()}, indent=1)
-            write_whole(Path(out_dir) / "config.json", text)
+        log = start_files(knobs, config, first_step if started_from else -1)
         keep = {step_at(at, tokens_a_step) if at >= 1e6 else int(at) for at in checkpoint_at}
         pool = ThreadPoolExecutor(1) if async_save else None  # writes while training goes on
         saving = None  # a checkpoint that the pool has not written yet
@@ -417,12 +414,12 @@ if __name__ == "__main__":
                 skipped_in_a_row += 1
                 state["skipped"] += 1
                 print0(f"WARNING: step {done} skipped: loss {loss}, gradient norm {norm}")
-                append_jsonl(log, {"step": done, "skipped": batch.tolist(), "loss": str(loss),
-                                   "grad_norm": str(norm)})
+                log.append({"step": done, "skipped": batch.tolist(), "loss": str(loss),
+                            "grad_norm": str(norm)})
                 if skipped_in_a_row >= max_skipped:
                     raise ValueError(f"{max_skipped} steps in a row without a finite loss and "
-                                     f"gradient norm, the last {done}; their rows are in {log} "
-                                     "under 'skipped'")
+                                     f"gradient norm, the last {done}; their rows are in "
+                                     f"{log.path} under 'skipped'")
             optim.zero_grad(set_to_none=True)
 
             # log

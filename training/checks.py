@@ -13,6 +13,7 @@ import torch
 from llama.weights import file_tensors, full_tensor
 from lora import adapter_tensors
 from runtime import print0
+from training.loggers import check_loggers
 
 
 def check_knobs(knobs, ranks):
@@ -28,6 +29,7 @@ def check_knobs(knobs, ranks):
             raise ValueError(f"{name} must be at least 1, found {getattr(knobs, name)}")
     check_batch(knobs, ranks)
     check_lora(knobs)
+    check_loggers(knobs)
 
     # a new run must not overwrite another
     if knobs.resume and knobs.resume_from:

@@ -1,0 +1,148 @@
+r"""
+A conversation as the ids that a chat model reads: in its own template, or in one of CHATS.
+
+    encode = chat_encoder(tokenizer, "models/smollm2")
+    encode([("user", "Hi")])  ->  ids of <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n
+
+A model's own template is chat_template.jinja in its folder, or chat_template in its
+tokenizer_config.json. It is rendered as transformers renders it, in Jinja's sandbox. Special tokens
+that the template names become their ids; in what somebody said their names stay text, where
+transformers makes ids of them, so that no message can end itself or speak for another role.
+"""
+import json
+import re
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+import jinja2
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from text.templates import CHATS
+
+# put into the names of special tokens in messages; it stands for no character
+GUARD = "\ufdd0"
+
+
+def chat_encoder(tokenizer, folder, template="", bos=False):
+    """A function: messages [(role, content)], user's last -> ids of the prompt for an answer.
+
+    template: a name in CHATS, with `bos` in front; '' = the one in the model's folder.
+    Raises ValueError where there is no such template, or it cannot be read."""
+    if template in CHATS:
+        return partial(encode_turns, tokenizer, template, bos)
+    if template:
+        raise ValueError(f"template: expected {', '.join(CHATS)} or none, found {template!r}")
+    source = template_source(Path(folder))
+    try:
+        compiled = environment().from_string(source)
+    except jinja2.TemplateError as e:
+        raise ValueError(f"{folder}: its chat template cannot be read: {e}") from None
+    return partial(encode_rendered, tokenizer, compiled)
+
+
+# ----------------------------------------------------------------------------- ours
+def encode_turns(tokenizer, template, bos, messages):
+    """The ids of a conversation as prepare_data.py makes them for training."""
+    # the answer to come ends the last turn, and is not there yet
+    turns = CHATS[template]([*messages, ("assistant", "")])
+    ids = []
+    for number, (read, response) in enumerate(turns):
+        begins = number == 0 or template == "llama2"
+        ids += tokenizer.encode(read, bos=bos and begins)
+        if number < len(turns) - 1:
+            ids += tokenizer.encode(response, eos=True)
+    return ids
+
+
+# ----------------------------------------------------------------------------- the model's own
+def template_source(folder):
+    """The text of a folder's chat template; ValueError if it has none."""
+    alone = folder / "chat_template.jinja"
+    if alone.is_file():
+        return alone.read_text(encoding="utf-8")
+    found = None
+    config = folder / "tokenizer_config.json"
+    if config.is_file():
+        found = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
+    # several of them have names
+    if isinstance(found, list):
+        found = {each["name"]: each["template"] for each in found}.get("default")
+    if not found:
+        raise ValueError(f"{folder} has no chat template; say --template={' or '.join(CHATS)}, "
+                         "whichever it was trained with")
+    return found
+
+
+def environment():
+    """Jinja as transformers sets it up for chat templates."""
+    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                         extensions=[loopcontrols])
+    made.filters["tojson"] = to_json
+    made.globals["raise_exception"] = refuse
+    made.globals["strftime_now"] = now
+    return made
+
+
+def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                      sort_keys=sort_keys)
+
+
+def refuse(message):
+    raise jinja2.TemplateError(message)
+
+
+def now(form):
+    return datetime.now().strftime(form)
+
+
+def encode_rendered(tokenizer, compiled, messages):
+    """The ids of a conversation in a compiled template; ValueError where it refuses the messages.
+
+    Exact for byte-level tokenizers. Sentencepiece puts a blank before each text that follows a
+    special token, as transformers does for Llama-2."""
+    # names of special tokens, the longest first; those in messages are guarded
+    ids_of = special_names(tokenizer)
+    names = sorted(ids_of, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
+    said = []
+    for role, content in messages:
+        said.append({"role": role, "content": pattern.sub(guarded, content)})
+    name_of = {i: name for name, i in ids_of.items()}
+    try:
+        text = compiled.render(messages=said, add_generation_prompt=True,
+                               bos_token=name_of.get(tokenizer.bos_id, ""),
+                               eos_token=name_of.get(tokenizer.eos_id, ""))
+    except jinja2.TemplateError as e:
+        raise ValueError(f"the chat template refuses these messages: {e}") from None
+
+    # the ids of special tokens, and of the texts between them
+    ids = []
+    at = 0
+    for found in pattern.finditer(text):
+        ids += encode_text(tokenizer, text[at:found.start()])
+        ids.append(ids_of[found[0]])
+        at = found.end()
+    return ids + encode_text(tokenizer, text[at:])
+
+
+def special_names(tokenizer):
+    """{name: id} of the special tokens, and of BOS and EOS, which a sentencepiece file has too."""
+    names = dict(tokenizer.special_ids)
+    for name, i in tokenizer.ids.items():
+        if i in (tokenizer.bos_id, tokenizer.eos_id):
+            names[name] = i
+    return names
+
+
+def guarded(found):
+    """The name of a special token, broken after its first character."""
+    return found[0][0] + GUARD + found[0][1:]
+
+
+def encode_text(tokenizer, text):
+    """The ids of a text between special tokens, as it was before it was guarded."""
+    text = text.replace(GUARD, "")
+    return tokenizer.encode(text) if text else []
