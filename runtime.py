@@ -136,7 +136,18 @@ def device_name(device):
     """What to call the device in a printed line."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    return f"CPU, {cpu_kind()}, {torch.get_num_threads()} threads"
+
+
+def cpu_kind():
+    """The processor's name, and the widest instructions that PyTorch uses on it."""
+    name = platform.machine()
+    with contextlib.suppress(OSError):  # only Linux has the file
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                name = line.split(":")[1].strip()
+                break
+    return f"{name} with {torch.backends.cpu.get_cpu_capability()}"
 
 
 def device_memory(device):

@@ -19,14 +19,15 @@ from collections import defaultdict
 
 import torch
 
-from bench.sides import SIDES, clock, in_turn, left_padded, load_peer, write_results
+from bench.sides import (clock, in_turn, left_padded, load_peer, print_machine, ratio_words,
+                         write_results)
 from configurator import configure, knob_table
 from eval_gsm8k import STOPS, build_prompt, draw_shots
 from eval_humaneval import FIELDS, run_program
 from evaluation.evals import read_items
 from evaluation.sandbox import Sandbox
 from model import Llama
-from runtime import device_name, one_line_errors, pick_device, versions
+from runtime import one_line_errors, pick_device
 from text.tokenizer import load_tokenizer, text_stopper
 
 # -----------------------------------------------------------------------------
@@ -45,6 +46,7 @@ device = 'auto'          # auto | cpu | cuda | cuda:N
 out = ''                 # also write the results to this JSON file
 _choices = {'parts': ('gsm8k', 'starts'), 'dtype': ('float32', 'bfloat16')}
 
+SIDES = ("ours", "peer")
 NEW_TOKENS = 256  # at most, the harness's
 
 
@@ -125,9 +127,8 @@ def bench_gsm8k(model, gsm8k_test, gsm8k_train, items, at_once, repeats, dtype, 
         result[side] = {"items_per_s": speed, "seconds": seconds[side], "new_tokens": lengths}
         words.append(f"{side} {speed:.3f} items/s, {sum(lengths)} new tokens")
     same = sum(ours == peer for ours, peer in zip(answers["ours"], answers["peer"]))
-    ratio = result["ours"]["items_per_s"] / result["peer"]["items_per_s"]
-    print(f"gsm8k    {'   '.join(words)}   {same} of {len(prompts)} answers equal   {ratio:.2f}x",
-          flush=True)
+    print(f"gsm8k    {'   '.join(words)}   {same} of {len(prompts)} answers equal   "
+          f"{ratio_words(seconds['ours'], seconds['peer'])}", flush=True)
     return result
 
 
@@ -179,7 +180,7 @@ if __name__ == "__main__":
             raise ValueError("model: expected a model folder for parts=gsm8k; "
                              "--parts=starts needs none")
         device = pick_device(device)
-        print(f"{device_name(device)}, {versions()}")
+        print_machine(device)
 
         # one part after the other, written as they come
         results = {}

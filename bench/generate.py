@@ -7,19 +7,26 @@ Speed and memory of generation against Hugging Face transformers, both sides in 
     python -m bench.generate                               # random weights of SmolLM2-135M's shape
     python -m bench.generate --model=models/smollm2-135m
 
-Both sides make exactly `new_tokens` a row. See bench/sides.py for how they are compared.
+Both sides make exactly `new_tokens` a row. See bench/sides.py for how they are compared. Beside
+them stands the floor of a decoding step: its matrix products alone, and the time that it takes to
+read the weights once.
 """
 import gc
 import json
+import statistics
 from collections import defaultdict
+from functools import partial
 
 import torch
 
-from bench.sides import (SIDES, clock, compare_sides, in_turn, left_padded, load_peer,
-                         write_random_model, write_results)
+from bench.sides import (SCATTER, clock, compare_sides, in_turn, left_padded, load_peer,
+                         print_machine, scatter, write_random_model, write_results)
 from configurator import configure, knob_table
-from model import Llama
-from runtime import device_name, one_line_errors, peak_memory, pick_device, versions
+from llama.generate import PACKED_ROWS, can_pack
+from model import Llama, LlamaConfig, linear
+from runtime import one_line_errors, peak_memory, pick_device
+
+SIDES = ("ours", "peer")
 
 # -----------------------------------------------------------------------------
 model = ''               # model folder; '' = random weights of SmolLM2-135M's shape
@@ -27,13 +34,12 @@ parts = ('greedy', 'samples')
 prompts = 16             # greedy: prompts at once, of 32 to 96 tokens
 samples = 50             # samples: of one prompt of 128 tokens, temperature 0.8, top_p 0.95
 new_tokens = 64          # of each continuation
-repeats = 3              # rounds; the median counts
-side = 'both'            # both in turn | ours | peer: one alone, which is how memory is measured
+repeats = 5              # rounds; the median counts
+sides = SIDES            # in turn; one alone is how memory is measured
 dtype = 'bfloat16'
 device = 'auto'          # auto | cpu | cuda | cuda:N
 out = ''                 # also write the results to this JSON file
-_choices = {'parts': ('greedy', 'samples'), 'side': ('both', 'ours', 'peer'),
-            'dtype': ('float32', 'bfloat16')}
+_choices = {'parts': ('greedy', 'samples'), 'sides': SIDES, 'dtype': ('float32', 'bfloat16')}
 
 
 # ----------------------------------------------------------------------------- one part
@@ -60,7 +66,10 @@ def generate_rows(side, llama, ids, new_tokens, drawing):
 
 
 def generation_rounds(folder, sides, ids, new_tokens, drawing, repeats, dtype, device):
-    """Seconds of each round of generating, {side: [...]}, after one to warm up."""
+    """Seconds of each round of generating, {side: [...]}, after one to warm up.
+
+    Beside both sides: of ours with one new token ("first"), and of a step's floor ("products" and
+    "reading")."""
     # both models in memory, warmed up
     models = {}
     for side in sides:
@@ -70,13 +79,63 @@ def generation_rounds(folder, sides, ids, new_tokens, drawing, repeats, dtype, d
             models[side] = load_peer(folder, dtype, device).eval()
         generate_rows(side, models[side], ids, new_tokens, drawing)
 
+    # what a round runs
+    runs = {}
+    for side in sides:
+        runs[side] = partial(generate_rows, side, models[side], ids, new_tokens, drawing)
+    if len(sides) > 1:
+        rows = len(ids) * drawing.get("n", 1)
+        floor = Floor(LlamaConfig.from_json(folder), rows, dtype, device)
+        runs["first"] = partial(generate_rows, "ours", models["ours"], ids, 1, drawing)
+        runs["products"] = floor.products
+        runs["reading"] = floor.read_weights
+
     # a round of each in turn
     seconds = defaultdict(list)
-    for side in in_turn(sides, repeats):
+    for name in in_turn(runs, repeats):
         started = clock(device)
-        generate_rows(side, models[side], ids, new_tokens, drawing)
-        seconds[side].append(clock(device) - started)
+        runs[name]()
+        seconds[name].append(clock(device) - started)
     return seconds
+
+
+# ----------------------------------------------------------------------------- the floor
+class Floor:
+    """The least that a decoding step of `rows` rows does: its products, and reading its weights."""
+
+    def __init__(self, config, rows, dtype, device):
+        how = dict(dtype=dtype, device=device)
+        shapes = list(config.projection_shapes.values()) * config.num_hidden_layers
+        shapes.append((config.vocab_size, config.hidden_size))
+        self.weights = [torch.randn(shape, **how) for shape in shapes]
+        self.inputs = {K: torch.randn(rows, K, **how) for _, K in shapes}
+        # in the order that generation has them
+        self.packed = [None] * len(shapes)
+        if rows <= PACKED_ROWS and can_pack(device, dtype):
+            reorder = torch.ops.mkldnn._reorder_linear_weight
+            self.packed = [reorder(weight) for weight in self.weights]
+
+    def products(self):
+        for weight, packed in zip(self.weights, self.packed):
+            linear(self.inputs[weight.shape[1]], weight, packed)
+
+    def read_weights(self):
+        for weight in self.weights:
+            weight.sum()
+
+
+def print_floor(part, seconds, new_tokens):
+    """A decoding step of ours beside its floor, from the rounds of generation_rounds."""
+    middle = {name: statistics.median(times) for name, times in seconds.items()}
+    step = (middle["ours"] - middle["first"]) / (new_tokens - 1)
+    least = max(middle["products"], middle["reading"])
+    line = (f"{part:8} a decoding step of ours {step * 1e3:.1f} ms, its products alone "
+            f"{middle['products'] * 1e3:.1f}, reading its weights {middle['reading'] * 1e3:.1f}")
+    widest = max(scatter(times) for times in seconds.values())
+    if widest > SCATTER:
+        print(f"{line}; no ratio: rounds scatter by {widest:.0%}")
+    else:
+        print(f"{line}: {step / least:.2f} times the larger")
 
 
 # -----------------------------------------------------------------------------
@@ -84,10 +143,10 @@ if __name__ == "__main__":
     with one_line_errors():
         config = configure(globals())
         device = pick_device(device)
-        sides = SIDES if side == "both" else (side,)
-        if side == "both":
+        alone = len(sides) == 1
+        if not alone:
             print(knob_table(globals()))
-            print(f"{device_name(device)}, {versions()}")
+            print_machine(device)
         random_weights = None if model else write_random_model()
         folder = model or random_weights.name
 
@@ -108,8 +167,15 @@ if __name__ == "__main__":
             seconds = generation_rounds(folder, sides, ids, new_tokens, drawing, repeats,
                                         getattr(torch, dtype), device)
             gc.collect()
+            floor = {}
+            for name in ("first", "products", "reading"):
+                if name in seconds:
+                    floor[name] = seconds.pop(name)
             results[part] = compare_sides("bench.generate", part, seconds, rows * new_tokens,
                                           folder, config)
+            if floor:
+                print_floor(part, {"ours": seconds["ours"], **floor}, new_tokens)
+                results[part]["floor"] = {"seconds": floor}
             write_results(out, config, device, results)
-        if side != "both":
+        if alone:
             print(json.dumps({"peak_gb": peak_memory(device)}))

@@ -26,10 +26,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from bench.sides import Settings, clock, write_results
+from bench.sides import Settings, clock, print_machine, write_results
 from configurator import configure, knob_table
 from llama.lora_matmul import lora_matmul, milliseconds
-from runtime import device_name, one_line_errors, pick_device, versions
+from runtime import one_line_errors, pick_device
 
 # -----------------------------------------------------------------------------
 shapes = ()              # 7b, 13b, 70b: Llama-2's; tiny; none = Llama-2's on a GPU, tiny on a CPU
@@ -255,7 +255,7 @@ if __name__ == "__main__":
             raise ValueError(f"shapes={','.join(shapes)}: these need a GPU; "
                              "--shapes=tiny runs on a CPU")
         print(knob_table(globals()))
-        print(f"{device_name(device)}, {versions()}")
+        print_machine(device)
         if on_cpu:
             print("times on a CPU say nothing about a GPU")
 

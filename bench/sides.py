@@ -1,13 +1,16 @@
-"""The two sides of a comparison: ours, and the peer (transformers, with peft for LoRA).
+"""The sides of a comparison: ours, the peer (transformers, with peft for LoRA), and the same peer
+through torch.compile.
 
-    time      round 1: ours, peer    round 2: ours, peer    round 3: ours, peer    -> the medians
-    memory    ours alone, in a process of its own; then the peer alone, likewise
+    time      round 1: ours, peer, compiled    round 2: ours, peer, compiled   ...   -> the medians
+    memory    ours alone, in a process of its own; then each of the others alone, likewise
 
-Both take turns in one process, so that a slow moment of the machine hits both. Same weights, data,
+All take turns in one process, so that a slow moment of the machine hits all. Same weights, data,
 dtype and threads. The peer gets its fastest settings known to us: weights in the dtype of the
-computation (no autocast), SDPA attention, fused AdamW.
+computation (no autocast), SDPA attention, fused AdamW. Where the rounds of a side differ by more
+than SCATTER no ratio is printed, but the rounds.
 """
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -21,7 +24,8 @@ import torch
 from model import Llama, LlamaConfig
 from runtime import device_name, versions, write_whole
 
-SIDES = ("ours", "peer")
+SIDES = ("ours", "peer", "compiled")
+SCATTER = 0.2  # most that the rounds of a side may differ, as a share of their median
 # the shape of HuggingFaceTB/SmolLM2-135M
 SMOLLM2_135M = LlamaConfig(
     vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
@@ -37,7 +41,6 @@ class Settings:
     repeats: int                # rounds, of which the median counts
     compile: bool               # torch.compile of ours
     lora_dropout: float
-    compile_peer: bool = False
     lora_kernel: str = "auto"   # of ours
 
 
@@ -82,14 +85,38 @@ def clock(device):
     return time.perf_counter()
 
 
+def scatter(seconds):
+    """How far rounds lie apart, as a share of their median."""
+    return (max(seconds) - min(seconds)) / statistics.median(seconds)
+
+
+def ratio_words(ours, other):
+    """How many times as long `other` takes as `ours`, from the seconds of their rounds."""
+    for seconds in (ours, other):
+        if scatter(seconds) > SCATTER:
+            rounds = ", ".join(f"{s:.3g}" for s in seconds)
+            return f"no ratio: rounds of {rounds} s scatter by {scatter(seconds):.0%}"
+    return f"{statistics.median(other) / statistics.median(ours):.2f}x"
+
+
+def print_machine(device):
+    """The lines at the head of every bench: the machine, versions, and whether others use it."""
+    print(f"{device_name(device)}, {versions()}")
+    load = os.getloadavg()[0]
+    cores = os.cpu_count()
+    if load > cores:
+        print(f"the machine is busy: load {load:.1f} on {cores} cores. Threads that wait for each "
+              "other can take 20 to 40 times as long there: no figure below is to be trusted")
+
+
 # ----------------------------------------------------------------------------- memory
 def peak_alone(script, side, part, folder, knobs):
     """Peak memory in GB of one side of `script`, in a process of its own that takes one round."""
     argv = [sys.executable, "-m", script, f"--model={folder}", f"--parts={part}",
-            f"--side={side}", "--repeats=1"]
+            f"--sides={side}", "--repeats=1"]
     # all other knobs as they are here
     for name, value in knobs.items():
-        if name not in ("model", "parts", "side", "repeats", "out"):
+        if name not in ("model", "parts", "sides", "repeats", "out"):
             argv.append(f"--{name}={value}")
     done = subprocess.run(argv, check=True, text=True, capture_output=True)
     # the script ends with a line {"peak_gb": ...} when it runs one side
@@ -100,18 +127,19 @@ def peak_alone(script, side, part, folder, knobs):
 def compare_sides(script, part, seconds, tokens, folder, knobs):
     """{side: {"tok_per_s", "seconds", "peak_gb"}} from the seconds of rounds of `tokens` tokens.
 
-    With both sides their memory is measured, and a line printed."""
+    With several sides their memory is measured, and a line printed for each."""
     found = {}
     for side, times in seconds.items():
         found[side] = {"tok_per_s": tokens / statistics.median(times), "seconds": times}
     if len(found) == 1:
         return found
-    words = []
     for side, figures in found.items():
         figures["peak_gb"] = peak_alone(script, side, part, folder, knobs)
-        words.append(f"{side} {figures['tok_per_s']:8.1f} tok/s {figures['peak_gb']:5.2f} GB")
-    ratio = found["ours"]["tok_per_s"] / found["peer"]["tok_per_s"]
-    print(f"{part:8} {'   '.join(words)}   {ratio:.2f}x", flush=True)
+        line = (f"{part:8} {side:8} {figures['tok_per_s']:8.1f} tok/s "
+                f"{figures['peak_gb']:5.2f} GB")
+        if side != "ours" and "ours" in found:
+            line += f"   ours is {ratio_words(seconds['ours'], seconds[side])}"
+        print(line, flush=True)
     return found
 
 

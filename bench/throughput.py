@@ -29,13 +29,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from bench.sides import SIDES, Settings, clock, write_results
+from bench.sides import SIDES, Settings, clock, print_machine, write_results
 from bench.train import add_peft, compile_side, make_optimizer, random_batch, training_step
 from configurator import configure, knob_table
 from llama.lora_matmul import choose_kernel
 from lora import LoRAProjection, apply_lora
 from model import Llama, LlamaConfig
-from runtime import (device_name, one_line_errors, peak_flops, peak_memory, pick_device, versions)
+from runtime import one_line_errors, peak_flops, peak_memory, pick_device
 from training.plan import PUBLISHED, flops_of_batch, predict_memory
 
 # -----------------------------------------------------------------------------
@@ -49,15 +49,14 @@ microbatch_tokens = 8192 # and tokens at once
 lora_dropout = 0.05
 lora_kernel = 'auto'     # ours: auto | torch | triton
 compile = True           # torch.compile of our blocks
-compile_peer = False     # the peer stays eager, as its users have it
 repeats = 3              # steps; the median counts
 stop_after = 0           # seconds after which no further model is begun; 0 = none
-side = 'both'            # both | ours | peer
+sides = ('ours', 'peer') # and compiled: the peer through torch.compile
 dtype = 'bfloat16'
 device = 'auto'          # auto | cpu | cuda | cuda:N
 out = ''                 # also write the results to this JSON file, as they come
 _choices = {'shape': ('7b', '13b', 'tiny'), 'checkpointing': ('none', 'block'),
-            'lora_kernel': ('auto', 'torch', 'triton'), 'side': ('both', 'ours', 'peer'),
+            'lora_kernel': ('auto', 'torch', 'triton'), 'sides': SIDES,
             'dtype': ('float32', 'bfloat16')}
 
 GPUS = 8  # of the paper's node
@@ -358,12 +357,11 @@ if __name__ == "__main__":
             raise ValueError(f"seq_lens: found {max(seq_lens)}, longer than the {longest} of "
                              f"shape={shape}")
         device = pick_device(device)
-        print(f"{device_name(device)}, {versions()}")
+        print_machine(device)
 
         # what is measured, and with how many blocks
         settings = Settings(device, getattr(torch, dtype), repeats, compile, lora_dropout,
-                            compile_peer, lora_kernel)
-        sides = SIDES if side == "both" else (side,)
+                            lora_kernel)
         axes = Axes(sides, ranks, seq_lens, checkpointing, batches, microbatch, microbatch_tokens)
         available = memory_of(device)
         model_config = blocks_that_fit(SHAPES[shape], axes, settings, available)

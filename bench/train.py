@@ -5,6 +5,8 @@ Speed and memory of training a small model against Hugging Face transformers + p
     lora     weights in `dtype`, fp32 adapters on all projections, both sides        LionW | AdamW
 
     a step: rows [4, 512] -> forward -> loss -> backward -> clip -> optimizer -> loss.item()
+    floor:  the step's matrix products and nothing else: of weights forward, of inputs' gradients,
+            of weights' gradients where they are trained, with the head
 
     python -m bench.train                                   # random weights of SmolLM2-135M's shape
     python -m bench.train --model=models/smollm2-135m
@@ -17,14 +19,15 @@ from collections import defaultdict
 
 import torch
 
-from bench.sides import (SIDES, Settings, clock, compare_sides, in_turn, load_peer,
-                         write_random_model, write_results)
+from bench.sides import (SIDES, Settings, clock, compare_sides, in_turn, load_peer, print_machine,
+                         ratio_words, write_random_model, write_results)
 from configurator import configure, knob_table
 from lion import DecoupledLionW
 from llama.lora_matmul import choose_kernel
+from llama.weights import GROUPS
 from lora import apply_lora
-from model import IGNORE, Llama
-from runtime import device_name, one_line_errors, peak_memory, pick_device, versions
+from model import IGNORE, Llama, LlamaConfig
+from runtime import one_line_errors, peak_memory, pick_device
 
 # -----------------------------------------------------------------------------
 model = ''               # model folder; '' = random weights of SmolLM2-135M's shape
@@ -35,14 +38,13 @@ lora_rank = 16
 lora_dropout = 0.05
 lora_kernel = 'auto'     # ours: auto | torch | triton
 compile = True           # torch.compile of our blocks
-compile_peer = False     # the peer stays eager, as its users have it
-repeats = 3              # rounds; the median counts
-side = 'both'            # both in turn | ours | peer: one alone, which is how memory is measured
+repeats = 5              # rounds; the median counts
+sides = SIDES            # in turn; one alone is how memory is measured
 dtype = 'bfloat16'
 device = 'auto'          # auto | cpu | cuda | cuda:N
 out = ''                 # also write the results to this JSON file
 _choices = {'parts': ('full', 'lora'), 'lora_kernel': ('auto', 'torch', 'triton'),
-            'side': ('both', 'ours', 'peer'), 'dtype': ('float32', 'bfloat16')}
+            'sides': SIDES, 'dtype': ('float32', 'bfloat16')}
 
 
 # ----------------------------------------------------------------------------- models
@@ -71,11 +73,54 @@ def load_ours(folder, rank, tokens, settings):
 
 
 def compile_side(side, llama, settings):
-    """torch.compile in place where the settings ask for it: ours by blocks, the peer whole."""
+    """torch.compile in place: ours by blocks where the settings ask for it, 'compiled' whole."""
     if side == "ours" and settings.compile:
         llama.compile_blocks()
-    if side == "peer" and settings.compile_peer:
+    if side == "compiled":
         llama.compile()
+
+
+# ----------------------------------------------------------------------------- the floor
+class Products:
+    """The matrix products of a training step on `tokens` tokens, on random operands.
+
+    With a rank the weights are frozen; the adapters' own products are not counted."""
+
+    def __init__(self, config, rank, tokens, settings):
+        self.trained = not rank
+        self.layers = config.num_hidden_layers
+        how = dict(device=settings.device, dtype=settings.dtype)
+
+        # projections that read the same input are one product, as in the model
+        shapes = config.projection_shapes
+        grouped = []
+        for names in GROUPS.values():
+            rows = sum(shapes[name][0] for name in names)
+            grouped.append((rows, shapes[names[0]][1]))
+        head = (config.vocab_size, config.hidden_size)
+
+        # weights of every block: no cache holds them from one step to the next
+        self.weights = []
+        for _ in range(self.layers):
+            self.weights.append([torch.randn(shape, **how) for shape in grouped])
+        self.weights.append([torch.randn(head, **how)])
+        # inputs and gradients of outputs may be the same in all blocks
+        self.inputs = {}
+        self.gradients = {}
+        for N, K in [*grouped, head]:
+            self.inputs[K] = torch.randn(tokens, K, **how)
+            self.gradients[N] = torch.randn(tokens, N, **how)
+
+    def step(self):
+        for weights in self.weights:
+            for w in weights:
+                self.inputs[w.shape[1]] @ w.T
+        for weights in reversed(self.weights):
+            for w in weights:
+                N, K = w.shape
+                self.gradients[N] @ w
+                if self.trained:
+                    self.gradients[N].T @ self.inputs[K]
 
 
 # ----------------------------------------------------------------------------- steps
@@ -114,7 +159,9 @@ def training_step(side, llama, optimizer, tokens, targets, rows_at_once):
 
 
 def training_rounds(folder, sides, rank, rows, seq_len, settings):
-    """Seconds of each round of a training step, {side: [...]}, after two steps to warm up."""
+    """Seconds of each round of a training step, {side: [...]}, after two steps to warm up.
+
+    Beside several sides their floor is timed, as "products"."""
     # ids that any SmolLM2 vocabulary holds
     tokens, targets = random_batch(rows, seq_len, 49000, settings.device)
 
@@ -134,12 +181,22 @@ def training_rounds(folder, sides, rank, rows, seq_len, settings):
         for _ in range(2):
             training_step(side, llama, optimizers[side], tokens, targets, rows)
 
+    # the floor
+    names = list(sides)
+    if len(sides) > 1:
+        products = Products(LlamaConfig.from_json(folder), rank, rows * seq_len, settings)
+        products.step()
+        names.append("products")
+
     # a step of each in turn
     seconds = defaultdict(list)
-    for side in in_turn(sides, settings.repeats):
+    for name in in_turn(names, settings.repeats):
         started = clock(settings.device)
-        training_step(side, models[side], optimizers[side], tokens, targets, rows)
-        seconds[side].append(clock(settings.device) - started)
+        if name == "products":
+            products.step()
+        else:
+            training_step(name, models[name], optimizers[name], tokens, targets, rows)
+        seconds[name].append(clock(settings.device) - started)
     return seconds
 
 
@@ -149,11 +206,11 @@ if __name__ == "__main__":
         config = configure(globals())
         device = pick_device(device)
         settings = Settings(device, getattr(torch, dtype), repeats, compile, lora_dropout,
-                            compile_peer, lora_kernel)
-        sides = SIDES if side == "both" else (side,)
-        if side == "both":
+                            lora_kernel)
+        alone = len(sides) == 1
+        if not alone:
             print(knob_table(globals()))
-            print(f"{device_name(device)}, {versions()}")
+            print_machine(device)
         random_weights = None if model else write_random_model()
         folder = model or random_weights.name
 
@@ -162,12 +219,18 @@ if __name__ == "__main__":
             rank = lora_rank if part == "lora" else 0
             seconds = training_rounds(folder, sides, rank, rows, seq_len, settings)
             gc.collect()
+            floor = seconds.pop("products", None)
             results[part] = compare_sides("bench.train", part, seconds, rows * seq_len, folder,
                                           config)
+            if floor:
+                results[part]["products"] = {"seconds": floor}
+                if "ours" in seconds:
+                    print(f"{part:8} ours takes {ratio_words(floor, seconds['ours'])} the time of "
+                          "its matrix products alone")
             write_results(out, config, device, results)
-        if side != "both":
+        if alone:
             print(json.dumps({"peak_gb": peak_memory(device)}))
-        elif "full" in results and "lora" in results:
-            full = results["full"]["ours"]["tok_per_s"]
-            lora = results["lora"]["ours"]["tok_per_s"]
-            print(f"LoRA against full, both ours: {lora / full:.2f}x")
+        elif "ours" in sides and len(results) == 2:
+            full = results["full"]["ours"]["seconds"]
+            lora = results["lora"]["ours"]["seconds"]
+            print(f"LoRA against full, both ours: {ratio_words(lora, full)}")

@@ -122,6 +122,16 @@ class SwiGLU(torch.autograd.Function):
         return torch.cat((dgate.to(gate.dtype), dup.to(gate.dtype)), -1)
 
 
+def add_product(total, a, b):
+    """total += a @ b; a GPU rounds the product to total's dtype, not to that of a and b."""
+    if a.dtype == total.dtype:
+        torch.addmm(total, a, b, out=total)
+    elif total.is_cuda:
+        total += torch.mm(a, b, out_dtype=total.dtype)
+    else:
+        total += a @ b
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum over rows of cross-entropy(h @ weight.T, targets), a scalar.
 
@@ -162,7 +172,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if want_dh:
                 torch.mm(logits, w, out=dh[chunk])
             if want_dw:
-                dw += logits.T @ h[chunk]
+                add_product(dw, logits.T, h[chunk])
         if want_dw:
             dw = dw.to(weight.dtype)
         ctx.grads = dh, dw

@@ -123,7 +123,7 @@ def test_as_many_blocks_as_fit():
 
 def test_a_script_with_failures_has_another_status():
     done = run_here("bench/throughput.py", *TINY, "--seq_lens=16", "--batches=8",
-                    "--checkpointing=none", "--side=ours", "--lora_kernel=triton")
+                    "--checkpointing=none", "--sides=ours", "--lora_kernel=triton")
     assert done.returncode == "1 measurements failed" and "LoRA r=4" in done.stdout
     assert "the kernels need a GPU" in done.stdout
 
@@ -182,7 +182,8 @@ def test_a_small_model_by_both_sides(tmp_path, monkeypatch, script, parts, knobs
     monkeypatch.setattr(subprocess, "run", run_module_here)
     tiny_model(tmp_path / "model")
     done = run_here(f"bench/{script}.py", f"--model={tmp_path}/model", "--repeats=2",
-                    "--dtype=float32", "--device=cpu", f"--out={tmp_path}/b.json", *knobs)
+                    "--sides=ours,peer", "--dtype=float32", "--device=cpu",
+                    f"--out={tmp_path}/b.json", *knobs)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "b.json").read_text())["results"]
     assert tuple(results) == parts
@@ -190,8 +191,38 @@ def test_a_small_model_by_both_sides(tmp_path, monkeypatch, script, parts, knobs
         for side in ("ours", "peer"):
             assert results[part][side]["tok_per_s"] > 0 and results[part][side]["peak_gb"] > 0
             assert len(results[part][side]["seconds"]) == 2
-        assert f"{part:8} ours" in done.stdout
+        assert f"{part:8} ours" in done.stdout and "products alone" in done.stdout
     assert ("LoRA against full" in done.stdout) == (script == "train")
+
+
+def test_rounds_that_scatter_have_no_ratio():
+    assert sides.ratio_words([1.0, 1.1, 0.95], [2.0, 2.1, 1.9]) == "2.00x"
+    for ours, other in (([1.0, 1.1, 1.3], [2.0, 2.0, 2.0]), ([2.0, 2.0, 2.0], [1.0, 1.1, 1.3])):
+        words = sides.ratio_words(ours, other)
+        assert words == "no ratio: rounds of 1, 1.1, 1.3 s scatter by 27%"
+
+
+def test_a_busy_machine_is_named(monkeypatch, capsys):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    for load, busy in ((1.9, False), (2.1, True)):
+        monkeypatch.setattr("os.getloadavg", lambda: (load, 0, 0))
+        sides.print_machine(CPU)
+        printed = capsys.readouterr().out
+        assert ("load 2.1 on 2 cores" in printed) == busy
+        assert torch.backends.cpu.get_cpu_capability() in printed
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_floor_has_the_products_of_a_step_and_no_others(rank):
+    from torch.utils.flop_counter import FlopCounterMode
+    config = SHAPES["tiny"]
+    products = train.Products(config, rank, 10, settings())
+    with FlopCounterMode(display=False) as counter:
+        products.step()
+    hidden, inner = config.hidden_size, config.intermediate_size
+    weights = config.num_hidden_layers * (4 * hidden ** 2 + 3 * hidden * inner)
+    weights += config.vocab_size * hidden
+    assert counter.get_total_flops() == (4 if rank else 6) * 10 * weights
 
 
 # ----------------------------------------------------------------------------- evals

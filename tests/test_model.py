@@ -675,12 +675,13 @@ def test_prompts_are_read_behind_each_other_in_pieces(monkeypatch):
     assert [length for length in read if length > 1][:3] == [8, 15, 30]  # 7 + 1, 13 + 2, 30 alone
 
 
-def test_weights_in_onednns_order_are_used_for_more_than_one_token_and_left_again(monkeypatch):
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_in_onednns_order_are_used_for_more_than_one_token_and_left_again(monkeypatch, dtype):
+    if dtype == torch.bfloat16 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
         pytest.skip("needs AVX512")
     for kind in ("mha", "llama3-tied"):
-        model, fp32, plain = tiny(torch.bfloat16, **KINDS[kind]), tiny(torch.float32, **KINDS[kind]), []
-        model.compute_dtype = fp32.compute_dtype = torch.bfloat16  # the second has master weights in fp32
+        model, fp32, plain = tiny(dtype, **KINDS[kind]), tiny(torch.float32, **KINDS[kind]), []
+        model.compute_dtype = fp32.compute_dtype = dtype  # the second has master weights in fp32
         monkeypatch.setattr("model.F.linear", lambda x, w: plain.append(x.shape) or torch.matmul(x, w.T))
         states = []
         for _ in model.generate_tokens(RAGGED, 9):
