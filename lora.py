@@ -21,12 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from llama.adapter_config import MERGE, adapter_json, named_base, read_adapter_config, scale_of
+from llama.adapter_config import adapter_json, read_adapter_config, scale_of
+from llama.adapter_files import check_embeddings, open_adapter_weights
 from llama.folder import carry_files
-from llama.identity import BF16_STEP, identity_of, is_same_base
+from llama.identity import identity_of
 from llama.lora_matmul import adapter_parts, lora_matmul
-from llama.weights import (GROUPS, PROJECTIONS, check_finite, compare_names, fill, full_tensor,
-                           local_part, open_weights, write_safetensors)
+from llama.weights import (GROUPS, PROJECTIONS, check_finite, fill, full_tensor,
+                           write_safetensors)
 from model import Llama, Projection
 
 # ----------------------------------------------------------------------------- knobs of the script
@@ -36,8 +37,6 @@ out = ""            # folder to write the merged model to
 dtype = "float32"   # of the merged weights; bf16 rounds small updates away, their share is printed
 _choices = {"dtype": ("float32", "bfloat16", "float16")}
 
-# what peft saves along with some adapters, as it is in the base unless it was trained
-EMBEDDINGS = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
 TARGETS = {"all": PROJECTIONS, "attention": PROJECTIONS[:4], "mlp": PROJECTIONS[4:]}
 
 
@@ -297,27 +296,6 @@ def apply_saved_lora(model, folder, trains=True):
     return model
 
 
-def open_adapter_weights(folder, expected, base_identity):
-    """{name: open file} of a PEFT folder; expected {name: shape}, base_identity() of the base.
-
-    Raises ValueError when a tensor is missing, unexpected or misshaped, or was trained on another
-    base. An adapter of peft's names no base; then base_identity is not called."""
-    shapes, where = open_weights(folder, "adapter_model.safetensors")
-    for file in list(where.values())[:1]:  # one file holds them all
-        trained_on = file.metadata() or {}
-        if "base_fingerprint" in trained_on and not is_same_base(trained_on, base_identity()):
-            named = named_base(folder)
-            which = f"; its adapter_config.json names {named}" if named else ""
-            raise ValueError(f"{folder}: this adapter was trained on another base model{which}")
-    # embeddings are compared by value, in check_embeddings
-    for name in EMBEDDINGS:
-        shapes.pop(name, None)
-    problems = compare_names(expected, shapes)
-    if problems:
-        raise ValueError(f"{folder}: adapter does not fit this model: {problems}")
-    return where
-
-
 @torch.no_grad()
 def load_adapter_weights(model, folder):
     """Fill a model's adapters from a PEFT folder; raises as open_adapter_weights."""
@@ -336,29 +314,6 @@ def load_adapter_weights(model, folder):
     for p, value in values.items():
         fill(p, value)
     return model
-
-
-def check_embeddings(model, folder, where):
-    """Raise ValueError unless embeddings that peft saved along with an adapter are the base's."""
-    for name in EMBEDDINGS:
-        if name not in where:
-            continue
-        p = model.head_weight if "lm_head" in name else model.embed_tokens.weight
-        stored = where[name].get_slice(name)
-        is_same = tuple(stored.get_shape()) == tuple(p.shape)
-        mine, first = local_part(p)
-        if is_same and len(mine):
-            # as the dtypes of both round; fp16 on the way to bf16 may round to the other side
-            theirs = stored[first:first + len(mine)]
-            ours = mine.cpu().to(theirs.dtype).to(p.dtype)
-            step = 0.0
-            if theirs.dtype == torch.float16 and p.dtype == torch.bfloat16:
-                step = BF16_STEP
-            smallest = step * 2 ** -17
-            is_same = torch.allclose(ours, theirs.to(p.dtype), rtol=step, atol=smallest)
-        if not is_same:
-            raise ValueError(f"{folder}: {name} {stored.get_shape()} is not the base's: trained or "
-                             f"resized embeddings are not supported; {MERGE}")
 
 
 # ----------------------------------------------------------------------------- the script

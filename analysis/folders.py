@@ -10,12 +10,11 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-
 from llama.adapter_config import (AdapterConfig, is_adapter, module_path,
                                   read_adapter_config)
+from llama.adapter_files import open_adapter_weights
 from llama.identity import identity_of_files
 from llama.weights import PROJECTIONS, check_finite, compare_names, open_weights
-from lora import open_adapter_weights
 from runtime import read_object
 from training.checkpoint import checkpoints, read_state
 
