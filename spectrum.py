@@ -33,6 +33,7 @@ from analysis.directions import compare_directions, leading_vectors
 from analysis.folders import base_named_by, find_checkpoints, open_checkpoint, open_model
 from analysis.singular import UNIT, lora_singular_values, singular_values
 from configurator import configure
+from llama.dora import dora_change
 from llama.weights import PROJECTIONS
 from lora import resolve_targets
 from model import LlamaConfig
@@ -115,7 +116,7 @@ def analyse(before, checkpoints, layer, module, device, fractions, subspaces, me
     for i, checkpoint in enumerate(checkpoints):
         if not checkpoint.has(layer, module):
             continue
-        # the change; an adapter's singular values come from its factors
+        # the change; LoRA's singular values come from its factors
         if checkpoint.rank is None:
             stored = checkpoint.read_weight(layer, module, device)
             W = stored.double()
@@ -123,12 +124,15 @@ def analyse(before, checkpoints, layer, module, device, fractions, subspaces, me
             of_D = singular_values(D, *how)
             rounding = rounding_share(stored, D)
         else:
-            A, B, scale = checkpoint.read_adapter(layer, module, device)
+            A, B, scale, m = checkpoint.read_adapter(layer, module, device)
             D = scale * (B @ A)
-            W = W0 + D
             values = lora_singular_values(A, B, scale)
             error = max(shape) * UNIT * values[0].item()
             of_D = values, error, "lora"
+            if m is not None:  # DoRA's change has no factors
+                D = dora_change(W0, A, B, m, scale)
+                of_D = singular_values(D, *how)
+            W = W0 + D
             rounding = 0.0
 
         # the weights with the change in them
@@ -138,7 +142,7 @@ def analyse(before, checkpoints, layer, module, device, fractions, subspaces, me
             record.update(compare_directions(leading, W, of_W[0], D, sizes))
         records.append({**place, "checkpoint": i, "matrix": "W", **record})
         # the change beside them
-        lora_rank = None if checkpoint.rank is None else len(A)
+        lora_rank = len(A) if of_D[2] == "lora" else None
         record = describe(*of_D, shape, fractions, lora_rank)
         record["rounding_share"] = rounding
         records.append({**place, "checkpoint": i, "matrix": "D", **record})

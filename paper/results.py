@@ -21,7 +21,7 @@ from configurator import default_values
 # trains. So a new knob sets runs apart, and a run from before it counts as having its default.
 KNOBS = default_values(vars(train))
 NO_SETTING = train._free | {"seed", "microbatch", "warmup_steps", "cooldown_steps"}
-LORA_KNOBS = {"lora_dropout", "rslora"}  # which mean nothing in full finetuning
+LORA_KNOBS = {"lora_dropout", "rslora", "dora"}  # which mean nothing in full finetuning
 # fields of Setting
 FIELDS = {"base", "data", "lora_rank", "lora_alpha", "lora_targets"}
 SETTING = sorted(KNOBS.keys() - NO_SETTING - FIELDS)

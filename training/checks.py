@@ -68,11 +68,12 @@ def check_lora(knobs):
         raise ValueError("scratch: LoRA needs a pretrained base; say scratch=False or lora_rank=0")
     if knobs.lora_rank and knobs.adapter:
         raise ValueError("adapter: it brings its own rank; say lora_rank=0")
-    says_how = knobs.lora_alpha is not None or knobs.lora_targets != "all" or knobs.rslora
+    says_how = knobs.lora_alpha is not None or knobs.lora_targets != "all"
+    says_how = says_how or knobs.rslora or knobs.dora
     if says_how and not knobs.lora_rank:
         why = ": an adapter brings them" if knobs.adapter else ", which is full finetuning"
-        raise ValueError("lora_alpha, lora_targets and rslora say how LoRA is made, but lora_rank "
-                         "is 0" + why)
+        raise ValueError("lora_alpha, lora_targets, rslora and dora say how LoRA is made, but "
+                         "lora_rank is 0" + why)
 
 
 def check_first_step(model, loss, is_from_scratch):
