@@ -1,4 +1,5 @@
 """llama/dora.py against peft: a layer in float64, folders in and out, merging, spectrum, training and its resume."""
+import gc
 import json
 
 import pytest
@@ -260,7 +261,7 @@ def test_spectrum_is_that_of_the_merged_change(base, tmp_path):  # noqa: F811
         want = torch.linalg.svdvals(merged[name] - plain[name].double())
         got = torch.tensor(record["singular_values"], dtype=torch.float64)
         assert len(got) == min(record["shape"]) and record["method"] != "lora"
-        close(got, want, 1e-6 * want[0].item())
+        close(got, want, 2e-6 * want[0].item())
 
 
 # ----------------------------------------------------------------------------- train.py
@@ -269,6 +270,7 @@ def test_a_run_resumes_to_the_last_bit_and_peft_reads_it(setting):  # noqa: F811
     how = ["--lora_rank=3", "--dora=True", "--lora_dropout=0.2", "--optimizer=adamw", "--schedule=constant"]
 
     def run(out, steps, *more):
+        gc.collect()  # lets go of the lock of an earlier run
         done = run_here("train.py", *knobs, *how, f"--out_dir={folder / out}", f"--max_steps={steps}", *more)
         assert done.returncode == 0, done.stderr
         return done.stdout
