@@ -109,7 +109,7 @@ def write_adapter(folder, found, config, blocks, base, metadata):
     modules = {path.rpartition(".")[2] for path in found.sizes}
     targets = [name for name in PROJECTIONS if name in modules]
     lora = dict(rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=targets,
-                rslora=config.rslora)
+                rslora=config.rslora, dora=False)
     content = adapter_json(lora, found.sizes, blocks, str(base))
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(content, indent=2, sort_keys=True))
