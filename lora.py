@@ -9,7 +9,8 @@
 Projections that read the same input are one matrix W (GROUPS in llama/weights.py); their adapters
 act on row slices of it, so x is read once. A and B are fp32 and are rounded to x's dtype where they
 are used. The product, its backward pass and what that keeps are in llama/lora_matmul.py; which
-projections an adapter folder is for, and of which rank, in llama/adapter_config.py.
+projections an adapter folder is for, and of which rank, in llama/adapter_config.py; DoRA, whose
+rows have trained lengths, in llama/dora.py.
 """
 import json
 import math
@@ -21,13 +22,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from llama.adapter_config import MERGE, adapter_json, named_base, read_adapter_config, scale_of
+from llama.adapter_config import adapter_json, read_adapter_config, scale_of
+from llama.adapter_files import check_embeddings, open_adapter_weights
+from llama.dora import dora, dora_change, dora_parts
 from llama.folder import carry_files
-from llama.identity import BF16_STEP, identity_of, is_same_base
+from llama.identity import identity_of
 from llama.lora_matmul import adapter_parts, lora_matmul
 from llama.pissa import beginnings, doubled, start_as_principal
-from llama.weights import (GROUPS, PROJECTIONS, check_finite, compare_names, fill, full_tensor,
-                           local_part, open_weights, write_safetensors)
+from llama.weights import (GROUPS, PROJECTIONS, check_finite, fill, full_tensor,
+                           write_safetensors)
 from model import Llama, Projection
 
 # ----------------------------------------------------------------------------- knobs of the script
@@ -37,8 +40,6 @@ out = ""            # folder to write the merged model to
 dtype = "float32"   # of the merged weights; bf16 rounds small updates away, their share is printed
 _choices = {"dtype": ("float32", "bfloat16", "float16")}
 
-# what peft saves along with some adapters, as it is in the base unless it was trained
-EMBEDDINGS = ("base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight")
 TARGETS = {"all": PROJECTIONS, "attention": PROJECTIONS[:4], "mlp": PROJECTIONS[4:]}
 
 
@@ -47,20 +48,21 @@ class LoRAProjection(nn.Module):
     """A Projection with adapters on some of its parts, whose A and B are stacked.
 
     sizes: {part: (rank, alpha)} of those parts. Smaller ranks than the largest are filled up with
-    zeros, which stay zeros in training; other scales than the largest are factors in B."""
+    zeros, which stay zeros in training; other scales than the largest are factors in B.
+    lora: the other settings, as in model.lora."""
 
-    def __init__(self, projection, sizes, rslora, dropout):
+    def __init__(self, projection, sizes, lora):
         super().__init__()
         self.parts = projection.parts
         self.weight = projection.weight
         self.adapted = list(sizes)
         self.sizes = sizes
-        self.dropout = dropout
+        self.dropout = lora["dropout"]
         self.kernel = "torch"  # see choose_kernel
 
         # one rank and one scale for all parts
         self.rank = max(rank for rank, _ in sizes.values())
-        scales = [scale_of(rank, alpha, rslora) for rank, alpha in sizes.values()]
+        scales = [scale_of(rank, alpha, lora["rslora"]) for rank, alpha in sizes.values()]
         self.scale = max(scales, key=abs)
         self.factors = {}
         for name, scale in zip(sizes, scales):
@@ -85,6 +87,10 @@ class LoRAProjection(nn.Module):
         B = torch.empty(rows, self.rank, device=device, dtype=dtype)
         self.lora_A = nn.Parameter(A)
         self.lora_B = nn.Parameter(B)
+        # DoRA: the lengths of the adapted rows
+        self.lora_magnitude = None
+        if lora["dora"]:
+            self.lora_magnitude = nn.Parameter(torch.empty(rows, device=device, dtype=dtype))
 
     def forward(self, x):
         dropout = self.dropout if self.training else 0.0
@@ -94,14 +100,18 @@ class LoRAProjection(nn.Module):
             shape = (len(self.adapted), 2)
             seeds = torch.randint(-2 ** 31, 2 ** 31, shape, dtype=torch.int32)
         weight = self.weight.to(x.dtype)
-        y = lora_matmul(self.kernel, x.flatten(0, -2), weight, self.lora_A, self.lora_B,
-                        self.spans, self.scale, dropout, seeds)
+        rows = x.flatten(0, -2)
+        y = lora_matmul(self.kernel, rows, weight, self.lora_A, self.lora_B, self.spans, self.scale,
+                        dropout, seeds)
+        if self.lora_magnitude is not None:
+            y = dora(self, y, rows, dropout, seeds)
         return y.view(*x.shape[:-1], -1)
 
     def init_weights(self, init="default"):
-        """PEFT's: A kaiming_uniform(a=sqrt(5)), which is U(-1, 1) / sqrt(K); B = 0.
+        """PEFT's: A kaiming_uniform(a=sqrt(5)), which is U(-1, 1) / sqrt(K); B = 0; DoRA's m = |W|.
 
-        'zero_a': A = 0, B by that rule, U(-1, 1) / sqrt(rank). 'pissa': see llama/pissa.py."""
+        'zero_a': A = 0, B by that rule, U(-1, 1) / sqrt(rank). 'pissa': see llama/pissa.py.
+        The weight must be there already."""
         if init == "pissa":
             start_as_principal(self)
             return
@@ -113,9 +123,16 @@ class LoRAProjection(nn.Module):
         drawn.uniform_(-bound, bound)
         fill(self.lora_A, A)
         fill(self.lora_B, B)
+        if self.lora_magnitude is not None:
+            # of the whole weight: under FSDP a rank holds other rows of it
+            lengths = full_tensor(self.weight).to(A.dtype).norm(dim=1)
+            fill(self.lora_magnitude, torch.cat([lengths[start:end] for start, end in self.spans]))
 
     def deltas(self):
-        """Projection name -> its weight change scale * B A, [rows, K], in the dtype of A and B."""
+        """Projection name -> the change of its weight, [rows, K], in the dtype of A and B."""
+        if self.lora_magnitude is not None:
+            changes = [dora_change(*part, self.scale) for part in dora_parts(self)]
+            return dict(zip(self.adapted, changes))
         a, b = adapter_parts(self.lora_A, self.lora_B, self.spans, self.lora_A.dtype)
         return {name: self.scale * (b_i @ a_i) for name, a_i, b_i in zip(self.adapted, a, b)}
 
@@ -135,16 +152,16 @@ def resolve_targets(targets):
     return tuple(targets)
 
 
-def apply_lora(model, rank, alpha, dropout=0.0, targets="all", rslora=False):
+def apply_lora(model, rank, alpha, dropout=0.0, targets="all", rslora=False, dora=False):
     """Freeze a model and put new adapters on the targets of every block; returns the model.
 
     The scale is alpha / rank, or alpha / sqrt(rank) with rslora. On a model on meta, init_adapters
-    must follow once it has memory. Raises ValueError for impossible values."""
+    must follow once it has its weights. Raises ValueError for impossible values."""
     names = resolve_targets(targets)
     if rank < 1 or not alpha > 0 or not 0 <= dropout <= 0.99:
         raise ValueError("LoRA needs rank >= 1, alpha > 0 and 0 <= dropout <= 0.99, "
                          f"found {rank}, {alpha}, {dropout}")
-    lora = dict(rank=rank, alpha=alpha, dropout=dropout, targets=names, rslora=rslora)
+    lora = dict(rank=rank, alpha=alpha, dropout=dropout, targets=names, rslora=rslora, dora=dora)
     of_block = dict.fromkeys(names, (rank, alpha))
     add_adapters(model, lora, [of_block] * len(model.layers))
     if model.device.type != "meta":
@@ -164,8 +181,7 @@ def add_adapters(model, lora, sizes):
             for group, plain in list(parent.named_children()):
                 of_group = {name: of_block[name] for name in GROUPS[group] if name in of_block}
                 if of_group:
-                    module = LoRAProjection(plain, of_group, lora["rslora"], lora["dropout"])
-                    setattr(parent, group, module)
+                    setattr(parent, group, LoRAProjection(plain, of_group, lora))
     model.lora = lora
     return model
 
@@ -210,8 +226,7 @@ class Place(NamedTuple):
     """Where a tensor of a PEFT folder is here: some rows of a parameter, its first columns."""
     parameter: nn.Parameter
     first: int     # row
-    rows: int
-    columns: int
+    shape: tuple   # rows, and columns of a matrix
     factor: float  # what is here is this times what is in the file
 
 
@@ -224,6 +239,7 @@ def adapter_tensors(model):
         parent, _, _ = path.rpartition(".")
         A = module.lora_A
         B = module.lora_B
+        m = module.lora_magnitude
         first_of_A = 0
         first_of_B = 0
         for name, (start, end) in zip(module.adapted, module.spans):
@@ -231,8 +247,10 @@ def adapter_tensors(model):
             rank, _ = module.sizes[name]
             factor = module.factors[name]
             rows = end - start
-            tensors[f"{published}.lora_A.weight"] = Place(A, first_of_A, rank, A.shape[1], 1.0)
-            tensors[f"{published}.lora_B.weight"] = Place(B, first_of_B, rows, rank, factor)
+            tensors[f"{published}.lora_A.weight"] = Place(A, first_of_A, (rank, A.shape[1]), 1.0)
+            tensors[f"{published}.lora_B.weight"] = Place(B, first_of_B, (rows, rank), factor)
+            if m is not None:
+                tensors[f"{published}.lora_magnitude_vector"] = Place(m, first_of_B, (rows,), 1.0)
             first_of_A += module.rank
             first_of_B += rows
     return tensors
@@ -246,13 +264,13 @@ def save_adapter(model, folder, base_name="", get=full_tensor):
     places = adapter_tensors(model)
     behind = beginnings(model)
     tensors = {}
-    for name, (p, first, rows, columns, factor) in places.items():
+    for name, (p, first, shape, factor) in places.items():
         if not factor:
             raise ValueError(f"{name}: alpha 0 beside another alpha is merged, but not saved again")
-        part = get(p)[first:first + rows, :columns] / factor
+        part = get(p)[first:first + shape[0]][..., :shape[-1]] / factor
         if p in behind:
             begun, axis = behind[p]
-            part = torch.cat([part, begun[first:first + rows].to(part.device)], axis)
+            part = torch.cat([part, begun[first:first + shape[0]].to(part.device)], axis)
         tensors[name] = part.to("cpu").contiguous()
     metadata = {"format": "pt", **identity_of(model, get)}
     if dist.is_initialized() and dist.get_rank() != 0:
@@ -303,7 +321,7 @@ def apply_saved_lora(model, folder, trains=True):
                          "of this model")
     names = tuple(name for name in PROJECTIONS if name in found)
     lora = dict(rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=names,
-                rslora=config.rslora)
+                rslora=config.rslora, dora=config.dora)
     add_adapters(model, lora, sizes)
     for path, module in model.named_modules():
         if not trains or not isinstance(module, LoRAProjection):
@@ -315,68 +333,24 @@ def apply_saved_lora(model, folder, trains=True):
     return model
 
 
-def open_adapter_weights(folder, expected, base_identity):
-    """{name: open file} of a PEFT folder; expected {name: shape}, base_identity() of the base.
-
-    Raises ValueError when a tensor is missing, unexpected or misshaped, or was trained on another
-    base. An adapter of peft's names no base; then base_identity is not called."""
-    shapes, where = open_weights(folder, "adapter_model.safetensors")
-    for file in list(where.values())[:1]:  # one file holds them all
-        trained_on = file.metadata() or {}
-        if "base_fingerprint" in trained_on and not is_same_base(trained_on, base_identity()):
-            named = named_base(folder)
-            which = f"; its adapter_config.json names {named}" if named else ""
-            raise ValueError(f"{folder}: this adapter was trained on another base model{which}")
-    # embeddings are compared by value, in check_embeddings
-    for name in EMBEDDINGS:
-        shapes.pop(name, None)
-    problems = compare_names(expected, shapes)
-    if problems:
-        raise ValueError(f"{folder}: adapter does not fit this model: {problems}")
-    return where
-
-
 @torch.no_grad()
 def load_adapter_weights(model, folder):
     """Fill a model's adapters from a PEFT folder; raises as open_adapter_weights."""
     places = adapter_tensors(model)
-    expected = {name: (place.rows, place.columns) for name, place in places.items()}
+    expected = {name: place.shape for name, place in places.items()}
     where = open_adapter_weights(Path(folder), expected, lambda: identity_of(model))
     check_embeddings(model, folder, where)
     # a parameter is filled at once, from its adapters' tensors
     values = {}
-    for name, (p, first, rows, columns, factor) in places.items():
+    for name, (p, first, shape, factor) in places.items():
         tensor = where[name].get_tensor(name)
         check_finite(tensor, folder, name)
         if p not in values:
             values[p] = torch.zeros(p.shape, dtype=p.dtype)
-        values[p][first:first + rows, :columns] = tensor.to(p.dtype) * factor
+        values[p][first:first + shape[0]][..., :shape[-1]] = tensor.to(p.dtype) * factor
     for p, value in values.items():
         fill(p, value)
     return model
-
-
-def check_embeddings(model, folder, where):
-    """Raise ValueError unless embeddings that peft saved along with an adapter are the base's."""
-    for name in EMBEDDINGS:
-        if name not in where:
-            continue
-        p = model.head_weight if "lm_head" in name else model.embed_tokens.weight
-        stored = where[name].get_slice(name)
-        is_same = tuple(stored.get_shape()) == tuple(p.shape)
-        mine, first = local_part(p)
-        if is_same and len(mine):
-            # as the dtypes of both round; fp16 on the way to bf16 may round to the other side
-            theirs = stored[first:first + len(mine)]
-            ours = mine.cpu().to(theirs.dtype).to(p.dtype)
-            step = 0.0
-            if theirs.dtype == torch.float16 and p.dtype == torch.bfloat16:
-                step = BF16_STEP
-            smallest = step * 2 ** -17
-            is_same = torch.allclose(ours, theirs.to(p.dtype), rtol=step, atol=smallest)
-        if not is_same:
-            raise ValueError(f"{folder}: {name} {stored.get_shape()} is not the base's: trained or "
-                             f"resized embeddings are not supported; {MERGE}")
 
 
 # ----------------------------------------------------------------------------- the script

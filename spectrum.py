@@ -34,6 +34,7 @@ from analysis.kept import check_made_with, default_out, resume_from
 from analysis.singular import UNIT, lora_singular_values, singular_values
 from analysis.table import summary
 from configurator import configure
+from llama.dora import dora_change
 from lora import resolve_targets
 from model import LlamaConfig
 from runtime import device_name, one_line_errors, peak_memory, pick_device, versions, write_whole
@@ -120,7 +121,7 @@ def analyse(before, checkpoints, layer, module, device, fractions, subspaces, me
     for i, checkpoint in enumerate(checkpoints):
         if not checkpoint.has(layer, module):
             continue
-        # the change; an adapter's singular values come from its factors
+        # the change; LoRA's singular values come from its factors
         if checkpoint.rank is None:
             stored = checkpoint.read_weight(layer, module, device)
             W = stored.double()
@@ -128,12 +129,15 @@ def analyse(before, checkpoints, layer, module, device, fractions, subspaces, me
             of_D = singular_values(D, *how)
             rounding = rounding_share(stored, D)
         else:
-            A, B, scale = checkpoint.read_adapter(layer, module, device)
+            A, B, scale, m = checkpoint.read_adapter(layer, module, device)
             D = scale * (B @ A)
-            W = W0 + D
             values = lora_singular_values(A, B, scale)
             error = max(shape) * UNIT * values[0].item()
             of_D = values, error, "lora"
+            if m is not None:  # DoRA's change has no factors
+                D = dora_change(W0, A, B, m, scale)
+                of_D = singular_values(D, *how)
+            W = W0 + D
             rounding = 0.0
 
         # the weights with the change in them
@@ -145,7 +149,7 @@ def analyse(before, checkpoints, layer, module, device, fractions, subspaces, me
             record.update(intruders(W0, W, intruder_k, intruder_eps, left, of_W[0]))
         records.append({**place, "checkpoint": i, "matrix": "W", **record})
         # the change beside them
-        lora_rank = None if checkpoint.rank is None else len(A)
+        lora_rank = len(A) if of_D[2] == "lora" else None
         record = describe(*of_D, shape, fractions, lora_rank)
         record["rounding_share"] = rounding
         records.append({**place, "checkpoint": i, "matrix": "D", **record})

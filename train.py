@@ -64,6 +64,7 @@ lora_targets = 'all'         # all | attention | mlp | names with commas: q_proj
 rslora = False               # scale alpha / sqrt(rank) instead
 lora_init = 'default'        # A random, B zero | zero_a: B random | pissa: leading part of weights
 lora_plus = 1.0              # rate of B is so many times that of A; LoRA+ recommends 16
+dora = False                 # DoRA: train the rows' lengths too; with lora_dropout twice the work
 lora_kernel = 'auto'         # torch: plain products | triton: fused | auto: the faster on a GPU
 adapter = ''                 # train this PEFT folder (its rank, alpha, targets), not a new one
 # batch and duration (exactly one of the three max_)
@@ -202,7 +203,7 @@ def make_model(shape, compute_dtype, knobs, saved_adapter=""):
     elif is_lora:
         alpha = 2 * knobs.lora_rank if knobs.lora_alpha is None else knobs.lora_alpha
         apply_lora(model, knobs.lora_rank, alpha, knobs.lora_dropout, knobs.lora_targets,
-                   knobs.rslora)
+                   knobs.rslora, knobs.dora)
     model.compute_dtype = compute_dtype
     model.activation_checkpointing = knobs.activation_checkpointing
     for block in model.layers:

@@ -5,17 +5,17 @@
     out/gsm8k-r16/step_100/adapter_model.safetensors
         base_model.model.PATH.lora_A.weight [rank, in]
         base_model.model.PATH.lora_B.weight [out, rank]
+        base_model.model.PATH.lora_magnitude_vector [out]      DoRA's
 """
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
-
 from llama.adapter_config import (AdapterConfig, is_adapter, module_path,
                                   read_adapter_config)
+from llama.adapter_files import open_adapter_weights
 from llama.identity import identity_of_files
 from llama.weights import PROJECTIONS, check_finite, compare_names, open_weights
-from lora import open_adapter_weights
 from runtime import read_object
 from training.checkpoint import checkpoints, read_state
 
@@ -31,7 +31,7 @@ class Checkpoint(NamedTuple):
     def has(self, layer, module):
         """Whether the folder holds this projection, or an adapter for it."""
         path = module_path(layer, module)
-        return f"{path}.weight" in self.files or adapter_name(path, "A") in self.files
+        return f"{path}.weight" in self.files or adapter_name(path, "A.weight") in self.files
 
     def read(self, name, device):
         """A tensor; raises ValueError where it holds NaN or infinity."""
@@ -44,16 +44,19 @@ class Checkpoint(NamedTuple):
         return self.read(f"{module_path(layer, module)}.weight", device)
 
     def read_adapter(self, layer, module, device):
-        """A [rank, in] and B [out, rank] of an adapter, fp64, and the scale of B A."""
+        """A [rank, in], B [out, rank] of an adapter; scale of B A; DoRA's m [out] or None; fp64."""
         path = module_path(layer, module)
-        A = self.read(adapter_name(path, "A"), device).double()
-        B = self.read(adapter_name(path, "B"), device).double()
-        return A, B, self.config.scale_of(layer, module)
+        A = self.read(adapter_name(path, "A.weight"), device).double()
+        B = self.read(adapter_name(path, "B.weight"), device).double()
+        m = None
+        if self.config.dora:
+            m = self.read(adapter_name(path, "magnitude_vector"), device).double()
+        return A, B, self.config.scale_of(layer, module), m
 
 
-def adapter_name(path, letter):
-    """PEFT's tensor name of lora_A or lora_B."""
-    return f"base_model.model.{path}.lora_{letter}.weight"
+def adapter_name(path, end):
+    """PEFT's tensor name of lora_A.weight, lora_B.weight or lora_magnitude_vector."""
+    return f"base_model.model.{path}.lora_{end}"
 
 
 # ----------------------------------------------------------------------------- opening
@@ -99,8 +102,10 @@ def open_adapter(folder, config, base):
             if adapter.adapts(layer, module):
                 rank, _ = adapter.size_of(layer, module)
                 path = module_path(layer, module)
-                expected[adapter_name(path, "A")] = (rank, columns)
-                expected[adapter_name(path, "B")] = (rows, rank)
+                expected[adapter_name(path, "A.weight")] = (rank, columns)
+                expected[adapter_name(path, "B.weight")] = (rows, rank)
+                if adapter.dora:
+                    expected[adapter_name(path, "magnitude_vector")] = (rows,)
     files = open_adapter_weights(folder, expected, lambda: identity_of_files(base.files))
 
     # what tells it from other adapters

@@ -79,7 +79,7 @@ def soften_adapter(before, tuned, blocks, share, k, eps, is_exact, device):
             continue
         # with its intruders scaled
         W0 = before.read_weight(layer, module, device).double()
-        A, B, scale = tuned.read_adapter(layer, module, device)
+        A, B, scale, _ = tuned.read_adapter(layer, module, device)
         W, count = softened(W0, W0 + scale * (B @ A), share, k, eps)
         total += count
         directions += min(k, *W.shape)
@@ -98,8 +98,8 @@ def soften_adapter(before, tuned, blocks, share, k, eps, is_exact, device):
             squares += (W - W0).square().sum().item()
         path = module_path(layer, module)
         sizes[path] = (rank, alpha)
-        tensors[adapter_name(path, "A")] = A.float().cpu().contiguous()
-        tensors[adapter_name(path, "B")] = B.float().cpu().contiguous()
+        tensors[adapter_name(path, "A.weight")] = A.float().cpu().contiguous()
+        tensors[adapter_name(path, "B.weight")] = B.float().cpu().contiguous()
     lost = (left_out / squares) ** 0.5 if squares else 0.0
     return Softened(tensors, sizes, total, directions, lost)
 
@@ -109,7 +109,7 @@ def write_adapter(folder, found, config, blocks, base, metadata):
     modules = {path.rpartition(".")[2] for path in found.sizes}
     targets = [name for name in PROJECTIONS if name in modules]
     lora = dict(rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=targets,
-                rslora=config.rslora)
+                rslora=config.rslora, dora=False)
     content = adapter_json(lora, found.sizes, blocks, str(base))
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(content, indent=2, sort_keys=True))
@@ -135,6 +135,9 @@ if __name__ == "__main__":
         blocks = shape.num_hidden_layers
         before = open_model(base, shape)
         tuned = open_adapter(adapter, shape, before)
+        if tuned.config.dora:
+            raise ValueError(f"{adapter}: DoRA's change is not B A, into which the softened one "
+                             "could go back; soften an adapter without DoRA")
         found = soften_adapter(before, tuned, blocks, soften, intruder_k, intruder_eps,
                                rank == "exact", device)
 

@@ -21,7 +21,6 @@ CONVERT = ("convert it with peft: model.save_pretrained(out, "
            "path_initial_model_for_weight_conversion=the adapter before training)")
 # key -> the values that this LoRA computes, of which messages name the last one
 COMPUTED = {"peft_type": ("LORA",),
-            "use_dora": (None, False),
             "fan_in_fan_out": (None, False),
             "bias": (None, "none"),
             "lora_bias": (None, False),
@@ -45,6 +44,7 @@ class AdapterConfig(NamedTuple):
     alpha: float
     dropout: float
     rslora: bool
+    dora: bool            # rows have trained lengths
     targets: object       # names, or a regex as text
     excluded: object      # the same
     layers: list          # numbers of blocks; none: all
@@ -152,8 +152,9 @@ def read_adapter_config(folder):
     if isinstance(layers_pattern, str):
         layers_pattern = [layers_pattern]
     read = AdapterConfig(config["r"], config["lora_alpha"], config.get("lora_dropout") or 0.0,
-                         config.get("use_rslora") or False, config["target_modules"],
-                         config.get("exclude_modules") or [], layers, layers_pattern,
+                         config.get("use_rslora") or False, config.get("use_dora") or False,
+                         config["target_modules"], config.get("exclude_modules") or [], layers,
+                         layers_pattern,
                          config.get("rank_pattern") or {}, config.get("alpha_pattern") or {})
     check_types(path, read)
 
@@ -178,8 +179,9 @@ def check_types(path, config):
     if not is_number(config.dropout) or not 0 <= config.dropout <= 0.99:
         raise ValueError(f"{path}: lora_dropout is {config.dropout!r:.60}; expected 0 to 0.99")
     # switches and names
-    if not isinstance(config.rslora, bool):
-        raise ValueError(f"{path}: use_rslora is {config.rslora!r:.60}; expected true or false")
+    for key, value in (("use_rslora", config.rslora), ("use_dora", config.dora)):
+        if not isinstance(value, bool):
+            raise ValueError(f"{path}: {key} is {value!r:.60}; expected true or false")
     for key, names in (("target_modules", config.targets), ("exclude_modules", config.excluded),
                        ("layers_pattern", config.layers_pattern)):
         texts = [names] if isinstance(names, str) else names
@@ -229,7 +231,7 @@ def adapter_json(lora, sizes, blocks, base_name):
             "lora_dropout": lora["dropout"],
             "target_modules": targets,
             "use_rslora": lora["rslora"],
-            "use_dora": False,
+            "use_dora": lora["dora"],
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,

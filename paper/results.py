@@ -21,7 +21,7 @@ from configurator import default_values
 KNOBS = default_values(vars(train))
 NO_SETTING = train._free | {"seed", "microbatch", "warmup_steps", "cooldown_steps"}
 # which mean nothing in full finetuning
-LORA_KNOBS = {"lora_dropout", "rslora", "lora_init", "lora_plus"}
+LORA_KNOBS = {"lora_dropout", "rslora", "dora", "lora_init", "lora_plus"}
 # fields of Setting
 FIELDS = {"base", "data", "lora_rank", "lora_alpha", "lora_targets"}
 SETTING = sorted(KNOBS.keys() - NO_SETTING - FIELDS)

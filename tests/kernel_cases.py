@@ -233,15 +233,17 @@ def test_the_operators_are_registered_right(p):
     assert torch.equal(traced(*problem), lora_matmul(*problem))
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["", "dora"])
 @pytest.mark.parametrize("checkpointing", ["none", "block", "selective"])
-def test_a_model_trains_the_same_on_either_path(checkpointing, monkeypatch):
+def test_a_model_trains_the_same_on_either_path(checkpointing, dora, monkeypatch):
     config = LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                          num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
     tokens = torch.randint(50, (2, 9), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     calls, found = [], []
     for kernel in ("torch", "triton"):
         torch.manual_seed(0)
-        model = apply_lora(Llama(config).init_weights(), 4, 8, 0.3, "q_proj,v_proj,up_proj,down_proj").to(DEVICE).train()
+        model = apply_lora(Llama(config).init_weights(), 4, 8, 0.3, "q_proj,v_proj,up_proj,down_proj", dora=dora)
+        model.to(DEVICE).train()
         model.activation_checkpointing = checkpointing
         for m in model.modules():
             if hasattr(m, "lora_B"):

@@ -27,7 +27,7 @@ CONFIG, ADAPTER, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 # ----------------------------------------------------------------------------- helpers
 def published(model):
     """PEFT tensor name -> that tensor."""
-    return {name: p[first:first + rows] for name, (p, first, rows, _, _) in adapter_tensors(model).items()}
+    return {name: p[first:first + shape[0]] for name, (p, first, shape, _) in adapter_tensors(model).items()}
 
 
 def with_adapters(model=None, rank=4, alpha=8, seed=0, **knobs):
@@ -137,7 +137,8 @@ def peft_adapter(base, folder, **config):
 def peft_logits(base, folder):
     """Logits on TOKENS of an adapter folder that peft loads, with nothing missing."""
     model = need_peft().PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder).eval()
-    names = {name.replace(".default", "") for name, _ in model.named_parameters() if "lora_" in name}
+    names = {name.replace(".default", "").replace("_vector.weight", "_vector")
+             for name, _ in model.named_parameters() if "lora_" in name}
     assert load_file(folder / ADAPTER).keys() == names
     with torch.no_grad():
         return model(TOKENS).logits
@@ -197,7 +198,7 @@ def test_published_adapter_of_tinyllama_reads():
     assert len(want) == 88 and want.keys() == got.keys()
     assert all(torch.equal(got[name], want[name]) for name in want)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 563200
-    assert model.lora == dict(rank=4, alpha=8, dropout=0.05, targets=("q_proj", "v_proj"), rslora=False)
+    assert model.lora == dict(rank=4, alpha=8, dropout=0.05, targets=("q_proj", "v_proj"), rslora=False, dora=False)
     a, b = (want[f"base_model.model.model.layers.21.self_attn.v_proj.lora_{x}.weight"] for x in "AB")
     close(model.layers[21].self_attn.qkv_proj.deltas()["v_proj"].detach(), 2 * b @ a, 1e-6)
 
@@ -554,7 +555,8 @@ BAD_ADAPTERS = {
     "another method": (changed(peft_type="IA3"), [CONFIG, "peft_type", "IA3"]),
     "another tool": (edit_bytes(CONFIG, lambda _: b'{"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}'),
                      [CONFIG, "no peft_type", "mlx_lm fuse"]),
-    "DoRA": (changed(use_dora=True), [CONFIG, "use_dora"]),
+    "DoRA without magnitudes": (changed(use_dora=True), [f"missing {Q.replace('1', '0')}.lora_magnitude_vector"]),
+    "DoRA as a text": (changed(use_dora="yes"), [CONFIG, "use_dora", "'yes'"]),
     "rank pattern": (changed(rank_pattern={"q_proj": 8}), [r"q_proj.lora_A.weight \[4, 32\] for \[8, 32\]"]),
     "rank pattern of a text": (changed(rank_pattern={"q_proj": "8"}), [CONFIG, "rank_pattern", "'8'"]),
     "alpha pattern": (changed(alpha_pattern={"q_proj": None}), [CONFIG, "alpha_pattern", "None"]),

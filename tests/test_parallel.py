@@ -23,7 +23,8 @@ from configurator import configure
 from lion import DecoupledAdamW
 
 KNOBS = ["--max_steps=7", "--global_batch=8", "--microbatch=1", "--grad_clip=0.5", "--eval_interval=3", "--max_skipped=2"]
-KIND = {"lora": ["--lora_rank=3", "--lora_dropout=0.2"], "full": ["--weight_decay=1e-4"]}
+KIND = {"lora": ["--lora_rank=3", "--lora_dropout=0.2"], "full": ["--weight_decay=1e-4"],
+        "dora": ["--lora_rank=3", "--lora_dropout=0.2", "--dora=True"]}
 
 
 def last_of(knobs):
@@ -155,9 +156,9 @@ def test_kills_at_random_moments_lose_nothing(tmp_path):
 @pytest.mark.slow
 def test_sharded_and_replicated_ranks_are_the_run_of_one(tmp_path):
     """And a run that is killed on 4 ranks is resumed with 2, and with 1."""
-    result = run_stage("tests/campaigns/rank_campaign.py", "--steps=7", "--runs=lora-2-none,full-4-hybrid,lora-2-full", f"--out_dir={tmp_path}",
+    result = run_stage("tests/campaigns/rank_campaign.py", "--steps=7", "--runs=lora-2-none,full-4-hybrid,lora-2-full,dora-2-full", f"--out_dir={tmp_path}",
                        OMP_NUM_THREADS=1)
-    assert result.returncode == 0 and len(result.stdout.splitlines()) == 5, result.stdout + result.stderr
+    assert result.returncode == 0 and len(result.stdout.splitlines()) == 6, result.stdout + result.stderr
 
 
 # ----------------------------------------------------------------------------- checkpoints

@@ -126,13 +126,13 @@ def test_folder_with_a_config_goes_before_the_table(tmp_path):
     assert shape_of(tmp_path / "Llama-2-7b-hf").vocab_size == 7
 
 
-def step_of_layers(layers, rank):
+def step_of_layers(layers, rank, **how):
     """A real step of a small model: (the model, bytes that the forward pass kept for the backward pass, the optimizer)."""
     shape = LlamaConfig(vocab_size=300, hidden_size=128, intermediate_size=344, num_hidden_layers=layers,
                         num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=256)
     model = Llama(shape).init_weights(0)
     if rank:
-        apply_lora(model, rank, 2 * rank)
+        apply_lora(model, rank, 2 * rank, **how)
     optimizer = lion.DecoupledLionW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
@@ -151,13 +151,14 @@ def step_of_layers(layers, rank):
     return model, sum(nbytes for nbytes, _ in kept.values()), optimizer
 
 
-@pytest.mark.parametrize("rank", [0, 16])
-def test_tensors_of_a_step_take_the_predicted_bytes(rank):
+@pytest.mark.parametrize("rank, how", [(0, {}), (16, {}), (16, dict(dora=True)), (16, dict(dora=True, dropout=0.1)),
+                                       (4, dict(dora=True, dropout=0.1, targets="q_proj,up_proj"))], ids=str)
+def test_tensors_of_a_step_take_the_predicted_bytes(rank, how):
     """Counted: weights, gradients, momenta, and what each further block keeps from the forward to the backward pass.
 
     Peaks of whole processes depend on the allocator and on what else runs: tests/campaigns/rank_memory.py measures those."""
-    small, kept_by_4, _ = step_of_layers(4, rank)
-    model, kept_by_8, optimizer = step_of_layers(8, rank)
+    small, kept_by_4, _ = step_of_layers(4, rank, **how)
+    model, kept_by_8, optimizer = step_of_layers(8, rank, **how)
     said = states(model, "lionw")
     assert said["weights"] == sum(p.nbytes for p in model.parameters())
     assert said["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.requires_grad)

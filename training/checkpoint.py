@@ -21,12 +21,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from llama.adapter_files import open_adapter_weights
 from llama.folder import carry_files
 from llama.identity import identity_of, identity_of_folder, is_same_base, known_by
 from llama.pissa import halves, start_from
 from llama.weights import check_finite, fill, full_tensor, local_part, write_safetensors
-from lora import (LoRAProjection, adapter_tensors, load_adapter_weights, open_adapter_weights,
-                  save_adapter)
+from lora import LoRAProjection, adapter_tensors, load_adapter_weights, save_adapter
 from training.parallel import barrier, gloo_group, is_sharded
 from runtime import RANK, fsync_folder, print0, read_object, write_whole
 
@@ -372,19 +372,19 @@ def resume_pissa(model, folder):
     places = adapter_tensors(model)
     expected = {}
     for name, place in places.items():
+        rows, columns = place.shape
         is_A = ".lora_A." in name
-        shape = (2 * place.rows, place.columns) if is_A else (place.rows, 2 * place.columns)
-        expected[name] = shape
+        expected[name] = (2 * rows, columns) if is_A else (rows, 2 * columns)
     where = open_adapter_weights(Path(folder), expected, lambda: model.base_identity)
 
     # both halves, stacked as the parameters are
     trained = {}
     begun = {}
-    for name, (p, first, rows, _, _) in places.items():
+    for name, (p, first, _, _) in places.items():
         tensor = where[name].get_tensor(name)
         check_finite(tensor, folder, name)
         for values, half in zip((trained, begun), halves(name, tensor)):
-            values.setdefault(p, torch.empty(p.shape, dtype=p.dtype))[first:first + rows] = half
+            values.setdefault(p, torch.empty(p.shape, dtype=p.dtype))[first:first + len(half)] = half
 
     for module in model.modules():
         if isinstance(module, LoRAProjection):

@@ -72,20 +72,23 @@ def check_lora(knobs):
         raise ValueError("scratch: LoRA needs a pretrained base; say scratch=False or lora_rank=0")
     if knobs.lora_rank and knobs.adapter:
         raise ValueError("adapter: it brings its own rank; say lora_rank=0")
-    says_how = (knobs.lora_alpha is not None or knobs.lora_targets != "all" or knobs.rslora
-                or knobs.lora_init != "default")
+    says_how = knobs.lora_alpha is not None or knobs.lora_targets != "all"
+    says_how = says_how or knobs.rslora or knobs.dora or knobs.lora_init != "default"
     if says_how and not knobs.lora_rank:
         why = ": an adapter brings them" if knobs.adapter else ", which is full finetuning"
-        raise ValueError("lora_alpha, lora_targets, rslora and lora_init say how LoRA is made, but "
-                         "lora_rank is 0" + why)
+        raise ValueError("lora_alpha, lora_targets, rslora, dora and lora_init say how LoRA is "
+                         "made, but lora_rank is 0" + why)
     if not 0 < knobs.lora_plus < math.inf:
-        raise ValueError(f"lora_plus is a ratio of rates; it must be positive, "
+        raise ValueError("lora_plus is a ratio of rates; it must be positive, "
                          f"found {knobs.lora_plus}")
     if knobs.lora_plus != 1 and not (knobs.lora_rank or knobs.adapter):
         raise ValueError("lora_plus is the ratio of the rates of B and A, but lora_rank is 0, "
                          "which is full finetuning")
     if knobs.lora_init == "pissa" and knobs.shard in ("full", "hybrid"):
         raise ValueError("lora_init=pissa changes whole weights; say --shard=none")
+    if knobs.lora_init == "pissa" and knobs.dora:
+        raise ValueError("lora_init=pissa: DoRA's change is not scale B A, of which rank 2 r would "
+                         "hold the difference; say --dora=False")
 
 
 def check_first_step(model, optim, loss, is_from_scratch):

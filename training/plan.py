@@ -205,10 +205,17 @@ def numbers_in_block(model, seq_len, device):
     numbers += 2 * queries
     # gate, up and the input of down
     numbers += 3 * config.intermediate_size
-    # x A^T of the adapters
-    for name, p in model.layers[0].named_parameters():
-        if name.endswith("lora_A"):
-            numbers += p.shape[0]
+    for module in model.layers[0].modules():
+        if hasattr(module, "lora_A"):
+            # x A^T of the adapters
+            numbers += len(module.lora_A)
+            # DoRA: products before they are rescaled
+            if module.lora_magnitude is not None:
+                numbers += len(module.weight)
+                # with dropout, the second product too, and masks of a byte a number
+                if module.dropout:
+                    masks = len(module.spans) * module.weight.shape[1]
+                    numbers += len(module.weight) + masks // model.compute_dtype.itemsize
     # BlockAttention, of a CPU in bf16, keeps its probabilities
     if device == "cpu" and model.compute_dtype.itemsize == 2:
         numbers += config.num_attention_heads * seq_len // 2
@@ -317,7 +324,8 @@ def print_plan(knobs, model, rows, steps, first_step, machine, ranks, how, memor
     method = "in full"
     if hasattr(model, "lora"):
         targets = " ".join(model.lora["targets"])
-        method = f"LoRA r={model.lora['rank']} alpha={model.lora['alpha']} on {targets}"
+        kind = "DoRA" if model.lora["dora"] else "LoRA"
+        method = f"{kind} r={model.lora['rank']} alpha={model.lora['alpha']} on {targets}"
     print0(f"{knobs.base}: {count(model):,} parameters, {count_trained(model):,} trained, {method}")
 
     # the data

@@ -1,5 +1,5 @@
 """
-The same run on 1, 2, 4 ranks x none, full, hybrid x LoRA, full finetuning: losses, weights; resharding.
+The same run on 1, 2, 4 ranks x none, full, hybrid x LoRA, full finetuning, DoRA: losses, weights; resharding.
 
     python tests/campaigns/rank_campaign.py --out_dir=/tmp/ranks --steps=50
 
@@ -24,9 +24,10 @@ from configurator import configure
 # -----------------------------------------------------------------------------
 out_dir = ''
 steps = 50
-runs = tuple(f"{kind}-{ranks}-{how}" for kind, ranks, how in itertools.product(("lora", "full"), (1, 2, 4),
+runs = tuple(f"{kind}-{ranks}-{how}" for kind, ranks, how in itertools.product(("lora", "full", "dora"), (1, 2, 4),
                                                                               ("none", "full", "hybrid")))
-KIND = {"lora": ["--lora_rank=3", "--lora_dropout=0.2"], "full": ["--weight_decay=1e-4"]}
+KIND = {"lora": ["--lora_rank=3", "--lora_dropout=0.2"], "full": ["--weight_decay=1e-4"],
+        "dora": ["--lora_rank=3", "--lora_dropout=0.2", "--dora=True", "--lora_targets=q_proj,v_proj,o_proj,up_proj"]}
 # a sign of Lion may turn where a gradient is nearly zero
 KNOBS = ["--optimizer=adamw", "--global_batch=8", "--microbatch=1", "--grad_clip=0.5", "--shard_ranks=2", "--warmup_steps=1"]
 
