@@ -211,7 +211,7 @@ def numbers_in_block(model, seq_len, device):
             numbers += len(module.lora_A)
             # DoRA: products before they are rescaled
             if module.lora_magnitude is not None:
-                numbers += len(module.weight)
+                numbers += len(module.lora_B)
                 # with dropout, the second product too, and masks of a byte a number
                 if module.dropout:
                     masks = len(module.spans) * module.weight.shape[1]
