@@ -103,7 +103,7 @@ shape = LlamaConfig.from_json(BASE)
 before = open_model(BASE, shape)
 checkpoints = [open_checkpoint(folder, shape, before) for folder in folders]
 records = analyse(before, checkpoints, layer, module, "cpu", fractions=(0.9,), subspaces=(1, 8),
-                  method="svd", tolerance=1e-6)
+                  method="svd", tolerance=1e-6, intruder_k=8, intruder_eps=0.5)
 names = {None: "base", 0: "full", 1: f"LoRA r={lora_rank}"}
 found = {}
 for record in records:
@@ -150,16 +150,16 @@ show(figure, out_dir, "7_spectra")
 # %% [markdown]
 # ## Intruders
 # Shuttleworth et al. (2024) found that LoRA brings *intruder dimensions*: leading directions of $W$
-# that are like none of $W_0$'s. `entered` in `analysis/directions.py` counts, of the 8 leading
-# directions of $W$, those that lie less than half in the 8 leading ones of $W_0$.
+# that are like none of $W_0$'s. `analysis/intruders.py` takes the 8 leading left singular vectors of
+# $W$ and counts those whose cosine with every one of $W_0$'s is below a half.
 
 # %%
 for name in (names[0], names[1]):
     record = found[name, "W"]
-    print(f"{name:9} W: {record['entered']['8']} of 8 leading directions have entered; overlap "
-          f"with the base's {record['overlap_out']['8']:.2f}, "
-          f"by chance {record['random_out']['8']:.2f}")
-    assert record["overlap_out"]["8"] > record["random_out"]["8"]
+    cosines = " ".join(f"{cosine:.2f}" for cosine in record["max_cosines"])
+    print(f"{name:9} W: {record['intruders']} of 8 leading directions are intruders; largest cosines "
+          f"{cosines}; a random direction has {record['random_cosine']:.2f}")
+    assert record["intruders"] == sum(cosine < 0.5 for cosine in record["max_cosines"])
 
 # %% [markdown]
 # ## Questions
