@@ -18,6 +18,7 @@ Every dtype is written out, there is no autocast: each projection casts its weig
 its input, so fp32 master weights compute in bf16 when the model's `compute_dtype` says so. Norms,
 rotary angles and the loss are computed in fp32 at least.
 """
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -28,7 +29,8 @@ from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
                                     create_selective_checkpoint_contexts)
 
 from llama.attention import causal_attention, document_attention, document_positions
-from llama.functions import ChunkedCrossEntropy, RMSNorm, Rotary, SwiGLU, rotary_frequencies
+from llama.functions import (ChunkedCrossEntropy, RMSNorm, Rotary, SwiGLU, computed_again,
+                             rotary_frequencies)
 from llama.generate import generate, generate_each, generate_tokens
 from llama.folder import read_config
 from llama.weights import GROUPS, fill, load_weights, save_pretrained
@@ -143,6 +145,9 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), 2)
         q, k = Rotary.apply(qk, cos, sin).split((self.heads, self.kv_heads), 2)
+        if torch.is_grad_enabled():
+            # what backward keeps: a view would keep q and k as they were before rotation, too
+            v = v.contiguous()
         dropout = self.dropout if self.training else 0.0
         if cache is not None and not cache.decoding:
             cache.prefill(self.layer, k, v)
@@ -164,12 +169,25 @@ class MLP(nn.Module):
         self.gate_up_proj = projection(config, "gate_up_proj")
         self.down_proj = projection(config, "down_proj")
 
-    def forward(self, x):
-        return self.down_proj(SwiGLU.apply(self.gate_up_proj(x)))
+    def forward(self, x, lean=False):
+        gate_up = self.gate_up_proj(x)
+        h = SwiGLU.apply(gate_up)
+        with forgotten(lean, h, SwiGLU.apply, gate_up):
+            return self.down_proj(h)
+
+
+def forgotten(lean, made, function, source):
+    """computed_again if `lean`, else nothing."""
+    if lean:
+        return computed_again(made, function, source)
+    return contextlib.nullcontext()
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to the residual stream x [B, T, D]."""
+    """Attention and MLP, each added to the residual stream x [B, T, D].
+
+    lean: keep for the backward pass neither the norms' outputs nor the activation's, but compute
+    them again there."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -178,9 +196,13 @@ class Block(nn.Module):
         self.post_attention_layernorm = Norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, docs=None, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, docs, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, cos, sin, docs=None, cache=None, lean=False):
+        h = self.input_layernorm(x)
+        with forgotten(lean, h, self.input_layernorm, x):
+            x = x + self.self_attn(h, cos, sin, docs, cache)
+        h = self.post_attention_layernorm(x)
+        with forgotten(lean, h, self.post_attention_layernorm, x):
+            return x + self.mlp(h, lean)
 
 
 def keep_products(ctx, operator, *args, **kwargs):
@@ -276,9 +298,11 @@ class Llama(nn.Module):
             torch._dynamo.maybe_mark_dynamic(docs, 0)
 
         x = F.embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
+        # checkpoints and the compiler decide themselves what they keep
+        lean = torch.is_grad_enabled() and not self.compiled
         for block in self.layers:
             if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
-                x = block(x, cos, sin, docs, cache)
+                x = block(x, cos, sin, docs, cache, lean)
             elif self.activation_checkpointing == "selective":
                 x = checkpoint(block, x, cos, sin, docs, use_reentrant=False, context_fn=selective)
             else:

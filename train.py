@@ -112,7 +112,7 @@ dtype = 'auto'               # of activations and frozen weights; auto: bf16 if 
 param_dtype = 'float32'      # of trained weights in full finetuning, their gradients and momenta
 shard = 'auto'               # none: replicas | full | hybrid: inside groups | auto: none if it fits
 shard_ranks = 0              # hybrid: ranks of a group; 0 = those of a node
-activation_checkpointing = 'none'  # block: keep a block's input | selective: and its products
+activation_checkpointing = 'none'  # block: keep a block's input | selective: and products (for compile)
 compile = False              # torch.compile of each block: minutes at the start, then faster
 memory_gb = 0.0              # a rank may use, for shard=auto; 0 = all it has (dry_run: 80)
 # planning, in training/plan.py

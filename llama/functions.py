@@ -99,6 +99,27 @@ def rotary_frequencies(config, dtype=torch.float32):
     return (1 - keep) * freq / scaling["factor"] + keep * freq
 
 
+def computed_again(made, function, source):
+    """A context in which whoever saves `made` for a backward pass keeps nothing: there it is
+    function(source) once more. For what is cheap to compute from a tensor that is kept anyway."""
+    source = source.detach()
+    address = made.data_ptr()
+    numbers = made.numel()
+
+    def pack(tensor):
+        if tensor.data_ptr() == address and tensor.numel() == numbers:
+            return tensor.shape
+        return tensor
+
+    def unpack(packed):
+        if isinstance(packed, torch.Size):
+            with torch.no_grad():
+                return function(source).view(packed)
+        return packed
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
 class SwiGLU(torch.autograd.Function):
     """silu(gate) * up, for gate and up side by side in gu [..., 2F]; keeps gu alone."""
 

@@ -160,7 +160,8 @@ def predict_memory(model, optimizer, rows, seq_len, microbatches=1, ranks=1, sha
     gathered_at_turn, gathered_at_end = gathered_copies(model, shards, compiled)
 
     # activations: of all blocks at the turn, of the first one at the end
-    in_block = numbers_in_block(model, seq_len, device)
+    lean = model.activation_checkpointing == "none" and not compiled
+    in_block = numbers_in_block(model, seq_len, device, lean)
     around_loss = 4 * config.hidden_size
     kept = config.num_hidden_layers * numbers_kept(model, in_block)
     if model.activation_checkpointing != "none":
@@ -193,32 +194,36 @@ def attention_widths(config):
     return queries, keys
 
 
-def numbers_in_block(model, seq_len, device):
-    """Numbers a token that a block keeps for its backward pass."""
+def numbers_in_block(model, seq_len, device, lean):
+    """Numbers a token that a block keeps for its backward pass; lean: as Block in model.py has it.
+
+    The compiler also leaves out what `lean` does where LoRA has plain products, but keeps it for
+    kernels; the larger number is taken."""
     config = model.config
     queries, keys = attention_widths(config)
-    # inputs and outputs of the two norms
-    numbers = 4 * config.hidden_size
-    # queries, keys and values; queries and keys after rotation; attention's output in both layouts
-    numbers += queries + 2 * keys
-    numbers += queries + keys
-    numbers += 2 * queries
-    # gate, up and the input of down
-    numbers += 3 * config.intermediate_size
+    # inputs of the two norms
+    numbers = 2 * config.hidden_size
+    # queries and keys after rotation, values, attention's output
+    numbers += 2 * queries + 2 * keys
+    # gate and up
+    numbers += 2 * config.intermediate_size
+    if not lean:
+        # outputs of the two norms, the input of down
+        numbers += 2 * config.hidden_size + config.intermediate_size
     for module in model.layers[0].modules():
         if hasattr(module, "lora_A"):
             # x A^T of the adapters
             numbers += len(module.lora_A)
             # DoRA: products before they are rescaled
             if module.lora_magnitude is not None:
-                numbers += len(module.lora_B)
+                numbers += len(module.weight)
                 # with dropout, the second product too, and masks of a byte a number
                 if module.dropout:
                     masks = len(module.spans) * module.weight.shape[1]
                     numbers += len(module.lora_B) + masks // model.compute_dtype.itemsize
-    # BlockAttention, of a CPU in bf16, keeps its probabilities
+    # BlockAttention, of a CPU in bf16, keeps its probabilities, and its output in both layouts
     if device == "cpu" and model.compute_dtype.itemsize == 2:
-        numbers += config.num_attention_heads * seq_len // 2
+        numbers += config.num_attention_heads * seq_len // 2 + queries
     return numbers
 
 
