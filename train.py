@@ -39,7 +39,7 @@ from runtime import (LOCAL_WORLD, RANK, WORLD, catch_stop_signals, device_memory
                      pick_device, pick_dtype, print0, versions)
 from training.checkpoint import (checkpoint_state, checkpoints, load_optimizer,
                                  load_trained_adapter, lock, newest_checkpoint, save_checkpoint)
-from training.checks import check_first_step, check_knobs
+from training.checks import check_first_step, check_knobs, check_optimizer_state
 from training.loggers import start_files
 from training.parallel import (all_reduce, all_reduce_gradients, check_replicas,
                                destroy_process_group, is_sharded, shard_model)
@@ -408,9 +408,11 @@ if __name__ == "__main__":
             # step, or skip the batch if its loss or gradient is not finite, which all ranks see
             if math.isfinite(loss) and math.isfinite(norm):
                 skipped_in_a_row = 0
+                if step == first_step:
+                    check_first_step(model, loss, scratch and not started_from)
                 optim.step()
                 if step == first_step:
-                    check_first_step(model, optim, loss, scratch and not started_from)
+                    check_optimizer_state(model, optim)
             else:
                 skipped_in_a_row += 1
                 state["skipped"] += 1

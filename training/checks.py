@@ -91,8 +91,8 @@ def check_lora(knobs):
                          "hold the difference; say --dora=False")
 
 
-def check_first_step(model, optim, loss, is_from_scratch):
-    """Raise ValueError for a wrong wiring after the first step; warn of a strange loss.
+def check_first_step(model, loss, is_from_scratch):
+    """Raise ValueError for a wrong wiring before the first step; warn of a strange loss.
 
     is_from_scratch: whether the weights were random."""
     # a model that knows nothing guesses evenly; a pretrained one must not be worse
@@ -124,17 +124,17 @@ def check_first_step(model, optim, loss, is_from_scratch):
             is_dead = not full_tensor(p.grad).any()
         if is_dead:
             raise ValueError(f"{name} is trained but has no gradient")
-        check_optimizer_state(name, p, optim.state.get(p, {}))
 
 
-def check_optimizer_state(name, p, state):
-    """Raise ValueError for what a checkpoint could not hold of a parameter's optimizer state."""
-    for kind, value in state.items():
-        found = f"of type {type(value).__name__}"
-        if isinstance(value, torch.Tensor):
-            if value.dim() == 0 or value.shape == p.shape:
-                continue
-            found = f"of shape {list(value.shape)}"
-        raise ValueError(f"{name}: the optimizer's state {kind!r} is {found}; checkpoints hold "
-                         f"tensors of the parameter's shape, {list(p.shape)}, or of one number, "
-                         "torch.tensor(0.0)")
+def check_optimizer_state(model, optim):
+    """Raise ValueError after the first step for state that a checkpoint could not hold."""
+    for name, p in model.named_parameters():
+        for kind, value in optim.state.get(p, {}).items():
+            found = f"of type {type(value).__name__}"
+            if isinstance(value, torch.Tensor):
+                if value.dim() == 0 or value.shape == p.shape:
+                    continue
+                found = f"of shape {list(value.shape)}"
+            raise ValueError(f"{name}: the optimizer's state {kind!r} is {found}; checkpoints hold "
+                             f"tensors of the parameter's shape, {list(p.shape)}, or of one "
+                             "number, torch.tensor(0.0)")
