@@ -25,8 +25,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import (CheckpointPolicy, checkpoint,
-                                    create_selective_checkpoint_contexts)
+from torch.utils.checkpoint import checkpoint
 
 from llama.attention import causal_attention, document_attention, document_positions
 from llama.functions import (ChunkedCrossEntropy, RMSNorm, Rotary, SwiGLU, computed_again,
@@ -36,10 +35,6 @@ from llama.folder import read_config
 from llama.weights import GROUPS, fill, load_weights, save_pretrained
 
 IGNORE = -100  # a target with this value is not predicted
-
-# operators whose results selective activation checkpointing keeps
-KEPT_PRODUCTS = {"aten.mm.default", "aten.addmm.default",
-                 "lora.matmul_add.default", "lora.matmul.default"}
 
 
 @dataclass
@@ -205,23 +200,11 @@ class Block(nn.Module):
             return x + self.mlp(h, lean)
 
 
-def keep_products(ctx, operator, *args, **kwargs):
-    """Policy of selective checkpointing: keep big products, compute all else again in backward."""
-    if str(operator) in KEPT_PRODUCTS:
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def selective():
-    return create_selective_checkpoint_contexts(keep_products)
-
-
 # ----------------------------------------------------------------------------- the network
 class Llama(nn.Module):
     """The network; see the head of this file for use. compute_dtype: the dtype of activations.
 
-    activation_checkpointing: 'none', 'block' (a block keeps its input alone for backward) or
-    'selective' (and its big products)."""
+    activation_checkpointing: 'none', or 'block': a block keeps its input alone for backward."""
     packed = None  # the head's, see packed_weights in llama/generate.py
 
     def __init__(self, config):
@@ -303,8 +286,6 @@ class Llama(nn.Module):
         for block in self.layers:
             if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
                 x = block(x, cos, sin, docs, cache, lean)
-            elif self.activation_checkpointing == "selective":
-                x = checkpoint(block, x, cos, sin, docs, use_reentrant=False, context_fn=selective)
             else:
                 x = checkpoint(block, x, cos, sin, docs, use_reentrant=False)
         return x

@@ -112,7 +112,7 @@ dtype = 'auto'               # of activations and frozen weights; auto: bf16 if 
 param_dtype = 'float32'      # of trained weights in full finetuning, their gradients and momenta
 shard = 'auto'               # none: replicas | full | hybrid: inside groups | auto: none if it fits
 shard_ranks = 0              # hybrid: ranks of a group; 0 = those of a node
-activation_checkpointing = 'none'  # block: keep a block's input | selective: and products (for compile)
+activation_checkpointing = 'none'  # block: a block keeps its input alone and is computed again
 compile = False              # torch.compile of each block: minutes at the start, then faster
 memory_gb = 0.0              # a rank may use, for shard=auto; 0 = all it has (dry_run: 80)
 # planning, in training/plan.py
@@ -129,7 +129,7 @@ _choices = {'optimizer': tuple(OPTIMIZERS), 'loss_norm': ('token', 'paper'),
             'lora_init': ('default', 'zero_a', 'pissa'),
             'param_dtype': ('float32', 'bfloat16', 'float64'),
             'shard': ('auto', 'none', 'full', 'hybrid'), 'lora_kernel': ('auto', 'torch', 'triton'),
-            'activation_checkpointing': ('none', 'block', 'selective')}
+            'activation_checkpointing': ('none', 'block')}
 # may differ between a checkpoint and the run that resumes it
 _free = {'out_dir', 'resume', 'auto_resume', 'resume_from', 'max_steps', 'max_epochs', 'max_tokens',
          'val_data', 'log_interval', 'eval_interval', 'eval_rows', 'save_interval', 'keep_last',

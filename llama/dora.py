@@ -27,7 +27,7 @@ def dora_parts(layer):
 
 def tuned_rows(W, a, b, scale):
     """(V [N, K], |V| [N]), in the dtype of a and b."""
-    # in place: selective checkpointing would keep the result of a plain product
+    # in place: one [N, K] instead of two
     V = W.to(a.dtype, copy=True).addmm_(b, a, alpha=scale)
     # a row of zeros stays one: 0 / tiny, where peft has 0 / 0
     return V, V.norm(dim=1).clamp(min=torch.finfo(a.dtype).tiny)

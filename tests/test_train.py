@@ -405,7 +405,6 @@ def refused(setting, *more, wanted):
     (["--lora_rank=4", "--scratch=True"], "scratch"),
     (["--lora_targets=mlp"], "lora_rank is 0, which is full finetuning"), (["--lora_alpha=8"], "lora_rank is 0"),
     (["--lora_rank=4", "--lora_kernel=triton", "--device=cpu"], "lora_kernel=triton: the kernels need a GPU"),
-    (["--compile=True", "--activation_checkpointing=selective"], "compile=False"),
     (["--global_batch=0"], "global_batch"),
     (["--device=cuda:0"], "no GPU"),
     (["--resume=True"], "state.json); start without --resume"),

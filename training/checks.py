@@ -49,9 +49,6 @@ def check_knobs(knobs, ranks):
                          "learning_rate must be positive")
 
     # the compiler
-    if knobs.compile and knobs.activation_checkpointing == "selective":
-        raise ValueError("activation_checkpointing=selective: a compiled block hides its products; "
-                         "say block, or compile=False")
     if knobs.compile and knobs.device == "cpu" and not shutil.which("g++"):
         raise ValueError("compile=True on a CPU needs a C++ compiler (g++); say --compile=False")
 

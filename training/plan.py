@@ -163,9 +163,10 @@ def predict_memory(model, optimizer, rows, seq_len, microbatches=1, ranks=1, sha
     lean = model.activation_checkpointing == "none" and not compiled
     in_block = numbers_in_block(model, seq_len, device, lean)
     around_loss = 4 * config.hidden_size
-    kept = config.num_hidden_layers * numbers_kept(model, in_block)
+    kept = config.num_hidden_layers * in_block
     if model.activation_checkpointing != "none":
-        kept += in_block  # of the block that is being computed again
+        # the inputs of all, and all of the one that is being computed again
+        kept = config.num_hidden_layers * config.hidden_size + in_block
     number = tokens * model.compute_dtype.itemsize
 
     # scratch: the head's new gradient, in fp32, is made in the forward pass
@@ -225,19 +226,6 @@ def numbers_in_block(model, seq_len, device, lean):
     if device == "cpu" and model.compute_dtype.itemsize == 2:
         numbers += config.num_attention_heads * seq_len // 2 + queries
     return numbers
-
-
-def numbers_kept(model, in_block):
-    """Numbers a token that stay from a block's forward pass until its backward pass."""
-    config = model.config
-    if model.activation_checkpointing == "none":
-        return in_block
-    if model.activation_checkpointing == "block":
-        return config.hidden_size  # its input
-    # selective: its input and its products
-    queries, keys = attention_widths(config)
-    products = queries + 2 * keys + 2 * config.hidden_size + 2 * config.intermediate_size
-    return config.hidden_size + products
 
 
 def scratch_of_block(model, tokens, compiled):
