@@ -150,15 +150,15 @@ show(figure, out_dir, "7_spectra")
 # %% [markdown]
 # ## Intruders
 # Shuttleworth et al. (2024) found that LoRA brings *intruder dimensions*: leading directions of $W$
-# that are like none of $W_0$'s. `analysis/intruders.py` takes the 8 leading left singular vectors of
-# $W$ and counts those whose cosine with every one of $W_0$'s is below a half.
+# that are like none of $W_0$'s. `analysis/intruders.py` takes the 8 leading left singular vectors
+# of $W$ and counts those whose cosine with every one of $W_0$'s is below a half.
 
 # %%
 for name in (names[0], names[1]):
     record = found[name, "W"]
     cosines = " ".join(f"{cosine:.2f}" for cosine in record["max_cosines"])
-    print(f"{name:9} W: {record['intruders']} of 8 leading directions are intruders; largest cosines "
-          f"{cosines}; a random direction has {record['random_cosine']:.2f}")
+    print(f"{name:9} W: {record['intruders']} of 8 leading directions are intruders; largest "
+          f"cosines {cosines}; a random direction has {record['random_cosine']:.2f}")
     assert record["intruders"] == sum(cosine < 0.5 for cosine in record["max_cosines"])
 
 # %% [markdown]

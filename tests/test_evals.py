@@ -113,7 +113,7 @@ def test_files_of_the_wrong_shape_are_refused(tmp_path, text, message):
     with pytest.raises(FileNotFoundError, match="test_data: .*absent.json: no such file; expected .parquet"):
         read_items(str(tmp_path / "absent.json"), ("q",), "test_data")
     (tmp_path / "i.csv").write_text("q\n1\n")
-    with pytest.raises(ValueError, match="expected .parquet, .txt, .json or .jsonl"):
+    with pytest.raises(ValueError, match="expected .parquet, .mds, .txt, .json or .jsonl"):
         read_items(str(tmp_path / "i.csv"), ("q",))
 
 
