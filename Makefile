@@ -39,20 +39,24 @@ bench: .venv/installed-test
 	$(BIN)/python -m bench.generate
 	$(BIN)/python -m bench.kernels
 
-# One call for a GPU lent for ten minutes. What matters most comes first, figures are written as they come, and a part that
-# fails costs no other. On a machine that has the packages already: make -o .venv/installed-test gpu BIN=/its/venv/bin
+# One call for a GPU lent for ten minutes, with the packages that its python3 has, or those of .venv. What matters most comes
+# first, figures are written as they come, each part has a limit of its own, and one that fails costs no other.
 GPU_OUT = out/gpu
-TRAINING = $(BIN)/python -m bench.throughput --device=cuda
-gpu: .venv/installed-test
+GPU_PYTHON ?= $(or $(wildcard .venv/bin/python),$(PYTHON))
+KERNELS = $(GPU_PYTHON) -m bench.kernels --device=cuda
+TRAINING = $(GPU_PYTHON) -m bench.throughput --device=cuda
+gpu:
 	mkdir -p $(GPU_OUT)
 	failed=; \
-	$(BIN)/python -m bench.kernels --device=cuda --shapes=7b --stop_after=130 --out=$(GPU_OUT)/kernels.json \
-	    || failed="$$failed kernels"; \
-	$(TRAINING) --seq_lens=4096 --checkpointing=none --batches=16 --ranks=0,16,64,256 --stop_after=170 \
+	timeout 60 $(KERNELS) --shapes=tiny --out=$(GPU_OUT)/smoke.json || failed="$$failed smoke"; \
+	timeout 160 $(KERNELS) --shapes=7b --stop_after=120 --out=$(GPU_OUT)/kernels.json || failed="$$failed kernels"; \
+	timeout 200 $(TRAINING) --seq_lens=4096 --checkpointing=none --batches=16 --ranks=0,16,64,256 --stop_after=150 \
 	    --out=$(GPU_OUT)/training.json || failed="$$failed training"; \
-	timeout 120 $(BIN)/python -m pytest -q -m gpu || failed="$$failed tests"; \
-	$(TRAINING) --batches=64,8,256 --repeats=1 --stop_after=60 --out=$(GPU_OUT)/axes.json || failed="$$failed axes"; \
-	$(BIN)/python -m paper.plot --benches=$(GPU_OUT)/training.json,$(GPU_OUT)/axes.json --out_dir=$(GPU_OUT) \
+	timeout 60 $(GPU_PYTHON) -m bench.generate --device=cuda --out=$(GPU_OUT)/generation.json \
+	    || failed="$$failed generation"; \
+	timeout 120 $(GPU_PYTHON) -m pytest -q -m gpu || failed="$$failed tests"; \
+	timeout 90 $(TRAINING) --batches=64,8,256 --repeats=1 --stop_after=60 --out=$(GPU_OUT)/axes.json || failed="$$failed axes"; \
+	$(GPU_PYTHON) -m paper.plot --benches=$(GPU_OUT)/training.json,$(GPU_OUT)/axes.json --out_dir=$(GPU_OUT) \
 	    || failed="$$failed plot"; \
 	test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
