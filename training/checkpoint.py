@@ -384,7 +384,9 @@ def resume_pissa(model, folder):
         tensor = where[name].get_tensor(name)
         check_finite(tensor, folder, name)
         for values, half in zip((trained, begun), halves(name, tensor)):
-            values.setdefault(p, torch.empty(p.shape, dtype=p.dtype))[first:first + len(half)] = half
+            if p not in values:
+                values[p] = torch.empty(p.shape, dtype=p.dtype)
+            values[p][first:first + len(half)] = half
 
     for module in model.modules():
         if isinstance(module, LoRAProjection):
