@@ -174,8 +174,16 @@ def length_axis(ax, points, kind):
     if not has_length(points, kind):
         kind = "step"
     ax.set_xlabel({"epoch": "epochs", "tokens": "tokens", "step": "steps"}[kind])
+    if kind == "tokens":
+        token_ticks(ax)
     powers_axis(ax, [point.place[kind] for point in points])
     return kind
+
+
+def token_ticks(ax):
+    """A few ticks of an x axis of tokens, in short: 200k, 1.2M."""
+    ax.xaxis.set_major_formatter(lambda value, _: short(value) if value > 0 else "0")
+    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
 
 
 def powers_axis(ax, values):

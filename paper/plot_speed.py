@@ -7,10 +7,8 @@
 import statistics
 from collections import defaultdict
 
-import matplotlib
-
 from paper.looks import (CHANCE, OTHERS, grid_of, method_name, name_end, powers_axis, short,
-                         style_of)
+                         style_of, token_ticks)
 from paper.results import number, problems
 
 LABELS = {"tok_per_s": "tokens a second", "peak_gb": "peak memory, GB"}
@@ -45,8 +43,7 @@ def draw_training(all_runs):
         ax.plot(tokens, losses, color=colour, lw=0.5, alpha=0.3)
         ax.plot(tokens, smooth, color=colour)
         name_end(ax, tokens[-1], smooth[-1], method_name(rank), colour)
-    ax.xaxis.set_major_formatter(token_tick)
-    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+    token_ticks(ax)
     ax.set(xlabel="tokens", ylabel="training loss")
     return fig
 
@@ -60,10 +57,6 @@ def loss_line(log):
             if loss is not None:
                 line.append((entry["tokens"], loss))
     return line
-
-
-def token_tick(value, _):
-    return short(value) if value > 0 else "0"
 
 
 # ----------------------------------------------------------------------------- bars
@@ -106,8 +99,11 @@ def bench_bars(tables):
                 continue
             for side, found in sides.items():
                 ours = side == "ours"
+                name = "ours" if ours else "transformers + peft"
+                if side == "compiled":
+                    name += ", compiled"
                 bars.append({"group": part,
-                             "name": "ours" if ours else "transformers + peft",
+                             "name": name,
                              "color": OTHERS[3] if ours else CHANCE,
                              "tok_per_s": number(found.get("tok_per_s")),
                              "peak_gb": number(found.get("peak_gb"))})
