@@ -18,7 +18,6 @@ Every dtype is written out, there is no autocast: each projection casts its weig
 its input, so fp32 master weights compute in bf16 when the model's `compute_dtype` says so. Norms,
 rotary angles and the loss are computed in fp32 at least.
 """
-import contextlib
 import math
 from dataclasses import dataclass
 
@@ -167,15 +166,8 @@ class MLP(nn.Module):
     def forward(self, x, lean=False):
         gate_up = self.gate_up_proj(x)
         h = SwiGLU.apply(gate_up)
-        with forgotten(lean, h, SwiGLU.apply, gate_up):
+        with computed_again(lean, h, SwiGLU.apply, gate_up):
             return self.down_proj(h)
-
-
-def forgotten(lean, made, function, source):
-    """computed_again if `lean`, else nothing."""
-    if lean:
-        return computed_again(made, function, source)
-    return contextlib.nullcontext()
 
 
 class Block(nn.Module):
@@ -193,10 +185,10 @@ class Block(nn.Module):
 
     def forward(self, x, cos, sin, docs=None, cache=None, lean=False):
         h = self.input_layernorm(x)
-        with forgotten(lean, h, self.input_layernorm, x):
+        with computed_again(lean, h, self.input_layernorm, x):
             x = x + self.self_attn(h, cos, sin, docs, cache)
         h = self.post_attention_layernorm(x)
-        with forgotten(lean, h, self.post_attention_layernorm, x):
+        with computed_again(lean, h, self.post_attention_layernorm, x):
             return x + self.mlp(h, lean)
 
 

@@ -20,7 +20,8 @@ from functools import partial
 import torch
 
 from bench.sides import (SCATTER, clock, compare_sides, in_turn, left_padded, load_peer,
-                         print_machine, scatter, write_random_model, write_results)
+                         print_machine, product_shapes, scatter, write_random_model,
+                         write_results)
 from configurator import configure, knob_table
 from llama.generate import PACKED_ROWS, can_pack
 from model import Llama, LlamaConfig, linear
@@ -105,8 +106,8 @@ class Floor:
 
     def __init__(self, config, rows, dtype, device):
         how = dict(dtype=dtype, device=device)
-        shapes = list(config.projection_shapes.values()) * config.num_hidden_layers
-        shapes.append((config.vocab_size, config.hidden_size))
+        of_block, head = product_shapes(config)
+        shapes = [*of_block * config.num_hidden_layers, head]
         self.weights = [torch.randn(shape, **how) for shape in shapes]
         self.inputs = {K: torch.randn(rows, K, **how) for _, K in shapes}
         # in the order that generation has them

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llama.weights import GROUPS
 from model import Llama, LlamaConfig
 from runtime import device_name, versions, write_whole
 
@@ -69,6 +70,17 @@ def left_padded(prompts, device):
         ids.append(padding + prompt)
         mask.append(padding + [1] * len(prompt))
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def product_shapes(config):
+    """[N, K] of a block's products, where projections that read the same input are one, and of the
+    head's."""
+    shapes = config.projection_shapes
+    of_block = []
+    for names in GROUPS.values():
+        rows = sum(shapes[name][0] for name in names)
+        of_block.append((rows, shapes[names[0]][1]))
+    return of_block, (config.vocab_size, config.hidden_size)
 
 
 # ----------------------------------------------------------------------------- time

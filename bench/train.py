@@ -20,11 +20,10 @@ from collections import defaultdict
 import torch
 
 from bench.sides import (SIDES, Settings, clock, compare_sides, in_turn, load_peer, print_machine,
-                         ratio_words, write_random_model, write_results)
+                         product_shapes, ratio_words, write_random_model, write_results)
 from configurator import configure, knob_table
 from lion import DecoupledLionW
 from llama.lora_matmul import choose_kernel
-from llama.weights import GROUPS
 from lora import apply_lora
 from model import IGNORE, Llama, LlamaConfig
 from runtime import one_line_errors, peak_memory, pick_device
@@ -88,26 +87,18 @@ class Products:
 
     def __init__(self, config, rank, tokens, settings):
         self.trained = not rank
-        self.layers = config.num_hidden_layers
         how = dict(device=settings.device, dtype=settings.dtype)
-
-        # projections that read the same input are one product, as in the model
-        shapes = config.projection_shapes
-        grouped = []
-        for names in GROUPS.values():
-            rows = sum(shapes[name][0] for name in names)
-            grouped.append((rows, shapes[names[0]][1]))
-        head = (config.vocab_size, config.hidden_size)
+        of_block, head = product_shapes(config)
 
         # weights of every block: no cache holds them from one step to the next
         self.weights = []
-        for _ in range(self.layers):
-            self.weights.append([torch.randn(shape, **how) for shape in grouped])
+        for _ in range(config.num_hidden_layers):
+            self.weights.append([torch.randn(shape, **how) for shape in of_block])
         self.weights.append([torch.randn(head, **how)])
         # inputs and gradients of outputs may be the same in all blocks
         self.inputs = {}
         self.gradients = {}
-        for N, K in [*grouped, head]:
+        for N, K in [*of_block, head]:
             self.inputs[K] = torch.randn(tokens, K, **how)
             self.gradients[N] = torch.randn(tokens, N, **how)
 

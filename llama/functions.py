@@ -11,6 +11,7 @@ functions keep their input and compute the rest again; torch.compile traces and 
                                                                        |--> dh of the chunk
                                                                        |--> dw, summed over chunks
 """
+import contextlib
 import math
 
 import torch
@@ -99,15 +100,18 @@ def rotary_frequencies(config, dtype=torch.float32):
     return (1 - keep) * freq / scaling["factor"] + keep * freq
 
 
-def computed_again(made, function, source):
-    """A context in which whoever saves `made` for a backward pass keeps nothing: there it is
-    function(source) once more. For what is cheap to compute from a tensor that is kept anyway."""
+def computed_again(lean, made, function, source):
+    """If `lean`, a context in which whoever saves `made` for a backward pass keeps nothing: there
+    it is function(source) once more. For what is cheap to compute from what is kept anyway."""
+    if not lean:
+        return contextlib.nullcontext()
     source = source.detach()
     address = made.data_ptr()
     numbers = made.numel()
 
     def pack(tensor):
-        if tensor.data_ptr() == address and tensor.numel() == numbers:
+        is_it = tensor.data_ptr() == address and tensor.numel() == numbers
+        if is_it and tensor.is_contiguous():  # not a transpose
             return tensor.shape
         return tensor
 
