@@ -409,7 +409,7 @@ def compare_at_equal_learning(full, loras):
     curve = [(Change(learned), Change(forgot)) for learned, forgot in full]
     sentences = []
     for rank, (learned, forgot) in loras.items():
-        more = spared(curve, (Change(learned), Change(forgot)))
+        more = spared([curve], (Change(learned), Change(forgot)))
         if more is None:
             sentences.append(f"r={rank} learned {learned:.3f}, more than full finetuning ever did")
             continue

@@ -16,6 +16,10 @@ the interval is that of the evaluation's items: the same ones in both runs, so o
 other seeds. A loss from train.py's log has no items, and a claim without an interval cannot be
 told. A claim holds where the whole interval does. What a run began with is its base's folder beside
 it, or step 0 of its log for what train.py logged. All at the longest duration.
+
+A method that was trained at several learning rates is compared at its best one, and at equal
+learning at the one that forgot least. Where the best does not lie inside the sweep (paper/sweeps.py),
+nothing that rests on it can be told.
 """
 import glob
 import math
@@ -24,8 +28,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from configurator import configure
-from paper.results import (falls, mean_of_seeds, problems, read_json, read_run, regularised,
-                           spectrum_fault, targets_name)
+from paper.results import (KNOBS, Run, falls, mean_of_seeds, problems, read_json, read_run,
+                           regularised, spectrum_fault, targets_name, trained_numbers)
+from paper.sweeps import bests_of_seeds, factor_words, mean_factor, mean_losses
 from runtime import one_line_errors
 
 # -----------------------------------------------------------------------------
@@ -38,6 +43,8 @@ fraction = '0.9'         # of the squares, for the effective rank in spectrum.js
 # places in a run's pair of Changes
 LEARNED = 0
 FORGOT = 1
+
+SAME_SIZE = 0.05         # adapters differ by less than this share
 
 
 class Method(NamedTuple):
@@ -72,40 +79,85 @@ def method_of(config):
     return Method(rank, variants[0] if variants else "")
 
 
-def read_runs(folders, learning, forgetting, fraction):
-    """What each run learned and forgot, and the effective rank of its change.
+def folders_of(patterns):
+    """The run folders that are named, by themselves or by globs; ValueError where there are none."""
+    if not patterns:
+        raise ValueError("runs is not set; see --help")
+    folders = []
+    for pattern in patterns:
+        paths = [Path(path) for path in sorted(glob.glob(pattern))]
+        if not paths:
+            raise ValueError(f"runs: nothing is named {pattern}")
+        folders += [path for path in paths if path.is_dir()]
+    return folders
 
-    Returns {(seed, method, steps): (learned, forgot)} at each run's end, both a Change, and
-    {the same: effective rank}. Raises ValueError where two runs are of one seed, method and length,
-    or a metric is missing."""
+
+class Measured(NamedTuple):
+    """A run at its end."""
+    folder: Path
+    run: Run
+    steps: int
+    learned: Change
+    forgot: Change
+
+    @property
+    def seed(self):
+        return self.run.config.get("seed")
+
+    @property
+    def rate(self):
+        return float(self.run.config.get("learning_rate", KNOBS["learning_rate"]))
+
+
+def measure_runs(folders, learning, forgetting):
+    """[Measured] of the finetuning runs among the folders; ValueError where a metric is missing."""
     found = {folder: read_run(folder) for folder in folders}
     bases = read_bases(found)
-    changes = {}
-    ranks = {}
+    measured = []
     for folder, run in found.items():
-        method = method_of(run.config)
-        if not run.config or run.config.get("scratch") or method is None:
-            continue  # a base, a pretraining, or nothing that the claims speak of
+        if not run.config or run.config.get("scratch"):
+            continue  # a base, or a pretraining
         steps = max(run.places, default=0)
         if steps == 0:
             problems[f"{folder}: nothing was measured after step 0, left out"] += 1
             continue
-        # one run a seed, method and length
-        seed = run.config.get("seed")
-        key = seed, method, steps
-        if key in changes:
-            raise ValueError(f"{folder}: a second run of {method}, {steps} steps and seed {seed}")
-
         # what it learned and forgot, from its base on
         base_name = Path(run.config.get("base", "")).name
         base = bases.get((folder.parent, base_name), {})
         learned = change_of(folder, run, learning, steps, base)
         forgot = change_of(folder, run, forgetting, steps, base)
-        changes[key] = learned, scaled(forgot, -1)
+        measured.append(Measured(folder, run, steps, learned, scaled(forgot, -1)))
+    return measured
+
+
+def read_runs(folders, learning, forgetting, fraction):
+    """What each run learned and forgot, and the effective rank of its change.
+
+    Returns {(seed, method, steps): {rate: (learned, forgot)}} at each run's end, both a Change,
+    {(seed, method, steps, rate): effective rank} and {method: numbers in its adapter}. Raises ValueError where two runs are of one seed,
+    method, length and learning rate, or a metric is missing."""
+    changes = {}
+    ranks = {}
+    sizes = {}
+    for measured in measure_runs(folders, learning, forgetting):
+        folder, run, steps, learned, forgot = measured
+        method = method_of(run.config)
+        if method is None:
+            continue  # nothing that the claims speak of
+        # one run a seed, method, length and rate
+        by_rate = changes.setdefault((measured.seed, method, steps), {})
+        if measured.rate in by_rate:
+            raise ValueError(f"{folder}: a second run of {method}, {steps} steps, seed "
+                             f"{measured.seed} and learning rate {measured.rate:g}")
+        by_rate[measured.rate] = learned, forgot
         rank = rank_of_change(folder, steps, fraction)
         if rank is not None:
-            ranks[key] = rank
-    return changes, ranks
+            ranks[measured.seed, method, steps, measured.rate] = rank
+        if method.rank and method not in sizes:
+            size = trained_numbers(folder)
+            if size:
+                sizes[method] = size
+    return changes, ranks, sizes
 
 
 def read_bases(found):
@@ -218,40 +270,121 @@ def verdict(mean, half, least=0.0):
     return "holds" if mean > least else "does not hold"
 
 
-def add_row(rows, what, pairs, least=0.0):
+def add_row(rows, what, pairs, least=0.0, unsure=()):
     """Add (what, numbers, verdict) of a difference that the claim says is above `least`.
 
-    pairs [(value, stderr or None)] of the seeds; where no seed has it there is no row."""
+    pairs [(value, stderr or None)] of the seeds; where no seed has it there is no row. unsure: the
+    methods in it whose best learning rate is not known."""
     if not pairs:
         return
     mean, half = mean_of_seeds(pairs)
     interval = "" if half is None else f" ± {half:.3f}"
-    rows.append((what, f"{mean:+.3f}{interval} (n={len(pairs)})", verdict(mean, half, least)))
+    said = verdict(mean, half, least)
+    if unsure:
+        names = " and ".join(map(str, unsure))
+        said = f"cannot be told: the best rate of {names} is not inside the sweep"
+    rows.append((what, f"{mean:+.3f}{interval} (n={len(pairs)})", said))
 
 
-def spared(points, mine):
+def spared(lines, mine):
     """How much more a method had forgotten than `mine` by the time it had learned as much.
 
-    All are (learned, forgot), two Changes; the method's curve joins the base and its points by
-    straight lines. Returns (value, standard error or None), or None where the method never learned
-    as much."""
+    All are (learned, forgot), two Changes. lines: a method's points in an order that joins them, by
+    length or by learning rate; each line begins at the base. Returns (value, standard error or
+    None) of the place where it had forgotten least, None where the method never learned as much."""
     base = tuple(Change(0.0, None, (0.0,) * len(change.items)) for change in mine)
-    curve = sorted([base, *points], key=lambda point: point[LEARNED].value)
-    x, y = mine
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
-        width = x1.value - x0.value
-        if width <= 0 or not x0.value <= x.value <= x1.value:
+    found = []
+    for line in lines:
+        points = [base, *line]
+        for start, end in zip(points, points[1:]):
+            more = spared_on(start, end, mine)
+            if more is not None:
+                found.append(more)
+    return min(found, key=lambda more: more[0], default=None)
+
+
+def spared_on(start, end, mine):
+    """spared on the straight line between two points; None where it does not pass `mine`."""
+    (x0, y0), (x1, y1), (x, y) = start, end, mine
+    width = x1.value - x0.value
+    if width == 0:
+        return None
+    share = (x.value - x0.value) / width
+    if not 0 <= share <= 1:
+        return None
+    slope = (y1.value - y0.value) / width
+    forgot = combine([1 - share, share, -1], [y0, y1, y])
+    # the error of the place on the line; the value of this sum is 0
+    place = combine([slope, -slope * (1 - share), -slope * share], [x, x0, x1])
+    if forgot.items and place.items:
+        return forgot.value, math.hypot(forgot.stderr, place.stderr)
+    return forgot.value, None  # without items the base's error is not known
+
+
+# ----------------------------------------------------------------------------- learning rates
+def losses_of(changes, method, steps):
+    """[{rate: loss less the base's}] of a method and length, one a seed."""
+    found = []
+    for (_, other, length), by_rate in sorted(changes.items(), key=str):
+        if (other, length) == (method, steps):
+            found.append({rate: -learned.value for rate, (learned, _) in by_rate.items()})
+    return found
+
+
+def choose_rates(changes, steps):
+    """({method: the rate of its lowest mean loss}, the methods whose best is not inside)."""
+    chosen = {}
+    unsure = set()
+    for method in sorted({method for _, method, length in changes if length == steps}):
+        of_seeds = losses_of(changes, method, steps)
+        losses = mean_losses(of_seeds)
+        if not losses:
+            raise ValueError(f"{method}: its seeds share no learning rate at {steps} steps")
+        chosen[method] = min(losses, key=losses.get)
+        if len(losses) > 1 and bests_of_seeds(of_seeds) is None:
+            unsure.add(method)
+    return chosen, unsure
+
+
+def rate_rows(changes, steps):
+    """[(method, best rate, its ratio to full finetuning's)] in words, of what was swept."""
+    bests = {}
+    for method in sorted({method for _, method, length in changes if length == steps}):
+        losses = losses_of(changes, method, steps)
+        if len(mean_losses(losses)) > 1:
+            bests[method] = bests_of_seeds(losses)
+    full = bests.get(Method(0, ""))
+    rows = []
+    for method, found in bests.items():
+        if found is None:
+            rows.append((str(method), "not inside the sweep", ""))
             continue
-        share = (x.value - x0.value) / width
-        slope = (y1.value - y0.value) / width
-        # between the two ends of this piece of the curve
-        forgot = combine([1 - share, share, -1], [y0, y1, y])
-        # the error of the place on the curve; the value of this sum is 0
-        place = combine([slope, -slope * (1 - share), -slope * share], [x, x0, x1])
-        if forgot.items and place.items:
-            return forgot.value, math.hypot(forgot.stderr, place.stderr)
-        return forgot.value, None  # without items the base's error is not known
-    return None
+        ratio = ""
+        if method.rank and full and len(full) == len(found):
+            # seed by seed, in the same order
+            ratio = factor_words(*mean_factor([b.rate / f.rate for b, f in zip(found, full)]))
+        rows.append((str(method), factor_words(*mean_factor([best.rate for best in found])), ratio))
+    return rows
+
+
+def lines_of(changes, seed, method):
+    """The lines of spared: a method's points by length at each rate, and by rate at each length."""
+    points = {}  # {(rate, steps): (learned, forgot)}
+    for (other_seed, other, steps), by_rate in changes.items():
+        if (other_seed, other) == (seed, method):
+            points.update({(rate, steps): pair for rate, pair in by_rate.items()})
+    rates = sorted({rate for rate, _ in points})
+    lengths = sorted({steps for _, steps in points})
+    lines = []
+    for rate in rates:
+        line = [points[rate, steps] for steps in lengths if (rate, steps) in points]
+        if len(line) > 1 or len(rates) == 1:
+            lines.append(line)
+    for steps in lengths:
+        line = [points[rate, steps] for rate in rates if (rate, steps) in points]
+        if len(line) > 1:
+            lines.append(line)
+    return lines
 
 
 # ----------------------------------------------------------------------------- the claims
@@ -269,24 +402,42 @@ def differences(ends, first, second, column):
 
 
 def differences_at_equal_learning(changes, ends, method, lora):
-    """[(value, stderr)] of how much more a method had forgotten when it had learned as much."""
+    """[(value, stderr)] of how much more a method had forgotten when both had learned as much as
+    the one that learned less, one a seed."""
     found = []
     for (seed, other), mine in ends.items():
-        if other == lora:
-            points = [pair for key, pair in changes.items() if key[:2] == (seed, method)]
-            more = spared(points, mine)
-            if more is not None:
-                found.append(more)
+        theirs = ends.get((seed, method))
+        if other != lora or theirs is None:
+            continue
+        if mine[LEARNED].value <= theirs[LEARNED].value:
+            more = spared(lines_of(changes, seed, method), mine)
+        else:
+            less = spared(lines_of(changes, seed, lora), theirs)
+            more = less and (-less[0], less[1])
+        if more is not None:
+            found.append(more)
     return found
 
 
-def rows_by_rank(ends, plain, loras, column):
+def rows_by_rank(ends, untold, plain, loras, column):
     """Full finetuning above each LoRA, and each LoRA above the one of the next lower rank."""
+    pairs = [(plain, lora) for lora in loras]
+    pairs += [(higher, lower) for lower, higher in zip(loras, loras[1:])]
     rows = []
-    for lora in loras:
-        add_row(rows, f"full - {lora}", differences(ends, plain, lora, column))
-    for lower, higher in zip(loras, loras[1:]):
-        add_row(rows, f"{higher} - {lower}", differences(ends, higher, lower, column))
+    for more, less in pairs:
+        unsure = [method for method in (more, less) if method in untold]
+        add_row(rows, f"{more} - {less}", differences(ends, more, less, column), unsure=unsure)
+    return rows
+
+
+def rows_at_equal_learning(changes, ends, untold, methods, loras):
+    """Each of the methods above each LoRA in what was forgotten at equal learning."""
+    rows = []
+    for method in methods:
+        for lora in loras:
+            unsure = [one for one in (method, lora) if one in untold]
+            found = differences_at_equal_learning(changes, ends, method, lora)
+            add_row(rows, f"{method} - {lora}", found, unsure=unsure)
     return rows
 
 
@@ -306,47 +457,61 @@ def ratios_of_rank(ends, ranks, plain, loras):
     return found
 
 
-def claims(changes, ranks):
+def rows_of_modules(ends, untold, methods, sizes):
+    """MLP adapters above those on attention, of equal rank and of equal size, and all above MLP.
+
+    sizes {method: trained numbers}. Returns both lists of rows."""
+    over_attention = []
+    over_mlp = []
+    attentions = [method for method in methods if method.variant == "attention"]
+    for mlp in [method for method in methods if method.variant == "mlp"]:
+        for attention in attentions:
+            same_size = abs(math.log(sizes.get(mlp, 1) / sizes.get(attention, 1))) < SAME_SIZE
+            if mlp.rank == attention.rank:
+                what = f"mlp - attention, r={mlp.rank}"
+            elif mlp in sizes and attention in sizes and same_size:
+                what = f"mlp r={mlp.rank} - attention r={attention.rank}, of equal size"
+            else:
+                continue
+            unsure = [method for method in (mlp, attention) if method in untold]
+            add_row(over_attention, what, differences(ends, mlp, attention, LEARNED), unsure=unsure)
+        everything = Method(mlp.rank, "")
+        unsure = [method for method in (everything, mlp) if method in untold]
+        add_row(over_mlp, f"all - mlp, r={mlp.rank}", differences(ends, everything, mlp, LEARNED),
+                unsure=unsure)
+    return over_attention, over_mlp
+
+
+def claims(changes, ranks, sizes):
     """[(claim, [(what, numbers, verdict)])] from what read_runs returns."""
-    # the ends of the longest runs, and the methods that there are
+    # the longest runs, each method at its best rate, and the methods that there are
     longest = max(steps for _, _, steps in changes)
-    ends = {key[:2]: pair for key, pair in changes.items() if key[2] == longest}
-    ranks = {key[:2]: rank for key, rank in ranks.items() if key[2] == longest}
+    chosen, untold = choose_rates(changes, longest)
+    ends = {}
+    ranks_of_ends = {}
+    for (seed, method, steps), by_rate in changes.items():
+        rate = chosen.get(method)
+        if steps == longest and rate in by_rate:
+            ends[seed, method] = by_rate[rate]
+            if (seed, method, steps, rate) in ranks:
+                ranks_of_ends[seed, method] = ranks[seed, method, steps, rate]
     methods = sorted({method for _, method, _ in changes})
     plain = Method(0, "")
     loras = [method for method in methods if method.rank and not method.variant]
     regularised = [method for method in methods if not method.rank and method.variant]
-    mlps = [method for method in methods if method.variant == "mlp"]
 
-    # C2 and C3: curves of full finetuning against the end of each LoRA
-    at_equal_learning = []
-    for lora in loras:
-        found = differences_at_equal_learning(changes, ends, plain, lora)
-        add_row(at_equal_learning, f"full - {lora}", found)
-    with_regulariser = []
-    for method in regularised:
-        for lora in loras:
-            found = differences_at_equal_learning(changes, ends, method, lora)
-            add_row(with_regulariser, f"{method} - {lora}", found)
-    # C4: ranks of the changes
+    at_equal_learning = rows_at_equal_learning(changes, ends, untold, [plain], loras)
+    with_regulariser = rows_at_equal_learning(changes, ends, untold, regularised, loras)
     of_ranks = []
-    add_row(of_ranks, "effective rank / r", ratios_of_rank(ends, ranks, plain, loras), least=10.0)
-    # C5: target modules, of those ranks that were trained on MLP modules alone
-    over_attention = []
-    over_mlp = []
-    for mlp in mlps:
-        attention = Method(mlp.rank, "attention")
-        everything = Method(mlp.rank, "")
-        found = differences(ends, mlp, attention, LEARNED)
-        add_row(over_attention, f"mlp - attention, r={mlp.rank}", found)
-        found = differences(ends, everything, mlp, LEARNED)
-        add_row(over_mlp, f"all - mlp, r={mlp.rank}", found)
+    add_row(of_ranks, "effective rank / r", ratios_of_rank(ends, ranks_of_ends, plain, loras),
+            least=10.0, unsure=sorted(untold & {plain, *loras}))
+    over_attention, over_mlp = rows_of_modules(ends, untold, methods, sizes)
 
     return [
         ("C1 Full finetuning learns more than LoRA, and LoRA the more the higher its rank",
-         rows_by_rank(ends, plain, loras, LEARNED)),
+         rows_by_rank(ends, untold, plain, loras, LEARNED)),
         ("C2 Full finetuning forgets more than LoRA, and LoRA the more the higher its rank",
-         rows_by_rank(ends, plain, loras, FORGOT)),
+         rows_by_rank(ends, untold, plain, loras, FORGOT)),
         ("C2 At equal learning full finetuning has forgotten more than LoRA", at_equal_learning),
         ("C3 At equal learning full finetuning with a regulariser has forgotten more than LoRA",
          with_regulariser),
@@ -356,20 +521,25 @@ def claims(changes, ranks):
         ("C5 All modules learn more than MLP alone (the paper: about the same)", over_mlp)]
 
 
+def print_claims(found):
+    """Print the table of [(claim, [(what, numbers, verdict)])], and what could not be read."""
+    print("| claim | | difference | |\n|---|---|---|---|")
+    for claim, rows in found:
+        if not rows:
+            print(f"| {claim} |  |  | no such runs |")
+        for row in rows:
+            print(f"| {claim} | {' | '.join(row)} |")
+            claim = ""  # named once
+    for problem, count in problems.items():
+        print(f"note: {count} {problem}")
+
+
 if __name__ == "__main__":
     with one_line_errors():
         configure(globals())
 
-        # the runs that are named
-        if not runs:
-            raise ValueError("runs is not set; see --help")
-        folders = []
-        for pattern in runs:
-            paths = [Path(path) for path in sorted(glob.glob(pattern))]
-            if not paths:
-                raise ValueError(f"runs: nothing is named {pattern}")
-            folders += [path for path in paths if path.is_dir()]
-        changes, ranks = read_runs(folders, learning, forgetting, fraction)
+        folders = folders_of(runs)
+        changes, ranks, sizes = read_runs(folders, learning, forgetting, fraction)
         if not changes:
             raise ValueError(f"runs: no finished run of train.py is named {', '.join(runs)}; "
                              "for those in a folder say FOLDER/*")
@@ -377,14 +547,13 @@ if __name__ == "__main__":
         # what they say
         longest = max(steps for _, _, steps in changes)
         seeds = {seed for seed, _, steps in changes if steps == longest}
-        print(f"Learned: {learning}, forgotten: {forgetting}; {len(changes)} runs, "
+        number = sum(map(len, changes.values()))
+        print(f"Learned: {learning}, forgotten: {forgetting}; {number} runs, "
               f"{len(seeds)} seeds of {longest} steps\n")
-        print("| claim | | difference | |\n|---|---|---|---|")
-        for claim, rows in claims(changes, ranks):
-            if not rows:
-                print(f"| {claim} |  |  | no such runs |")
-            for row in rows:
-                print(f"| {claim} | {' | '.join(row)} |")
-                claim = ""  # named once
-        for problem, count in problems.items():
-            print(f"note: {count} {problem}")
+        best_rates = rate_rows(changes, longest)
+        if best_rates:
+            print("| | best learning rate | of full finetuning's |\n|---|---|---|")
+            for row in best_rates:
+                print(f"| {' | '.join(row)} |")
+            print()
+        print_claims(claims(changes, ranks, sizes))

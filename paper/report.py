@@ -159,12 +159,12 @@ def claims_table(folders, learned, forgotten, fraction):
     if learned is None or forgotten is None:
         return table, "No run has a metric of what was learned and one of what was forgotten."
     try:
-        changes, ranks = claims.read_runs(folders, learned, forgotten, fraction)
+        changes, ranks, sizes = claims.read_runs(folders, learned, forgotten, fraction)
     except ValueError as error:
         return table, f"They cannot be checked: {error}."
     if not changes:
         return table, "No run is finished."
-    for claim, rows in claims.claims(changes, ranks):
+    for claim, rows in claims.claims(changes, ranks, sizes):
         for row in rows or [("", "", "no such runs")]:
             table["rows"].append([claim, *row])
             claim = ""  # named once

@@ -8,10 +8,13 @@ Runs of one setting differ only in their seed and in how long they trained. The 
 become one Point, the lengths of one setting become a curve.
 """
 import json
+import math
 import statistics
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
+
+from safetensors import safe_open
 
 import train
 from configurator import default_values
@@ -180,6 +183,15 @@ def read_config(folder):
             of_adapter = {"lora_rank": adapter.get("r"), "lora_alpha": adapter.get("lora_alpha")}
             config |= of_types(of_adapter, OF_CONFIG, made[0])
     return config
+
+
+def trained_numbers(folder):
+    """How many numbers the adapter of a run's newest checkpoint holds; 0 without an adapter."""
+    found = sorted(folder.glob("step_*/adapter_model.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        return 0
+    with safe_open(found[-1], "numpy") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
 
 
 class Run(NamedTuple):

@@ -16,11 +16,15 @@ Finished steps are skipped, and what was stopped is resumed. Every run is tried 
 results.jsonl and spectrum.json, out_dir/figures what paper/plot.py draws, out_dir/study.jsonl what
 was done and how long it took. A finished step is known by its whole command line: change it, and it
 is done again; delete out_dir/NAME, and all of its steps are.
+
+Runs that differ in learning rate and seed alone are a sweep. With --sweep='loss target' further rates
+follow where the lowest such loss lies at an end, until it lies inside.
 """
 import json
 import os
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -30,6 +34,8 @@ from pathlib import Path
 
 from configurator import configure
 from llama.adapter_config import is_adapter
+from paper.results import read_run
+from paper.sweeps import next_rate
 from runtime import ROOT, append_jsonl, one_line_errors, script_words
 from text.records import why_not_fetched
 from training.checkpoint import checkpoints, read_state
@@ -43,6 +49,8 @@ train = ''               # what train.py takes in every run: '--data=data/gsm8k 
 evals = ()               # 'eval_gsm8k.py --limit=200', ...: without model, which is filled in
 spectrum = ''            # what spectrum.py takes, such as '--subspaces=1,16'; 'none' = no spectra
 plot = ''                # what paper/plot.py takes; 'none' = no figures
+sweep = ''               # metric, less is better: add learning rates until its best lies inside
+sweep_more = 4           # learning rates that may be added to one sweep
 expected = ()            # 'NAME METRIC=VALUE ...': numbers to print beside one's own
 checkpoint = 'last'      # of each run, to evaluate: last | all that were kept
 only = ()                # names of models and runs, or numbers from 0; none = all, and the figures
@@ -257,8 +265,14 @@ def check_commands(study, names):
     downloaded = not study.base.startswith("hf://")
     if not downloaded:
         print(f"{study.base} is not downloaded yet, so runs that train it are not checked")
+    seen = set()
     for name in names:
-        if name in study.runs and downloaded and not checkpoints(study.out_dir / name):
+        if name not in study.runs or not downloaded or checkpoints(study.out_dir / name):
+            continue
+        # of runs that differ in learning rate and seed alone the first is enough
+        kept, _ = without(study.runs[name], "learning_rate", "seed")
+        if tuple(kept) not in seen:
+            seen.add(tuple(kept))
             text = f"runs: {name}: {shlex.join(study.runs[name])}"
             planned[text] = [*train_command(study, name, launch=[]), "--dry_run=True"]
     others = list(study.evals)
@@ -307,6 +321,72 @@ def do_all(study, names):
             append_jsonl(study.out_dir / "study.jsonl", {"run": name, "stage": stage,
                                                          "command": shlex.join(command),
                                                          "seconds": seconds})
+
+
+# ----------------------------------------------------------------------------- sweeps
+def without(words, *knobs):
+    """The words of a command line without these knobs, and {knob: value} of those left out."""
+    kept = []
+    taken = {}
+    for word in words:
+        knob, _, value = word.removeprefix("--").partition("=")
+        if knob in knobs:
+            taken[knob] = value
+        else:
+            kept.append(word)
+    return kept, taken
+
+
+def sweeps_of(runs):
+    """{what its runs share: {rate: [their names, one a seed]}} of runs that differ in rate and seed."""
+    found = {}
+    for name, words in runs.items():
+        kept, taken = without(words, "learning_rate", "seed")
+        if "learning_rate" in taken:
+            by_rate = found.setdefault(tuple(kept), {})
+            by_rate.setdefault(float(taken["learning_rate"]), []).append(name)
+    return found
+
+
+def last_value(folder, metric):
+    """A metric at the end of a run; ValueError if it was not measured there."""
+    measured = read_run(folder).metrics.get(metric, {})
+    if not measured:
+        raise ValueError(f"sweep: {folder} has no {metric!r}")
+    value, _ = measured[max(measured)]
+    return value
+
+
+def further_runs(study, asked, metric, most):
+    """{name: words} of the runs that follow where a sweep's best lies at an end: a rate for each.
+
+    asked: the runs that the study began with; at `most` rates more than these a sweep stays as it
+    is. ValueError for a run without its rate in its name."""
+    before = sweeps_of(asked)
+    further = {}
+    for shared, by_rate in sweeps_of(study.runs).items():
+        losses = {}
+        for rate, names in by_rate.items():
+            losses[rate] = statistics.fmean(last_value(study.out_dir / name, metric) for name in names)
+        following = next_rate(losses)
+        if following is None:
+            continue
+        # the runs at this end become the following ones by another rate
+        end = min(losses, key=losses.get)
+        names = by_rate[end]
+        tried = ", ".join(f"{rate:g}" for rate in sorted(losses))
+        if len(by_rate) >= len(before[shared]) + most:
+            print(f"{names[0]}: of {tried} the best is still at the end; no more are tried")
+            continue
+        print(f"{names[0]}: of {tried} the best is at the end; {following:g} follows")
+        for name in names:
+            if f"{end:g}" not in name:
+                raise ValueError(f"runs: {name}: a rate is added to its sweep, in whose name it "
+                                 f"takes the place of {end:g}, which is missing there")
+            words, _ = without(study.runs[name], "learning_rate")
+            new_name = name.replace(f"{end:g}", f"{following:g}")
+            further[new_name] = [*words, f"--learning_rate={following:g}"]
+    return further
 
 
 # ----------------------------------------------------------------------------- tables
@@ -392,8 +472,16 @@ if __name__ == "__main__":
             raise SystemExit
 
         # train, evaluate, take spectra
+        asked = dict(study.runs)
         try:
             do_all(study, names)
+            while sweep and not only:
+                further = further_runs(study, asked, sweep, sweep_more)
+                if not further:
+                    break
+                study.runs.update(further)
+                names += further
+                do_all(study, names)
         except KeyboardInterrupt:
             raise ValueError("stopped; run the same command again to resume") from None
         print(f"\n{progress(study, names, done_before(study))}")

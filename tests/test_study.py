@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT, need, run_here, run_stage
 from samples import stories, word_problems
 
-from paper.study import Study, commands, done_before, fetch, progress
+from paper.study import Study, commands, done_before, fetch, further_runs, progress, sweeps_of
 
 CONFIGS = ("math_cpt", "code_cpt", "math_ift", "code_ift", "tulu_ift")
 
@@ -86,6 +86,60 @@ def test_miniature_of_every_config(tmp_path, tokens):
         assert config["schedule"] == ("cosine" if "ift" in name else "inv_sqrt") and config["lora_rank"] == i % 2 * 2
     drawn = run_here("paper/plot.py", f"--runs={tmp_path}/*", f"--out_dir={tmp_path}/figures", "--formats=png", "--dpi=50")
     assert drawn.returncode == 0 and (tmp_path / "figures/training.png").is_file(), drawn.stderr
+
+
+SWEPT = {f"r1-{rate}-s{seed}": ["--lora_rank=1", f"--learning_rate={rate}", f"--seed={seed}"]
+         for rate in ("0.001", "0.002") for seed in (1, 2)}
+
+
+def write_losses(out, losses):
+    """Runs that end with these losses on target, {name: loss}."""
+    for name, loss in losses.items():
+        (out / name).mkdir(parents=True, exist_ok=True)
+        (out / name / "log.jsonl").write_text(json.dumps({"step": 5, "tokens": 5, "val": {"target": loss}}) + "\n")
+
+
+def test_a_sweep_goes_on_until_its_best_rate_lies_inside(tmp_path, capsys):
+    study = study_of(tmp_path, runs={**SWEPT, "alone": ["--lora_rank=2", "--learning_rate=1"], "none": ["--lora_rank=3"]})
+    asked = dict(study.runs)
+    assert [sorted(by_rate) for by_rate in sweeps_of(study.runs).values()] == [[0.001, 0.002], [1.0]]
+    write_losses(tmp_path, {**{name: 2 if "0.001" in name else 1 for name in SWEPT}, "alone": 9})
+    further = further_runs(study, asked, "loss target", 2)
+    assert further == {f"r1-0.004-s{seed}": ["--lora_rank=1", f"--seed={seed}", "--learning_rate=0.004"] for seed in (1, 2)}
+    assert "r1-0.002-s1: of 0.001, 0.002 the best is at the end; 0.004 follows" in capsys.readouterr().out
+    # it is worse in the mean of the seeds, though not in one of them: the best lies inside
+    study.runs.update(further)
+    write_losses(tmp_path, {"r1-0.004-s1": 0.9, "r1-0.004-s2": 1.2})
+    assert further_runs(study, asked, "loss target", 2) == {}
+    # it is better, and one more may follow; then no more
+    write_losses(tmp_path, {"r1-0.004-s1": 0.5, "r1-0.004-s2": 0.6})
+    assert further_runs(study, asked, "loss target", 1) == {} and "no more are tried" in capsys.readouterr().out
+    assert sorted(further_runs(study, asked, "loss target", 2)) == ["r1-0.008-s1", "r1-0.008-s2"]
+
+
+@pytest.mark.parametrize("runs, message", [
+    ({"fast": ["--learning_rate=1"], "slow": ["--learning_rate=2"]}, "in whose name it takes the place of 2"),
+    ({"a-1": ["--learning_rate=1"], "a-2": ["--learning_rate=2"]}, "has no 'loss source'")])
+def test_sweeps_that_cannot_go_on(tmp_path, runs, message):
+    study = study_of(tmp_path, runs=runs)
+    write_losses(tmp_path, dict(zip(runs, (2, 1))))
+    metric = "loss source" if "source" in message else "loss target"
+    with pytest.raises(ValueError, match=message):
+        further_runs(study, dict(runs), metric, 2)
+
+
+def test_a_study_adds_the_rates_itself_and_again_when_it_is_repeated(tmp_path, tokens):
+    text = (f"out_dir={str(tmp_path / 'out')!r}\nbase={str(need('data/stories260k'))!r}\nspectrum=plot='none'\n"
+            f"sweep='loss held_out'\nsweep_more=1\ntrain='--data={tokens}/ift --val_data=held_out={tokens}/ift --max_steps=1 "
+            "--global_batch=4 --microbatch=2 --eval_rows=2 --device=cpu --dtype=float32 --lora_rank=1 --schedule=constant'\n"
+            "runs=('a-1e-06 --learning_rate=1e-6', 'a-1e-05 --learning_rate=1e-5')\n")
+    result = run_study(tmp_path / "x.py", text)
+    assert result.returncode == 0, result.stderr
+    names = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
+    assert len(names) == 3 and "no more are tried" in result.stdout, result.stdout
+    before = (tmp_path / "out/study.jsonl").read_text()
+    again = run_study(tmp_path / "x.py", text)
+    assert again.returncode == 0 and (tmp_path / "out/study.jsonl").read_text() == before, again.stderr
 
 
 def test_models_are_evaluated_once_and_printed_beside_what_was_expected(tmp_path):
@@ -212,6 +266,14 @@ def test_a_model_that_cannot_be_fetched_is_one_short_line(monkeypatch, kind, tex
     assert wanted in message and "\n" not in message and len(message) < 400
     assert "hf download nobody/nothing --local-dir DIR" in message
     assert fetch("hf://nobody/nothing@v1", download=False) is None
+
+
+@pytest.mark.parametrize("config, only", [("regret", "r27-attention-0.001-s2"), ("rate_laws", "r64-zero_a-0.0004-s3"),
+                                          ("consistency", "r16-adamw-0.005-s1")])
+def test_lists_of_the_sweeps_are_possible(tmp_path, tokens, config, only):
+    result = run_here("paper/study.py", ROOT / f"config/{config}.py", f"--base={need('data/stories260k')}", f"--only={only}",
+                      f"--train=--data={tokens}/cpt --microbatch=1", "--dry_run=True", f"--out_dir={tmp_path}")
+    assert result.returncode == 0 and result.stdout.count("to do") == 1, result.stderr
 
 
 @pytest.mark.parametrize("config, only, stages", [("study_smollm2_code", "r16-75", 5),

@@ -31,6 +31,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from tqdm import tqdm
 
 from configurator import configure
 from forks import ROOT, wait
@@ -52,7 +53,8 @@ seed = 1
 only = ''                # only files with this in their name
 out_dir = '/tmp/fuzz'
 
-LIMIT = 20               # seconds of CPU that a command may take, or 5 times as long in all
+LIMIT = 20               # seconds of CPU that a command may take
+WALL = 600               # seconds in all, however busy the machine: a command that waits for ever
 MEMORY = 8 << 30         # bytes of address space that it may take
 CPU = ["--device=cpu", "--dtype=float32"]
 
@@ -314,7 +316,7 @@ def run(command, scratch):
         sys.argv = command
         runpy.run_path(str(ROOT / command[0]), run_name="__main__")
 
-    status = wait([forks.fork(work)], 5 * LIMIT)[0]
+    status = wait([forks.fork(work)], WALL)[0]
     return status, out.read_text(errors="replace"), error.read_text(errors="replace")
 
 
@@ -358,7 +360,7 @@ def campaign(folder):
     statuses = collections.Counter()
     seen = set()
     until = time.time() + seconds if seconds else float("inf")
-    for number in range(first, first + mutants):
+    for number in tqdm(range(first, first + mutants), unit="mutant"):
         if time.time() > until:
             break
         rng = random.Random(f"{seed} {number}")

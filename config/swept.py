@@ -1,0 +1,23 @@
+"""
+What the studies of learning rates share; regret.py, rate_laws.py and consistency.py include this file first.
+
+They finetune the quickstart's base, which `make quickstart` leaves: each method at several learning rates and seeds, and
+study.py adds further rates where the best of them lies at an end.
+"""
+_data = globals().get('_data', 'data/quickstart')
+base = base or 'out/quickstart/pretraining/step_700'
+
+spectrum = 'none'
+plot = 'none'
+sweep = 'loss target'
+train = (f'--data={_data}/target --val_data=source={_data}/source,target={_data}/target_test --eval_rows=50 --log_interval=50 '
+         '--keep_last=1 --device=cpu --microbatch=2 --lora_dropout=0')
+
+
+def _swept(name, knobs, middle, seeds=(1, 2, 3)):
+    """The runs of a method, 'NAME-RATE-sSEED --knobs': at three learning rates a factor of 2 apart, with each seed."""
+    found = []
+    for rate in (middle / 2, middle, 2 * middle):
+        for seed in seeds:
+            found.append(f'{name}-{rate:g}-s{seed} {knobs} --learning_rate={rate:g} --seed={seed}')
+    return tuple(found)

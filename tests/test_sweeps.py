@@ -1,0 +1,205 @@
+"""sweeps.py and laws.py: sweeps with known best rates, and what is said of them."""
+import json
+import math
+
+import pytest
+from conftest import run_here
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from paper.sweeps import (around_lowest, bests_of_seeds, factor_words, mean_factor, mean_losses, next_rate,
+                          vertex_of)
+
+
+def parabola(best, lowest, width=1.0):
+    """The loss by learning rate: `lowest` at `best`, more by the squared log distance."""
+    return lambda rate: lowest + width * math.log(rate / best) ** 2
+
+
+# ----------------------------------------------------------------------------- the best rate
+@settings(max_examples=200, deadline=None)
+@given(st.floats(1e-6, 1e-1), st.floats(-3, 9), st.floats(0.01, 10), st.floats(1.2, 10), st.floats(0.02, 0.98), st.integers(3, 9))
+def test_the_vertex_of_a_parabola_is_found_wherever_the_rates_stand(best, lowest, width, factor, place, n):
+    """Rates `factor` apart, the best one at any place between two of them, ends apart."""
+    loss = parabola(best, lowest, width)
+    first = best / factor ** (n // 2 - 1 + place)
+    losses = {first * factor ** i: loss(first * factor ** i) for i in range(n)}
+    around = around_lowest(losses)
+    if around is None:
+        assert next_rate(losses) in (pytest.approx(min(losses) / factor, rel=1e-5), pytest.approx(max(losses) * factor, rel=1e-5))
+        return
+    found = vertex_of(losses, around)
+    assert math.log(found.rate / best) == pytest.approx(0, abs=1e-5 * math.log(factor) + 1e-9 / width)
+    assert found.loss == pytest.approx(lowest, abs=1e-6 * (1 + width)) and next_rate(losses) is None
+
+
+@pytest.mark.parametrize("losses, around, following", [
+    ({1e-3: 3, 2e-3: 2, 4e-3: 1}, None, 8e-3), ({1e-3: 1, 2e-3: 2, 4e-3: 3}, None, 5e-4), ({1e-3: 1}, None, None),
+    ({1e-3: 3, 2e-3: 1, 8e-3: 2}, [1e-3, 2e-3, 8e-3], None), ({1e-3: 2, 3e-3: 1}, None, 9e-3)])
+def test_a_best_rate_at_an_end_is_none_and_the_next_one_lies_beyond(losses, around, following):
+    assert around_lowest(losses) == around and next_rate(losses) == following
+    assert around or bests_of_seeds([losses, losses]) is None
+
+
+def test_every_seed_is_fitted_around_the_lowest_mean():
+    seeds = [parabola(best, 1.0) for best in (1.1e-3, 2e-3, 3e-3)]
+    of_seeds = [{rate: loss(rate) for rate in (5e-4, 1e-3, 2e-3, 4e-3, 9e-3)} for loss in seeds]
+    assert [best.rate for best in bests_of_seeds(of_seeds)] == pytest.approx([1.1e-3, 2e-3, 3e-3])
+    del of_seeds[0][2e-3]  # a rate that one seed lacks does not count
+    assert sorted(mean_losses(of_seeds)) == [5e-4, 1e-3, 4e-3, 9e-3]
+    flat = {1: 1.0, 2: 1.0, 4: 1.0}
+    assert bests_of_seeds([{1: 2.0, 2: 1.0, 4: 2.0}, flat]) is None  # a seed without a lowest point
+
+
+def test_factors_have_a_geometric_mean_and_a_students_interval():
+    mean, factor = mean_factor([2.0, 4.0, 8.0])
+    assert mean == pytest.approx(4) and math.log(factor) == pytest.approx(4.303 * math.log(2) / 3 ** 0.5, rel=1e-3)
+    assert mean_factor([2.0, 8.0]) == (pytest.approx(4), None)
+    assert factor_words(4, 2) == "4 (2 to 8)" and factor_words(4, None) == "4"
+
+
+# ----------------------------------------------------------------------------- runs
+BASE = {"learned": 5.0, "kept": 3.0}
+
+
+def write_sweep(out, name, best, lowest, forgets=1.0, steps=10, seeds=(1, 2, 3), rates=None, early=None, **config):
+    """Runs whose loss is a parabola in log rate; a seed moves its best and its lowest a little.
+
+    early: the lowest loss at half the steps. What is forgotten is `forgets` times rate / best."""
+    for seed in seeds:
+        noise = 1 + 0.01 * (seed - 2)
+        loss = parabola(best * noise, lowest * noise)
+        for rate in rates or (best / 3, best * 0.9, best * 3):
+            folder = out / f"{name}-{rate:g}-s{seed}"
+            folder.mkdir(parents=True)
+            knobs = {"seed": seed, "base": "b", "learning_rate": rate, "global_batch": 2, **config}
+            (folder / "config.json").write_text(json.dumps({"config": knobs}))
+            lines = [(0, *BASE.values())]
+            if early:
+                lines.append((steps // 2, loss(rate) - lowest + early, 3.0))
+            lines.append((steps, loss(rate), 3 + forgets * rate / best))
+            (folder / "log.jsonl").write_text("".join(
+                json.dumps({"step": step, "tokens": step, "val": {"target": a, "source": b}}) + "\n" for step, a, b in lines))
+            if config.get("lora_rank"):
+                write_adapter(folder / f"step_{steps}", config)
+
+
+def write_adapter(folder, config):
+    """An adapter of 1000 numbers a rank on the MLP, 590 on attention."""
+    import torch
+    from safetensors.torch import save_file
+    folder.mkdir()
+    numbers = {"attention": 590, "mlp": 1000}.get(config.get("lora_targets"), 1590)
+    save_file({"a": torch.zeros(config["lora_rank"], numbers)}, folder / "adapter_model.safetensors")
+
+
+def laws(runs, script="paper/laws.py", *argv):
+    """({row name: cells} of the first table, {(claim, what): (numbers, verdict)})."""
+    result = run_here(script, f"--runs={runs}", *argv)
+    assert result.returncode == 0, result.stderr
+    rates, rows, claim = {}, {}, ""
+    for line in result.stdout.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) == 3:
+            rates[cells[0]] = cells[1:]
+        if len(cells) == 4:
+            claim = cells[0] or claim
+            rows[claim[:2], cells[1]] = tuple(cells[2:])
+    return rates, rows
+
+
+def test_lora_without_regret(tmp_path):
+    """Full at 2e-4; r=1 falls behind, r=16 does not; both best at 2e-3; r=16 loses at large batches; attention loses."""
+    constant = {"schedule": "constant", "lora_alpha": 32}
+    write_sweep(tmp_path, "full", 2e-4, 1.0, early=2.0, schedule="constant")
+    write_sweep(tmp_path, "r1", 2e-3, 1.6, early=2.1, lora_rank=1, **constant)
+    write_sweep(tmp_path, "r16", 2.4e-3, 1.1, early=2.1, lora_rank=16, **constant)
+    for batch, gap in ((8, 0.3), (32, 0.05)):
+        write_sweep(tmp_path, f"full-{batch}", 2e-4, 2.0, steps=4, schedule="constant", global_batch=batch)
+        write_sweep(tmp_path, f"r16-{batch}", 2e-3, 2.0 + gap, steps=4, lora_rank=16, **{**constant, "global_batch": batch})
+    write_sweep(tmp_path, "mlp", 2e-3, 1.2, lora_rank=16, lora_targets="mlp", **constant)
+    write_sweep(tmp_path, "attention", 2e-3, 1.4, lora_rank=27, lora_targets="attention", **constant)
+    write_sweep(tmp_path, "attention-small", 2e-3, 9.0, lora_rank=16, lora_targets="attention", **constant)
+    rates, rows = laws(f"{tmp_path}/*")
+    assert rates["full, 2 rows a step"][0].startswith("0.0002 (0.000195 to 0.000205")
+    assert rates["r=16, 8 rows a step, alpha 32"][1].startswith("2.300 ± 0.057")
+    assert rows["W1", "r=1: gap to full, step 10 - 5"][0].startswith("+0.5") and rows["W1", "r=1: gap to full, step 10 - 5"][1] == "holds"
+    assert rows["W1", "r=16: gap to full, step 10 - 5"][1] == "cannot be told" and rows["W1", "r=1 - r=16"][1] == "holds"
+    assert rows["W2", "r=1"] == ("10 (10 to 10)", "holds") and rows["W2", "r=16"][0].startswith("12 (")
+    assert rows["W2", "r=16 / r=1"] == ("1.2 (1.2 to 1.2)", "holds")
+    assert rows["W3", "r=16, 8 rows a step - 2"] == ("+0.200 ± 0.005 (n=3)", "holds")
+    assert rows["W3", "r=16, 32 rows a step - 2"][1] == "does not hold"
+    assert rows["W4", "r=27 attention - r=16 mlp"][0].startswith("+0.200") and len([key for key in rows if key[0] == "W4"]) == 1
+
+
+def test_a_best_rate_at_an_end_is_not_spoken_of(tmp_path):
+    write_sweep(tmp_path, "full", 2e-4, 1.0)
+    write_sweep(tmp_path, "r4", 2e-3, 1.5, rates=(1e-4, 5e-4, 1e-3), lora_rank=4)
+    rates, rows = laws(f"{tmp_path}/*")
+    assert rates["r=4, alpha 8"] == ["not inside 0.0001 to 0.001", ""]
+    assert rows["W2", "r=4"] == ("", "cannot be told: the best rate of r=4 is not inside its sweep")
+    said = laws(f"{tmp_path}/*", "paper/claims.py", "--learning=loss target", "--forgetting=loss source")
+    assert said[0]["LoRA r=4"] == ["not inside the sweep", ""] and said[0]["full"][0].startswith("0.0002 (")
+    for claim in ("C1", "C2"):
+        assert said[1][claim, "full - LoRA r=4"][1] == "cannot be told: the best rate of LoRA r=4 is not inside the sweep"
+
+
+@pytest.mark.parametrize("knobs, what, power, said", [
+    (lambda r: {"lora_alpha": 2 * r}, "alpha / r = 2; theory -0.50", -0.5, "holds"),
+    (lambda r: {"lora_alpha": 2 * r}, "alpha / r = 2; theory -0.50", -0.1, "does not hold"),
+    (lambda r: {"lora_alpha": 32}, "alpha = 32; theory +0.00", 0.05, "holds"),
+    (lambda r: {"lora_alpha": 8, "rslora": True}, "alpha = 8, rslora; theory -0.25", -0.3, "holds"),
+    (lambda r: {"lora_alpha": r, "lora_init": "zero_a"}, "alpha / r = 1, A zero; theory +0.00", 0.0, "holds")])
+def test_powers_of_the_rank(tmp_path, knobs, what, power, said):
+    for rank in (1, 4, 16):
+        write_sweep(tmp_path, f"r{rank}", 1e-3 * rank ** power, 1.0, lora_rank=rank, **knobs(rank))
+    write_sweep(tmp_path, "full", 1.5e-3, 1.0)
+    _, rows = laws(f"{tmp_path}/*")
+    numbers, verdict = rows["mu", what]
+    assert numbers.endswith(" ± 0.000 (n=3)") and float(numbers.split()[0]) == pytest.approx(power) and verdict == said
+    if "A zero" in what:
+        assert rows["mu", "r=16"] == ("0.667 (0.667 to 0.667)", "holds")
+
+
+def test_the_other_optimizer_forgets_more(tmp_path):
+    """Its base is a checkpoint of a pretraining with AdamW; at equal learning Lion has forgotten twice as much."""
+    pretraining = tmp_path / "pretraining"
+    pretraining.mkdir()
+    (pretraining / "config.json").write_text(json.dumps({"config": {"scratch": True, "optimizer": "adamw"}}))
+    base = str(pretraining / "step_9")
+    out = tmp_path / "runs"
+    write_sweep(out, "full-adamw", 1e-3, 1.0, base=base, optimizer="adamw")
+    write_sweep(out, "full-lionw", 1e-4, 1.0, forgets=2.0, base=base, optimizer="lionw")
+    write_sweep(out, "r4-adamw", 1e-2, 1.0, forgets=1.5, lora_rank=4, base=base, optimizer="adamw")
+    _, rows = laws(f"{out}/*")
+    numbers, said = rows["OC", "full, base of adamw: lionw - adamw"]
+    assert said == "holds" and float(numbers.split()[0]) == pytest.approx(0.9)  # at .9 of the best rates
+    assert rows["OC", "r=4 - full, base and tuning of adamw"][1] == "holds"
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda out: write_sweep(out / "more", "full", 2e-4, 1.0), "a second run of what"),
+    (lambda out: [path.unlink() for path in out.glob("*/config.json")], "several learning rates")])
+def test_sweeps_that_cannot_be_read(tmp_path, break_it, message):
+    write_sweep(tmp_path / "a", "full", 2e-4, 1.0)
+    break_it(tmp_path / "a")
+    result = run_here("paper/laws.py", f"--runs={tmp_path}/a/*,{tmp_path}/*/more/*" if "second" in message else f"--runs={tmp_path}/a/*")
+    assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+
+
+# ----------------------------------------------------------------------------- claims at best rates
+def test_claims_are_of_each_methods_best_rate_and_of_equal_size(tmp_path):
+    write_sweep(tmp_path, "full", 2e-4, 1.0, forgets=0.9)
+    write_sweep(tmp_path, "r16", 1e-3, 1.5, forgets=0.3, lora_rank=16)
+    write_sweep(tmp_path, "mlp", 1e-3, 1.6, lora_rank=16, lora_targets="mlp")
+    write_sweep(tmp_path, "attention", 1e-3, 1.7, lora_rank=27, lora_targets="attention")
+    rates, rows = laws(f"{tmp_path}/*", "paper/claims.py", "--learning=loss target", "--forgetting=loss source")
+    assert rates["full"] == ["0.0002 (0.000195 to 0.000205)", ""] and rates["LoRA r=16"][1] == "5 (5 to 5)"
+    assert rows["C1", "full - LoRA r=16"][0].startswith("+0.500") and rows["C1", "full - LoRA r=16"][1] == "holds"
+    # full finetuning passes what r=16 learned between a third of its best rate and .9 of it, on its own way there
+    learned = 5 - 1.5 - math.log(0.9) ** 2
+    low, high = (5 - 1.0 - math.log(x) ** 2 for x in (1 / 3, 0.9))
+    share = (learned - low) / (high - low)
+    forgot = 0.9 * (1 / 3 + share * (0.9 - 1 / 3)) - 0.3 * 0.9
+    assert float(rows["C2", "full - LoRA r=16"][0].split()[0]) == pytest.approx(forgot, abs=2e-3)
+    assert rows["C5", "mlp r=16 - attention r=27, of equal size"][0].startswith("+0.100")
