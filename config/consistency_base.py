@@ -10,7 +10,7 @@ scratch = True
 val_data = ('source=data/quickstart/source', 'target=data/quickstart/target_test')
 eval_rows = 100
 optimizer = 'lionw'
-learning_rate = 3e-4         # a tenth of AdamW's; 6e-4 and 1.5e-4 were tried, see NOTES.md
+learning_rate = 3e-4         # a tenth of what AdamW takes
 global_batch = 8
 microbatch = 8
 max_steps = 700

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import run_here
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_lora import ADAPTER, CONFIG, TOKENS, peft_logits
@@ -19,7 +21,7 @@ from transformers import LlamaForCausalLM
 import train
 from llama.identity import fingerprint
 from lora import LoRAProjection, apply_lora, init_adapters, load_adapter, save_adapter
-from model import Llama
+from model import Llama, Projection
 from training.checkpoint import load_trained_adapter
 from training.checks import check_first_step
 
@@ -190,3 +192,60 @@ def test_bad_knobs_are_one_line(setting, more, wanted):  # noqa: F811
     folder, argv = setting
     done = run_here("train.py", *argv, "--max_steps=1", f"--out_dir={folder / 'out'}", *more)
     assert done.returncode == 2 and wanted in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+# ----------------------------------------------------------------------------- what the knobs do together
+def trained_deltas(base, alpha, init, rate, ratio, steps=4):  # noqa: F811
+    """Every adapter's change after some of Lion's steps in float64: A begins `init` times as large, B learns at
+    `ratio` times A's rate."""
+    torch.manual_seed(0)
+    model = begun(base, "default", rank=3, alpha=alpha).double()
+    with torch.no_grad():
+        for module in projections(model):
+            module.lora_A *= init
+    knobs = SimpleNamespace(optimizer="lionw", learning_rate=rate, beta1=0.9, beta2=0.95, weight_decay=0.0, lora_plus=ratio)
+    optim = train.make_optimizer(model, knobs)
+    for _ in range(steps):
+        optim.zero_grad()
+        model(TOKENS)[0].logsumexp(-1).sum().backward()
+        optim.step()
+    return [delta for module in projections(model) for delta in module.deltas().values()]
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(-3, 3), st.integers(-3, 3))
+def test_only_two_combinations_of_alpha_init_and_rates_matter(base, of_a, of_b):  # noqa: F811
+    """alpha * init_A * rate_B and init_A / rate_A ("LoRA Without Regret"), to the last bit for powers of two."""
+    a, b = 2.0 ** of_a, 2.0 ** of_b
+    want = trained_deltas(base, alpha=5.0, init=1.0, rate=1e-2, ratio=4.0)
+    same = trained_deltas(base, alpha=5.0 / (a * b), init=a, rate=1e-2 * a, ratio=4.0 * b / a)
+    assert all(torch.equal(x, y) for x, y in zip(want, same))
+    # either combination alone changes what is learned
+    for other in ({"init": 2.0, "rate": 1e-2, "ratio": 2.0}, {"init": 1.0, "rate": 1e-2, "ratio": 8.0}):
+        changed = trained_deltas(base, alpha=5.0, **other)
+        assert max((x - y).abs().max() for x, y in zip(want, changed)) > 1e-3
+
+
+@pytest.mark.parametrize("alpha, grows", [(lambda rank: 32.0, 1), (lambda rank: 2.0 * rank, 16)])
+def test_the_first_step_is_the_same_for_all_ranks_where_the_scale_is_alpha_over_rank(alpha, grows):
+    """In the mean over what A begins as: a step of Lion moves W by alpha / rank times a sum over rank of sign(G a) a."""
+    gradient = torch.randn(12, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    moved = {}
+    for rank in (1, 16):
+        lora = {"dropout": 0.0, "rslora": False, "dora": False}
+        module = LoRAProjection(Projection(12, {"q_proj": 6}), {"q_proj": (rank, alpha(rank))}, lora).double()
+        with torch.no_grad():
+            module.weight.zero_()
+        mean = 0
+        draws = 4800 // rank
+        for draw in range(draws):
+            torch.manual_seed(draw)
+            module.init_weights("default")
+            module.zero_grad()
+            (module(torch.eye(12, dtype=torch.float64)) * gradient).sum().backward()
+            with torch.no_grad():
+                module.lora_B -= 1e-3 * module.lora_B.grad.sign()
+            mean = mean + module.deltas()["q_proj"].detach() / draws
+        moved[rank] = mean
+    cosine = torch.nn.functional.cosine_similarity(moved[1].flatten(), moved[16].flatten(), dim=0)
+    assert cosine > 0.99 and (moved[16].norm() / moved[1].norm()).item() == pytest.approx(grows, rel=0.03)
