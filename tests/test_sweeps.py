@@ -93,6 +93,18 @@ def write_adapter(folder, config):
     save_file({"a": torch.zeros(config["lora_rank"], numbers)}, folder / "adapter_model.safetensors")
 
 
+def write_why(folder, kl, intruders, step=10, half=None):
+    """What config/why.py adds to a run: its KL, its intruders, and (target, source) losses half way back."""
+    values = {"kl target": kl}
+    if half:
+        values |= {"loss half target": half[0], "loss half source": half[1]}
+    with open(folder / "results.jsonl", "w") as lines:
+        for metric, value in values.items():
+            lines.write(json.dumps({"metric": metric, "value": value, "stderr": 0.1, "step": step}) + "\n")
+    matrices = [{"matrix": "W", "checkpoint": 0, "intruders": count} for count in intruders]
+    (folder / "spectrum.json").write_text(json.dumps({"checkpoints": [{"step": step}], "matrices": matrices}))
+
+
 def laws(runs, script="paper/laws.py", *argv):
     """({row name: cells} of the first table, {(claim, what): (numbers, verdict)})."""
     result = run_here(script, f"--runs={runs}", *argv)
@@ -203,3 +215,33 @@ def test_claims_are_of_each_methods_best_rate_and_of_equal_size(tmp_path):
     forgot = 0.9 * (1 / 3 + share * (0.9 - 1 / 3)) - 0.3 * 0.9
     assert float(rows["C2", "full - LoRA r=16"][0].split()[0]) == pytest.approx(forgot, abs=2e-3)
     assert rows["C5", "mlp r=16 - attention r=27, of equal size"][0].startswith("+0.100")
+
+
+# ----------------------------------------------------------------------------- why
+def test_forgetting_by_kl_intruders_and_half_way_back(tmp_path):
+    """All forget KL ** .5, r=4 half as much again; r=4 has one intruder a matrix more; half way back is better than a
+    gentler rate for full finetuning."""
+    write_sweep(tmp_path, "full", 2e-4, 1.0)
+    write_sweep(tmp_path, "r4", 2e-3, 1.5, forgets=0.8, lora_rank=4)
+    for name, best, factor, counts in (("full", 2e-4, 1.0, [0, 1]), ("r4", 2e-3, 1.5, [1, 2])):
+        for folder in tmp_path.glob(f"{name}-*"):
+            forgot = float(folder.name.split("-s")[0].removeprefix(f"{name}-")) / best * (0.8 if name == "r4" else 1)
+            write_why(folder, (forgot / factor) ** 2, counts, half=(3.0, 3.0 + forgot / 10))
+    rates, rows = laws(f"{tmp_path}/*", "paper/why.py")
+    assert rows["KL", "r=4 / full"] == ("1.5 (1.5 to 1.5)", "does not hold")
+    assert rows["ID", "full"] == ("0.500 ± 0.000 a matrix (n=3)", "") and rows["ID", "r=4 - full"] == ("+1.000 ± 0.000 (n=3)", "holds")
+    share = 2 / (5 - 1.0 - math.log(0.9) ** 2)  # of full's learning, 5 - 3 of about 4
+    numbers, said = rows["RW", "full: share of learning kept - 0.5"]
+    assert float(numbers.split()[0]) == pytest.approx(share - 0.5, abs=2e-3)
+    assert rows["RW", "full: 0.5 - share of forgetting left"] == ("+0.400 ± 0.000 (n=3)", "holds")
+    # a third of the best rate learned 5 - 1 - log(3) ** 2; on the way there it forgets a third, by a straight line
+    by_rate = 2 / (4 - math.log(3) ** 2) / 3 - 0.09
+    assert float(rows["RW", "full: forgotten by a gentler rate - by rewinding"][0].split()[0]) == pytest.approx(by_rate, abs=3e-3)
+
+
+@pytest.mark.parametrize("argv, message", [(["--divergence=kl other"], "no sweep with 'kl other'"),
+                                           (["--learning=acc"], "losses are expected")])
+def test_runs_that_tell_no_reason(tmp_path, argv, message):
+    write_sweep(tmp_path, "full", 2e-4, 1.0)
+    result = run_here("paper/why.py", f"--runs={tmp_path}/*", *argv)
+    assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr

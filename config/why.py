@@ -1,0 +1,19 @@
+"""
+For paper/study.py: why a method forgets. Measures the runs of regret.py that are watched, and finds them trained.
+
+    python -m paper.study config/regret.py
+    python -m paper.study config/why.py         # how far each has moved from the base; its intruders; half way back
+    python -m paper.why --runs='out/regret/*'
+"""
+include('regret.py')
+
+models = ('base',)
+_watched_runs = []
+for _run in runs:
+    if _watched in _run:
+        _watched_runs.append(_run)
+runs = tuple(_watched_runs)
+sweep = ''                   # the rates that regret.py added are not seen here: say them in `runs`
+_eval = f'eval_loss.py --data=source={_data}/source,target={_data}/target_test --rows=50 --device=cpu'
+evals = (f'{_eval} --against={base}', f'{_eval} --t=0.5 --name=half')
+spectrum = '--subspaces= --device=cpu'
