@@ -15,12 +15,17 @@ Runs are read as by paper/laws.py, with the results of eval_loss.py (--against=B
 """
 import math
 import statistics
+from pathlib import Path
 
 import numpy as np
 
 from configurator import configure
 from paper.claims import Change, folders_of, print_claims, spared
-from paper.laws import difference_row, read_sweeps, sorted_families, verdict_within
+from paper.laws import (difference_row, lowest_so_far, read_sweeps, sorted_families,
+                        verdict_within)
+from paper.looks import STYLE, plt
+from paper.plot import save_figure
+from paper.plot_why import draw_why
 from paper.results import falls, mean_of_seeds, read_json
 from paper.sweeps import factor_words, mean_factor
 from runtime import one_line_errors
@@ -33,6 +38,7 @@ forgetting = 'loss source'
 divergence = 'kl target'           # KL(base || model) on the new task
 half_learning = 'loss half target'      # of the same checkpoints at t = 1/2
 half_forgetting = 'loss half source'
+out_dir = ''             # folder for the figure, why.png and why.pdf; '' = none
 
 EQUAL = 1.25             # forgetting that differs by less than this factor counts as equal
 
@@ -178,3 +184,9 @@ if __name__ == "__main__":
             ("RW Half way back to the base more than half of the learning is kept, less than half of "
              "the forgetting left, and a gentler rate would have forgotten more", of_rewinding)]
         print_claims([(claim, [row for row in rows if row]) for claim, rows in found])
+
+        if out_dir:
+            plt.rcParams.update(STYLE)
+            Path(out_dir).mkdir(parents=True, exist_ok=True)
+            fig = draw_why(sweeps, families, learning, forgetting, divergence, lowest_so_far)
+            print("wrote", *save_figure(fig, "why", out_dir, ("png", "pdf"), dpi=300))

@@ -227,7 +227,8 @@ def test_forgetting_by_kl_intruders_and_half_way_back(tmp_path):
         for folder in tmp_path.glob(f"{name}-*"):
             forgot = float(folder.name.split("-s")[0].removeprefix(f"{name}-")) / best * (0.8 if name == "r4" else 1)
             write_why(folder, (forgot / factor) ** 2, counts, half=(3.0, 3.0 + forgot / 10))
-    rates, rows = laws(f"{tmp_path}/*", "paper/why.py")
+    rates, rows = laws(f"{tmp_path}/*", "paper/why.py", f"--out_dir={tmp_path}/figures")
+    assert (tmp_path / "figures/why.png").stat().st_size > 50_000 and (tmp_path / "figures/why.pdf").is_file()
     assert rows["KL", "r=4 / full"] == ("1.5 (1.5 to 1.5)", "does not hold")
     assert rows["ID", "full"] == ("0.500 ± 0.000 a matrix (n=3)", "") and rows["ID", "r=4 - full"] == ("+1.000 ± 0.000 (n=3)", "holds")
     share = 2 / (5 - 1.0 - math.log(0.9) ** 2)  # of full's learning, 5 - 3 of about 4
