@@ -20,6 +20,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 from configurator import configure, knob_table
+from evaluation import peft_comparison
 from evaluation.evals import (begin_and_end, bos_of_harness, cut_left, digest, find_model,
                               generate_items, load_for_eval, open_items, read_items, start_ranks,
                               warn_of_cuts, with_eos_spelled, without_eos)
@@ -36,7 +37,8 @@ test_data = 'hf://datasets/openai/gsm8k/main/test-00000-of-00001.parquet'
 train_data = 'hf://datasets/openai/gsm8k/main/train-00000-of-00001.parquet'  # of worked examples
 shots = 5
 shot_seed = 1234         # the harness's; one stream of draws through all items
-harness = '0.4.2'        # lm-eval's version: 0.4.2 sends no BOS; 0.4.13 as the tokenizer, until cut
+harness = '0.4.2'        # lm-eval's version: 0.4.2 sends no BOS; 0.4.13 as the tokenizer, until cut;
+                         # or peft: as PEFT's method comparison, evaluation/peft_comparison.py
 bos = None               # None = as the harness; True = one, as Llama was trained
 max_new_tokens = 256     # the harness's
 limit = 0                # only the first so many items; 0 = all
@@ -46,7 +48,7 @@ out_dir = ''             # for items and results; '' = the checkpoint's folder, 
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
 _types = {'bos': bool}
-_choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64'), 'harness': ('0.4.2', '0.4.13')}
+_choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64'), 'harness': ('0.4.2', '0.4.13', 'peft')}
 
 STOPS = ("Question:", "</s>", "<|im_end|>")
 INVALID = "[invalid]"    # where no number is found
@@ -69,8 +71,10 @@ def draw_shots(count, train_size, shots, seed=1234):
     return [rng.sample(range(train_size), shots) for _ in range(count)]
 
 
-def build_prompt(question, shots):
+def build_prompt(question, shots, harness="0.4.2"):
     """The harness's text: worked examples (records with question and answer), then the question."""
+    if harness == "peft":
+        return peft_comparison.PROMPT.format(question=question)
     worked = [f"Question: {shot['question']}\nAnswer: {shot['answer']}\n\n" for shot in shots]
     return "".join(worked) + f"Question: {question}\nAnswer:"
 
@@ -81,11 +85,11 @@ class Prompt(NamedTuple):
     cut: int             # tokens cut from its beginning
 
 
-def make_prompts(questions, train, drawn, tok, bos, room):
+def make_prompts(questions, train, drawn, tok, bos, room, harness="0.4.2"):
     """A Prompt for each question, of at most `room` tokens; drawn: its rows of `train`."""
     prompts = []
     for question, rows in zip(questions, drawn):
-        text = build_prompt(question["question"], [train[row] for row in rows])
+        text = build_prompt(question["question"], [train[row] for row in rows], harness)
         tokens = tok.encode(text, bos=bos)
         # a BOS stays in front of what is left
         tokens, cut = cut_left(tokens, room, tok.bos_id if bos is True else None)
@@ -129,23 +133,27 @@ def normalise(answer):
     return answer.lower()
 
 
-def judge_answer(output, answer, stops=STOPS):
+def judge_answer(output, answer, stops=STOPS, harness="0.4.2"):
     """Scores of an output against GSM8K's answer, as fields of the item's record."""
     # from the first stop string on, the model may ask and answer questions of its own
     output = cut_at_stops(output, stops)
     strict = extract_strict(output)
     flexible = extract_flexible(output)
     gold = normalise(answer)
+    strict_match = normalise(strict) == gold
+    if harness == "peft":
+        strict = peft_comparison.extract_answer(output) or INVALID
+        strict_match = peft_comparison.is_right(output, answer)
     return {"output": output, "gold": answer.split("#### ")[-1],
-            "strict": strict, "flexible": flexible,
-            "strict_match": int(normalise(strict) == gold),
+            "strict": strict, "flexible": flexible, "strict_match": int(strict_match),
             "flexible_match": int(normalise(flexible) == gold)}
 
 
-def answer_questions(items, subject, prompts, questions, max_new_tokens, batch_size):
+def answer_questions(items, subject, prompts, questions, max_new_tokens, batch_size,
+                     harness="0.4.2"):
     """Generate, judge and keep the answers that `items` lacks; returns all records."""
     tok = subject.tokenizer
-    stops = with_eos_spelled(STOPS, tok)
+    stops = () if harness == "peft" else with_eos_spelled(STOPS, tok)
     stop = text_stopper(tok, stops, tok.stop_ids)
     # longest first: rows of a batch read no more keys than its longest has
     todo = sorted(items.todo, key=lambda i: -len(prompts[i].tokens))
@@ -156,7 +164,8 @@ def answer_questions(items, subject, prompts, questions, max_new_tokens, batch_s
         new = samples[0]
         # what ends an answer is EOS or a stop string, else the limit cut it short
         ended = stop(new)
-        verdict = judge_answer(tok.decode(without_eos(tok, new)), questions[i]["answer"], stops)
+        output = tok.decode(without_eos(tok, new))
+        verdict = judge_answer(output, questions[i]["answer"], stops, harness)
         items.finish(i, {"prompt": prompts[i].text, **verdict,
                          "prompt_tokens": len(prompts[i].tokens), "cut": prompts[i].cut,
                          "new_tokens": len(new), "truncated": int(not ended)})
@@ -169,6 +178,8 @@ if __name__ == "__main__":
         print0(knob_table(globals()))
         if min(max_new_tokens, batch_size) < 1 or min(shots, limit) < 0:
             raise ValueError("max_new_tokens, batch_size: at least 1; shots, limit: at least 0")
+        if harness == "peft" and shots:
+            raise ValueError(f"shots={shots}: harness='peft' has no worked examples; say --shots=0")
         find_model(model, adapter)
         # the questions and their worked examples, which do not depend on the limit
         questions = read_questions(test_data, "test_data")
@@ -189,15 +200,19 @@ if __name__ == "__main__":
         if room < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the "
                              f"model's context of {context}")
-        prompts = make_prompts(questions, train, drawn, subject.tokenizer, bos, room)
+        prompts = make_prompts(questions, train, drawn, subject.tokenizer, bos, room,
+                               harness)
         print_prompts(prompts, shots, bos, subject.tokenizer)
 
         # the answers and their scores
         started = time.perf_counter()
         settings = {"shots": shots, "shot_seed": shot_seed, "bos": bos,
                     "max_new_tokens": max_new_tokens, "data": data}
+        if harness == "peft":
+            settings["harness"] = harness
         items = open_items(subject, name, range(len(prompts)), settings, itemgetter("strict_match"))
-        records = answer_questions(items, subject, prompts, questions, max_new_tokens, batch_size)
+        records = answer_questions(items, subject, prompts, questions, max_new_tokens, batch_size,
+                                   harness)
         seconds = time.perf_counter() - started
         for metric in ("strict_match", "flexible_match", "truncated", "cut"):
             values = [min(1, record[metric]) for record in records.values()]

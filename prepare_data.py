@@ -69,7 +69,7 @@ prompt_field = 'prompt'      # ift: the field that holds the prompt
 response_field = 'response'  # ift: the field that holds the response
 messages_field = 'messages'  # ift, chat template: the field with the turns, [{"role", "content"}]
 template = 'none'            # around the prompt: none | alpaca | magicoder, or a text of yours with
-                             # fields of the record; for messages: tulu | llama2
+                             # fields of the record; for messages: tulu | llama2; '' = no prompt
 response_prefix = ''         # ift: before a response; ' ' for byte-level BPE, '' for sentencepiece
 suffixes = ('.py',)          # which files of a folder are documents
 txt_split = ''               # between the documents of a .txt, such as '\n\n'; '' = it is one
@@ -141,6 +141,8 @@ def check_knobs(config):
         refuse("no_wrap", "kind=cpt")
     if k.template in CHATS and k.kind != "ift":
         refuse("template", "kind=ift with messages")
+    if k.template == "" and (k.kind != "ift" or k.val_fraction):
+        refuse("template", "one; none at all needs kind=ift and --val_fraction=0")
 
 
 def plan_job(config, tok):

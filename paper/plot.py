@@ -24,6 +24,7 @@ from pathlib import Path
 from configurator import configure
 from paper.looks import STYLE, place_names, plt
 from paper.plot_curves import Metrics, draw_curves, draw_pareto, draw_regularisers, draw_story
+from paper.plot_peft import draw_peft
 from paper.plot_samples import draw_diversity, draw_pass_at_k
 from paper.plot_spectra import (draw_directions, draw_effective_ranks, draw_noise, draw_spectra,
                                 ranks_of_changes)
@@ -51,7 +52,7 @@ _choices = {'x': ('auto', 'tokens', 'epoch', 'step'), 'formats': ('png', 'pdf', 
             'figures': ('story', 'learning', 'forgetting', 'pareto', 'ranks', 'targets',
                         'learning_rates', 'alphas', 'regularisers', 'pass_at_k', 'diversity',
                         'training', 'effective_rank', 'spectra', 'directions', 'noise', 'speed',
-                        'throughput')}
+                        'throughput', 'peft')}
 
 
 # ----------------------------------------------------------------------------- reading
@@ -188,6 +189,8 @@ if __name__ == "__main__":
             ("speed", "", draw_speed, (read, tables)),
             ("throughput", "", draw_throughput, (tables,)),
             *figures_of_spectra(loaded, block)]
+        if "peft" in figures:  # of one study only, so it has to be asked for
+            listed.append(("peft", "", draw_peft, (points, bases, metrics)))
 
         # draw those that are wanted
         Path(out_dir).mkdir(parents=True, exist_ok=True)

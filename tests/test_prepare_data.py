@@ -483,6 +483,7 @@ MISTAKES = {  # name: (knobs, what the message says)
     "seq_len": ({"source": "a.txt", "seq_len": 1}, "seq_len: expected 2 or more, found 1"),
     "fraction": ({"source": "a.txt", "val_fraction": 1.5}, "val_fraction: expected 0 <= fraction < 1, found 1.5"),
     "template": ({"source": "a.txt", "template": "{"}, "template: expected none, alpaca"),
+    "no template": ({"source": "a.jsonl", "kind": "ift", "template": "", "val_fraction": 0.1}, "template: expected one; none at all"),
     "template field": ({"source": "a.jsonl", "template": "{question}"}, "a.jsonl:1: expected a field 'question'"),
     "tokenizer": ({"source": "a.txt", "tokenizer": "nowhere"}, "nowhere"),
     "no out_dir": ({"source": "a.txt", "out_dir": ""}, "out_dir: expected a folder's name"),
@@ -570,7 +571,7 @@ def test_backslash_escapes():
 
 def test_templates():
     assert read_template(r"Q: {q}\n{{x}} {a}", "p") == ("Q: {q}\n{{x}} {a}", {"q": "q", "a": "a"})
-    assert read_template("none", "p") == ("{prompt}", {"prompt": "p"})
-    for wrong in ("no field", "", "{}", "{0}", "{q.x}", "{q[0]}", "{q", "{q:d}", "alpacca"):
+    assert read_template("none", "p") == ("{prompt}", {"prompt": "p"}) and read_template("", "p") == ("", {})
+    for wrong in ("no field", " ", "{}", "{0}", "{q.x}", "{q[0]}", "{q", "{q:d}", "alpacca"):
         with pytest.raises(ValueError, match="template: expected none, alpaca, magicoder, tulu, llama2, or a text"):
             read_template(wrong, "p")

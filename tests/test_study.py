@@ -268,12 +268,14 @@ def test_a_model_that_cannot_be_fetched_is_one_short_line(monkeypatch, kind, tex
     assert fetch("hf://nobody/nothing@v1", download=False) is None
 
 
-@pytest.mark.parametrize("config, only", [("regret", "r27-attention-0.001-s2"), ("rate_laws", "r64-zero_a-0.0004-s3"),
-                                          ("consistency", "r16-adamw-0.005-s1")])
-def test_lists_of_the_sweeps_are_possible(tmp_path, tokens, config, only):
+@pytest.mark.parametrize("config, only, stages", [("regret", "r27-attention-0.001-s2", 1), ("rate_laws", "r64-zero_a-0.0004-s3", 1),
+                                                  ("consistency", "r16-adamw-0.005-s1", 1), ("why", "r4-0.001-s1", 4),
+                                                  ("peft_metamath", "r32-dora-s1", 3)])
+def test_lists_of_the_sweeps_are_possible(tmp_path, tokens, config, only, stages):
+    more = " --max_steps=5 --optimizer=adamw" if config == "peft_metamath" else ""
     result = run_here("paper/study.py", ROOT / f"config/{config}.py", f"--base={need('data/stories260k')}", f"--only={only}",
-                      f"--train=--data={tokens}/cpt --microbatch=1", "--dry_run=True", f"--out_dir={tmp_path}")
-    assert result.returncode == 0 and result.stdout.count("to do") == 1, result.stderr
+                      f"--train=--data={tokens}/cpt --microbatch=1{more}", "--dry_run=True", f"--out_dir={tmp_path}")
+    assert result.returncode == 0 and result.stdout.count("to do") == stages, result.stderr
 
 
 @pytest.mark.parametrize("config, only, stages", [("study_smollm2_code", "r16-75", 5),

@@ -187,6 +187,7 @@ def test_the_other_optimizer_forgets_more(tmp_path):
     numbers, said = rows["OC", "full, base of adamw: lionw - adamw"]
     assert said == "holds" and float(numbers.split()[0]) == pytest.approx(0.9)  # at .9 of the best rates
     assert rows["OC", "r=4 - full, base and tuning of adamw"][1] == "holds"
+    assert len([key for key in rows if key[0] == "OC"]) == 2  # nothing is said of tuning with Lion alone
 
 
 @pytest.mark.parametrize("break_it, message", [

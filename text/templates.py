@@ -68,8 +68,10 @@ def read_template(template, prompt_field):
     """
     A template's name, or a text of the user's -> (format string, {name in it: field of a record}).
 
-    ValueError if it is not one over named fields.
+    '' has no prompt at all. ValueError if it is not one over named fields.
     """
+    if template == "":
+        return "", {}
     if template in TEMPLATES:
         return TEMPLATES[template], {"prompt": prompt_field}
     # a text of the user's: fields is empty where it has none, or cannot be filled in
