@@ -269,7 +269,7 @@ def test_a_model_that_cannot_be_fetched_is_one_short_line(monkeypatch, kind, tex
 
 
 @pytest.mark.parametrize("config, only, stages", [("regret", "r27-attention-0.001-s2", 1), ("rate_laws", "r64-zero_a-0.0004-s3", 1),
-                                                  ("consistency", "r16-adamw-0.005-s1", 1), ("why", "r4-0.001-s1", 4),
+                                                  ("consistency", "r16-adamw-0.005-s1", 1), ("why", "r4-0.001-s1", 3),
                                                   ("peft_metamath", "r32-dora-s1", 3)])
 def test_lists_of_the_sweeps_are_possible(tmp_path, tokens, config, only, stages):
     more = " --max_steps=5 --optimizer=adamw" if config == "peft_metamath" else ""
