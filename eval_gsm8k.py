@@ -37,8 +37,8 @@ test_data = 'hf://datasets/openai/gsm8k/main/test-00000-of-00001.parquet'
 train_data = 'hf://datasets/openai/gsm8k/main/train-00000-of-00001.parquet'  # of worked examples
 shots = 5
 shot_seed = 1234         # the harness's; one stream of draws through all items
-harness = '0.4.2'        # lm-eval's version: 0.4.2 sends no BOS; 0.4.13 as the tokenizer, until cut;
-                         # or peft: as PEFT's method comparison, evaluation/peft_comparison.py
+harness = '0.4.2'        # lm-eval's version: 0.4.2 sends no BOS; 0.4.13 as the tokenizer, until cut
+                         # | peft: as PEFT's comparison of methods (evaluation/peft_comparison.py)
 bos = None               # None = as the harness; True = one, as Llama was trained
 max_new_tokens = 256     # the harness's
 limit = 0                # only the first so many items; 0 = all
@@ -48,7 +48,8 @@ out_dir = ''             # for items and results; '' = the checkpoint's folder, 
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
 _types = {'bos': bool}
-_choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64'), 'harness': ('0.4.2', '0.4.13', 'peft')}
+_choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64'),
+            'harness': ('0.4.2', '0.4.13', 'peft')}
 
 STOPS = ("Question:", "</s>", "<|im_end|>")
 INVALID = "[invalid]"    # where no number is found

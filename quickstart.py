@@ -33,7 +33,7 @@ from pathlib import Path
 import sentencepiece
 
 from configurator import configure
-from paper.claims import Change, spared
+from paper.changes import Change, spared
 from paper.results import read_run
 from runtime import ROOT, one_line_errors, script_words
 

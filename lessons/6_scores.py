@@ -14,7 +14,7 @@ from start import read_knobs, show, plt
 from eval_gsm8k import judge_answer
 from eval_humaneval import pass_at_k
 from evaluation.scores import score
-from paper.claims import Change, combine
+from paper.changes import Change, combine
 from quickstart import toy_math
 
 n_samples = 20         # programs that a model writes for a problem

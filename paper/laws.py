@@ -12,8 +12,8 @@ Where LoRA's best learning rate lies, and what is left between it and full finet
     OC          optimizer-model consistency: arXiv 2605.06654, May 2026
 
 Runs that differ in learning rate and seed alone are a sweep. Everything here is said of best rates,
-which paper/sweeps.py finds; where one does not lie inside its sweep, nothing that rests on it can be
-told. Intervals are over seeds (Student's t), so it takes three.
+which paper/sweeps.py finds; where one does not lie inside its sweep, nothing that rests on it can
+be told. Intervals are over seeds (Student's t), so it takes three.
 """
 import math
 from pathlib import Path
@@ -22,8 +22,9 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import configure
-from paper.claims import (SAME_SIZE, add_row, differences_at_equal_learning, folders_of,
-                          measure_runs, print_claims, verdict)
+from paper.changes import folders_of, measure_runs
+from paper.claims import (SAME_SIZE, add_row, differences_at_equal_learning, print_claims,
+                          verdict)
 from paper.results import (KNOBS, LORA_KNOBS, mean_of_seeds, read_config, setting_of,
                            trained_numbers)
 from paper.sweeps import bests_of_seeds, factor_words, mean_factor
@@ -92,8 +93,9 @@ def read_sweeps(folders, learning, forgetting):
     for measured in measure_runs(folders, learning, forgetting):
         by_rate = found.setdefault(family_of(measured), {}).setdefault(measured.seed, {})
         if measured.rate in by_rate:
-            raise ValueError(f"{measured.folder}: a second run of what {by_rate[measured.rate].folder} "
-                             "is, seed and learning rate too")
+            first = by_rate[measured.rate].folder
+            raise ValueError(f"{measured.folder}: a second run of what {first} is, seed and "
+                             "learning rate too")
         by_rate[measured.rate] = measured
     sweeps = {}
     for family, of_seeds in found.items():
@@ -124,12 +126,14 @@ def unknown(what, sweeps, families):
     names = [str(family) for family in families if sweeps[family].bests is None]
     if not names:
         return None
-    return what, "", f"cannot be told: the best rate of {' and '.join(names)} is not inside its sweep"
+    named = " and ".join(names)
+    return what, "", f"cannot be told: the best rate of {named} is not inside its sweep"
 
 
 def shared_seeds(sweeps, families):
     """The seeds that all of these sweeps have."""
-    return sorted(set.intersection(*(set(sweeps[family].bests) for family in families)))
+    seeds = [set(sweeps[family].bests) for family in families]
+    return sorted(set.intersection(*seeds))
 
 
 def loss_row(what, sweeps, terms):
@@ -144,7 +148,10 @@ def loss_row(what, sweeps, terms):
         return row
     sums = []
     for seed in shared_seeds(sweeps, families):
-        sums.append(math.fsum(weight * sweeps[family].bests[seed].loss for weight, family in terms))
+        total = 0.0
+        for weight, family in terms:
+            total += weight * sweeps[family].bests[seed].loss
+        sums.append(total)
     return difference_row(what, sums)
 
 
@@ -210,7 +217,8 @@ def rows_of_curves(sweeps, ranks, metric):
                 behind.append(gaps[-1] - gaps[0])
                 first = steps[0]
         if behind:
-            rows.append(difference_row(f"{family}: gap to full, step {family.steps} - {first}", behind))
+            what = f"{family}: gap to full, step {family.steps} - {first}"
+            rows.append(difference_row(what, behind))
     return rows
 
 
@@ -238,12 +246,14 @@ def rows_of_regret(sweeps, metric):
             by_batch.append(loss_row(what, sweeps, terms))
 
     return [
-        ("W1 A rank falls behind full finetuning's curve as it trains", rows_of_curves(sweeps, ranks, metric)),
+        ("W1 A rank falls behind full finetuning's curve as it trains",
+         rows_of_curves(sweeps, ranks, metric)),
         ("W1 A lower rank ends above a higher one", between),
         ("W2 LoRA's best rate is 5 to 20 times full finetuning's", of_full),
         ("W2 The best rate is the same for all ranks, within a factor of 2", drift),
         ("W3 LoRA's loss is the further above full finetuning's the larger the batch", by_batch),
-        ("W4 Attention alone learns less than the MLP alone, at equal size", rows_of_modules(sweeps, loras))]
+        ("W4 Attention alone learns less than the MLP alone, at equal size",
+         rows_of_modules(sweeps, loras))]
 
 
 def find(sweeps, family, steps=None, **fields):
@@ -264,14 +274,14 @@ def rows_of_modules(sweeps, loras):
                 continue
             if attention._replace(rank=mlp.rank, targets="mlp") != mlp:
                 continue
-            ratio = size_of(sweeps[attention]) / size_of(sweeps[mlp])
-            if abs(math.log(ratio)) < SAME_SIZE:
+            sizes = size_of(sweeps[attention]), size_of(sweeps[mlp])
+            if 0 not in sizes and abs(math.log(sizes[0] / sizes[1])) < SAME_SIZE:
                 rows.append(loss_row(f"{attention} - {mlp}", sweeps, [(1, attention), (-1, mlp)]))
     return rows
 
 
 def size_of(sweep):
-    """The numbers in an adapter of a sweep."""
+    """The numbers in an adapter of a sweep; 0 if its checkpoints are gone."""
     of_seed = next(iter(sweep.runs.values()))
     measured = next(iter(of_seed.values()))
     return trained_numbers(measured.folder)
@@ -279,7 +289,7 @@ def size_of(sweep):
 
 # ----------------------------------------------------------------------------- muA
 def rows_of_exponents(sweeps):
-    """[(what, exponent of the rank in the best rate, verdict)] of each rule with three ranks or more."""
+    """[(what, exponent of the rank in the best rate, verdict)] of each rule with three ranks."""
     groups = {}
     for family in sorted_families(sweeps, lambda family: family.rank):
         lora = dict(family.lora)
@@ -345,7 +355,8 @@ def rows_of_consistency(sweeps):
             continue
         for other in sweeps:
             if other._replace(optimizer=family.optimizer) == family and other != family:
-                what = f"{family}, base of {family.optimizer}: {other.optimizer} - {family.optimizer}"
+                difference = f"{other.optimizer} - {family.optimizer}"
+                what = f"{family}, base of {family.optimizer}: {difference}"
                 of_optimizers.append(forgotten_row(what, sweeps, other, family))
         if family.rank and family.full in sweeps:
             what = f"{family} - full, base and tuning of {family.optimizer}"
@@ -400,8 +411,9 @@ def full_name(family, sweeps):
         words.append(f"{family.batch} rows a step")
     if family.rank:
         words.append(f"alpha {family.alpha:g}")
+        of_lora = {other.lora for other in sweeps if other.rank}
         for knob, value in family.lora:
-            if value != str(KNOBS[knob]) and len({other.lora for other in sweeps if other.rank}) > 1:
+            if value != str(KNOBS[knob]) and len(of_lora) > 1:
                 words.append(f"{knob} {value}")
     return ", ".join(words)
 
@@ -425,7 +437,8 @@ if __name__ == "__main__":
             ("muA The best rate goes as a power of the rank", rows_of_exponents(sweeps)),
             ("muA With A zero and scale 1 the best rate is full finetuning's, within a factor of 2",
              rows_of_zero_a(sweeps)),
-            ("OC At equal learning the optimizer that did not pretrain the base has forgotten more", of_optimizers),
+            ("OC At equal learning the optimizer that did not pretrain the base has forgotten more",
+             of_optimizers),
             ("OC At equal learning LoRA has forgotten more than full finetuning, both with the "
              "optimizer that pretrained the base", of_lora)]
-        print_claims([(claim, [row for row in rows if row]) for claim, rows in found])
+        print_claims(found)

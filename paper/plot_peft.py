@@ -1,4 +1,4 @@
-"""PEFT's public plane of learning and forgetting, with our own runs over it: plot.py's figure `peft`.
+"""PEFT's public plane of learning and forgetting, our own runs over it: plot.py's figure `peft`.
 
     accuracy on GSM8K |  . Lily              A grey dot is a method of PEFT's table, one seed each;
                       |    . rsLoRA r=64     a coloured one is ours, with 95% intervals. What was
@@ -8,8 +8,8 @@
 from paper.looks import CHANCE, COLUMN, legend_entry, method_name, plt, style_of
 from paper.results import ends_of
 
-# {method: (accuracy, rise of the loss)} of Llama-3.2-3B after 20,000 examples of MetaMathQA, one seed each.
-# Source: huggingface/peft, method_comparison/MetaMathQA/results, results of 2026-07-15, commit 5d602fd.
+# {method: (accuracy, rise of the loss)} of Llama-3.2-3B after 20,000 examples of MetaMathQA.
+# Source: huggingface/peft 5d602fd, method_comparison/MetaMathQA/results of 2026-07-15, one seed.
 PUBLISHED = {
     "full, 1e-5": (0.472, 0.030), "LoRA r=32": (0.478, 0.050), "LoRA r=64": (0.474, 0.059),
     "rsLoRA r=64": (0.513, 0.111), "LoRA r=10, MLP": (0.494, 0.032), "DoRA r=32": (0.469, 0.051),

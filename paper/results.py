@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 import train
 from configurator import default_values
+from training.checkpoint import checkpoints
 
 # Every knob of train.py makes a setting, but for those that only say how, where and how long a run
 # trains. So a new knob sets runs apart, and a run from before it counts as having its default.
@@ -187,11 +188,15 @@ def read_config(folder):
 
 def trained_numbers(folder):
     """How many numbers the adapter of a run's newest checkpoint holds; 0 without an adapter."""
-    found = sorted(folder.glob("step_*/adapter_model.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not found:
+    found = checkpoints(folder)
+    path = found[-1][1] / "adapter_model.safetensors" if found else None
+    if path is None or not path.is_file():
         return 0
-    with safe_open(found[-1], "numpy") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    numbers = 0
+    with safe_open(path, "numpy") as file:
+        for name in file.keys():
+            numbers += math.prod(file.get_slice(name).get_shape())
+    return numbers
 
 
 class Run(NamedTuple):

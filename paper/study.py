@@ -17,8 +17,8 @@ results.jsonl and spectrum.json, out_dir/figures what paper/plot.py draws, out_d
 was done and how long it took. A finished step is known by its whole command line: change it, and it
 is done again; delete out_dir/NAME, and all of its steps are.
 
-Runs that differ in learning rate and seed alone are a sweep. With --sweep='loss target' further rates
-follow where the lowest such loss lies at an end, until it lies inside.
+Runs that differ in learning rate and seed alone are a sweep. With --sweep='loss target' further
+rates follow where the lowest such loss lies at an end, until it lies inside.
 """
 import json
 import os
@@ -338,7 +338,7 @@ def without(words, *knobs):
 
 
 def sweeps_of(runs):
-    """{what its runs share: {rate: [their names, one a seed]}} of runs that differ in rate and seed."""
+    """{what its runs share: {rate: [names, one a seed]}}, for runs that differ in rate and seed."""
     found = {}
     for name, words in runs.items():
         kept, taken = without(words, "learning_rate", "seed")
@@ -367,7 +367,8 @@ def further_runs(study, asked, metric, most):
     for shared, by_rate in sweeps_of(study.runs).items():
         losses = {}
         for rate, names in by_rate.items():
-            losses[rate] = statistics.fmean(last_value(study.out_dir / name, metric) for name in names)
+            values = [last_value(study.out_dir / name, metric) for name in names]
+            losses[rate] = statistics.fmean(values)
         following = next_rate(losses)
         if following is None:
             continue

@@ -35,7 +35,7 @@ def around_lowest(losses):
 
 
 def vertex_of(losses, around):
-    """The Best of {rate: loss} by the parabola through three rates; None if it is not among them."""
+    """The Best of {rate: loss} by the parabola through three rates; None if not among them."""
     # log rates as distances from the middle one, where the parabola then has its last coefficient
     middle = around[1]
     x = [math.log(rate / middle) for rate in around]
@@ -52,7 +52,7 @@ def vertex_of(losses, around):
 def bests_of_seeds(of_seeds):
     """[Best] of [{rate: loss}], each by the three rates around the lowest mean loss.
 
-    None where that mean is lowest at an end of the sweep, or a seed's best is not among the three."""
+    None where that mean is lowest at an end of the sweep, or a seed's best is not among them."""
     around = around_lowest(mean_losses(of_seeds))
     if around is None:
         return None
@@ -63,7 +63,10 @@ def bests_of_seeds(of_seeds):
 def mean_losses(of_seeds):
     """{rate: mean loss} of [{rate: loss}], one a seed, of those rates that every seed has."""
     shared = set.intersection(*map(set, of_seeds))
-    return {rate: statistics.fmean(losses[rate] for losses in of_seeds) for rate in shared}
+    means = {}
+    for rate in shared:
+        means[rate] = statistics.fmean(losses[rate] for losses in of_seeds)
+    return means
 
 
 def next_rate(losses):

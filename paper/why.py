@@ -1,5 +1,5 @@
 r"""
-Why a method forgets: how far it has moved from the base, intruders, and what half the way back gives.
+Why a method forgets: how far it has moved from the base, intruders, and half the way back.
 
     python -m paper.study config/regret.py
     python -m paper.study config/why.py
@@ -7,7 +7,7 @@ Why a method forgets: how far it has moved from the base, intruders, and what ha
 
     KL     at equal KL(base || model) on the new task, do all methods forget as much?
            "RL's Razor", arXiv 2509.04259: forgetting is a function of it, whatever the method
-    ID     intruders, leading directions of W unlike any of W0: Shuttleworth et al., arXiv 2410.21228
+    ID     intruders, leading directions of W unlike any of W0: Shuttleworth et al., 2410.21228
     RW     W0 + t (W - W0) for t = 1/2: PEFT-Arena, arXiv 2605.28819
 
 Runs are read as by paper/laws.py, with the results of eval_loss.py (--against=BASE, and --t=0.5
@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from configurator import configure
-from paper.claims import Change, folders_of, print_claims, spared
+from paper.changes import Change, folders_of, spared
+from paper.claims import print_claims
 from paper.laws import (difference_row, lowest_so_far, read_sweeps, sorted_families,
                         verdict_within)
 from paper.looks import STYLE, plt
@@ -49,8 +50,13 @@ def value_of(measured, metric):
     return measured.run.metrics.get(metric, {}).get(measured.steps, (None,))[0]
 
 
+def was_measured(sweep, metric):
+    """Whether the best runs of a sweep all have a metric."""
+    return None not in [value_of(run, metric) for run in best_runs(sweep).values()]
+
+
 def kl_points(sweep, seed, divergence):
-    """[(log KL, log of what was forgotten)] of a seed's runs, by KL; of those that forgot at all."""
+    """[(log KL, log of what was forgotten)] of a seed's runs that forgot at all, by KL."""
     points = []
     for measured in sweep.runs[seed].values():
         kl = value_of(measured, divergence)
@@ -93,7 +99,10 @@ def intruders_of(measured):
     """The mean number of intruders a matrix at the end of a run, by its spectrum.json; None."""
     path = measured.folder / "spectrum.json"
     content = read_json(path) if path.is_file() else {}
-    made = [i for i, one in enumerate(content.get("checkpoints", [])) if one.get("step") == measured.steps]
+    made = []
+    for i, checkpoint in enumerate(content.get("checkpoints", [])):
+        if checkpoint.get("step") == measured.steps:
+            made.append(i)
     counts = []
     for matrix in content.get("matrices", []):
         if matrix.get("checkpoint") in made and "intruders" in matrix:
@@ -164,8 +173,7 @@ if __name__ == "__main__":
         sweeps = read_sweeps(folders_of(runs), learning, forgetting)
         families = sorted_families(sweeps, lambda family: family.targets == "all")
         # those that were measured further
-        families = [family for family in families
-                    if all(value_of(run, divergence) for run in best_runs(sweeps[family]).values())]
+        families = [family for family in families if was_measured(sweeps[family], divergence)]
         if not families:
             raise ValueError(f"runs: no sweep with {divergence!r}; see config/why.py")
 
@@ -177,13 +185,13 @@ if __name__ == "__main__":
             metrics = (learning, forgetting, half_learning, half_forgetting)
             of_rewinding += rewinding_rows(family, sweeps[family], metrics)
         found = [
-            ("KL At equal KL on the new task LoRA has forgotten as much as full finetuning, within a quarter",
-             of_kl),
+            ("KL At equal KL on the new task LoRA has forgotten as much as full finetuning, within "
+             "a quarter", of_kl),
             ("ID Intruders among the leading directions, the more the lower the rank",
              intruder_rows(sweeps, families)),
-            ("RW Half way back to the base more than half of the learning is kept, less than half of "
-             "the forgetting left, and a gentler rate would have forgotten more", of_rewinding)]
-        print_claims([(claim, [row for row in rows if row]) for claim, rows in found])
+            ("RW Half way back to the base more than half of the learning is kept, less than half "
+             "of the forgetting left, and a gentler rate would have forgotten more", of_rewinding)]
+        print_claims(found)
 
         if out_dir:
             plt.rcParams.update(STYLE)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from conftest import run_here
 
-from paper.claims import Change, Method, claims, combine, method_of, spared, verdict
+from paper.changes import Change, combine, spared
+from paper.claims import Method, claims, method_of, verdict
 from paper.results import mean_of_seeds, problems
 
 BASE = {"learned": 5.0, "kept": 3.0}
@@ -243,3 +244,11 @@ def test_runs_that_cannot_be_compared(tmp_path, break_it, message):
     assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
 
 
+
+
+def test_where_lora_learned_more_it_is_compared_on_its_own_way():
+    """r=4 learned 3 and forgot 1.2, so .8 at the 2 that full finetuning learned, which forgot 1."""
+    changes = {(1, Method(0, ""), 10): {1e-4: (Change(2.0), Change(1.0))}, (1, Method(4, ""), 10): {1e-3: (Change(3.0), Change(1.2))}}
+    told = dict(claims(changes, {}, {}))
+    assert told["C2 At equal learning full finetuning has forgotten more than LoRA"] == [
+        ("full - LoRA r=4", "+0.200 (n=1)", "cannot be told")]

@@ -88,7 +88,8 @@ def write_adapter(folder, config):
     """An adapter of 1000 numbers a rank on the MLP, 590 on attention."""
     import torch
     from safetensors.torch import save_file
-    folder.mkdir()
+    (folder / "state").mkdir(parents=True)
+    (folder / "state/state.json").write_text("{}")
     numbers = {"attention": 590, "mlp": 1000}.get(config.get("lora_targets"), 1590)
     save_file({"a": torch.zeros(config["lora_rank"], numbers)}, folder / "adapter_model.safetensors")
 
