@@ -486,10 +486,12 @@ def test_validation_looks_at_rows_evenly_spaced():
 
 
 def test_starting_a_script_imports_neither_the_compiler_nor_sharding():
-    """Each takes as long to import as torch, and only some runs need them."""
-    heavy = ("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "triton", "matplotlib")
-    code = f"import sys, train, sample, spectrum, eval_gsm8k, eval_forgetting; print([m for m in {heavy} if m in sys.modules])"
-    assert run_stage("-c", code).stdout == "[]\n"
+    """Each takes as long to import as torch, and only some runs need them; to load a model and ask it is none."""
+    heavy = ("torch._dynamo", "sympy", "torch.distributed.checkpoint", "torch.distributed.fsdp", "triton", "matplotlib")
+    code = ("import sys, torch, train, sample, spectrum, eval_gsm8k, eval_forgetting; from model import Llama\n"
+            "model = Llama.from_pretrained(sys.argv[1]); list(model.generate([[1, 5]], 2)); model(torch.ones(1, 3, dtype=int))\n"
+            f"print([m for m in {heavy} if m in sys.modules])")
+    assert run_stage("-c", code, need("data/stories260k")).stdout == "[]\n"
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])

@@ -26,6 +26,9 @@ class Warm(subprocess.Popen):
     def __init__(self, args, *, env=None, **how):
         words = [str(word) for word in args]
         if words[0] == sys.executable:
+            # what most stages import late, and each fork would
+            import matplotlib.pyplot  # noqa: F401
+            import torch._dynamo  # noqa: F401
             # what runs between fork and exec never comes to the exec
             how["preexec_fn"] = lambda: become(words[1:], env)
         super().__init__(words, env=env, **how)
