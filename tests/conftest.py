@@ -24,6 +24,15 @@ SHARED = ROOT.parent / "shared"  # larger real data, beside the checkout
 sys.path.insert(0, str(ROOT))
 
 
+# the files that take longest, which begin first: else the last of them runs alone on one core
+LONGEST = ["test_lora_kernels", "test_parallel", "test_quickstart", "test_study", "test_train", "test_eval_loss",
+           "test_prepare_data_robust", "test_bench", "test_eval_forgetting", "test_end_to_end"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 def need(path):
     """The file or folder that a test needs, or skip the test and say which is missing.
 
