@@ -4,12 +4,15 @@ BIN = .venv/bin
 quickstart: .venv/installed
 	$(BIN)/python quickstart.py
 
+# on WORKERS cores, each file whole on one of them, in the order of tests/conftest.py
+WORKERS = 2
+SUITE = -m pytest -q -n $(WORKERS) --dist=loadfile --no-loadscope-reorder
 test: .venv/installed-test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python $(SUITE)
 
 # the same tests with the newest packages, in an environment of their own
 test-newest: .venv-newest/installed
-	.venv-newest/bin/python -m pytest -q
+	.venv-newest/bin/python $(SUITE)
 
 # under a minute: a look at every stage, in one process
 QUICK = configurator model lora lion tokenizer prepare_data plan train eval_gsm8k spectrum

@@ -193,6 +193,16 @@ class Block(nn.Module):
 
 
 # ----------------------------------------------------------------------------- the network
+class Embedding(nn.Embedding):
+    """nn.Embedding, which draws no values for a weight on the meta device.
+
+    To draw what has no memory PyTorch imports its compiler, longer than all the rest of it."""
+
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Llama(nn.Module):
     """The network; see the head of this file for use. compute_dtype: the dtype of activations.
 
@@ -202,7 +212,7 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         blocks = [Block(config, layer) for layer in range(config.num_hidden_layers)]
         self.layers = nn.ModuleList(blocks)
         self.norm = Norm(config)

@@ -198,7 +198,7 @@ def load_weights(model, folder, device=None):
     if problems:
         raise ValueError(f"{folder}: weights do not fit config.json: {problems}")
     if device is not None:
-        model.to_empty(device=device)
+        take_memory(model, device)
         parameters = dict(model.named_parameters())
 
     # of each tensor the rows that this rank holds
@@ -213,6 +213,14 @@ def load_weights(model, folder, device=None):
                 mine[begin:end].copy_(part)
                 check_finite(mine[begin:end], folder, published)
             row += rows
+
+
+def take_memory(model, device):
+    """model.to_empty, which would import PyTorch's symbolic shapes for what has no memory: a second."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            empty = torch.empty(p.shape, dtype=p.dtype, device=device)
+            setattr(module, name, torch.nn.Parameter(empty, requires_grad=p.requires_grad))
 
 
 def read_tied_head(folder, config, shapes, where, table):

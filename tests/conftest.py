@@ -1,4 +1,4 @@
-"""Shared by all tests: where the recorded outputs and the data are, and two ways to run a stage as a user does."""
+"""Shared by all tests: where the recorded outputs and the data are, and three ways to run a stage as a user does."""
 import contextlib
 import gzip
 import io
@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from warm import Warm
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 torch.set_num_threads(1)  # tiny models: threads would only wait for each other
@@ -21,6 +22,15 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"  # outputs of the original tools, in the repository
 SHARED = ROOT.parent / "shared"  # larger real data, beside the checkout
 sys.path.insert(0, str(ROOT))
+
+
+# the files that take longest, which begin first: else the last of them runs alone on one core
+LONGEST = ["test_lora_kernels", "test_parallel", "test_quickstart", "test_study", "test_train", "test_eval_loss",
+           "test_prepare_data_robust", "test_bench", "test_eval_forgetting", "test_end_to_end"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def need(path):
@@ -63,8 +73,14 @@ def run_stage(*argv, cwd=ROOT, timeout=300, **env):
                           capture_output=True, text=True)
 
 
+def run_warm(*argv, **how):
+    """As run_stage, in a fork of this process: for a run that dies, is limited or starts others."""
+    with patch.object(subprocess, "Popen", Warm):
+        return run_stage(*argv, **how)
+
+
 def run_here(script, *argv):
-    """As run_stage, but in this process, which spares the seconds that importing torch takes."""
+    """As run_stage, but in this process."""
     out, err, status = io.StringIO(), io.StringIO(), 0
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with patch.object(sys, "argv", [script, *map(str, argv)]), contextlib.redirect_stdout(out), \

@@ -2,14 +2,13 @@
 import json
 
 import pytest
-from conftest import need, run_here, run_stage
+from conftest import need, run_here
 from safetensors.torch import load_file
 from samples import stories, word_problems
 
 
 def ran(script, **knobs):
-    run = run_stage if script == "lora.py" else run_here  # run here it would register its operators twice
-    result = run(script, *(f"--{name}={value}" for name, value in knobs.items()))
+    result = run_here(script, *(f"--{name}={value}" for name, value in knobs.items()))
     assert result.returncode == 0, result.stderr
     return result.stdout
 

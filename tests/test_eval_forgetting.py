@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from conftest import golden, need, run_here, run_stage
+from conftest import golden, need, run_here, run_stage, run_warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import choice_items
@@ -303,7 +303,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_resumes_after_a_kill(argv, tmp_path):
     """SIGKILL in the middle; the rest is done, what was finished is not done again."""
-    killed = run_stage("-c", KILLED_AT_20, *argv(tmp_path, "--batch_tokens=1", "--limit=40", "--tasks=hellaswag"))
+    killed = run_warm("-c", KILLED_AT_20, *argv(tmp_path, "--batch_tokens=1", "--limit=40", "--tasks=hellaswag"))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     part = tmp_path / "eval_forgetting_hellaswag.jsonl.part0"
     lines = part.read_text().splitlines()

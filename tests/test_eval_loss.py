@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import need, run_here, run_stage
+from conftest import need, run_here, run_warm
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -68,7 +68,7 @@ def test_loss_is_the_one_that_training_logs(studied):
 def test_two_ranks_and_a_second_start_find_the_same(studied, tmp_path):
     out, base, logged = studied
     argv = [f"--model={base}", f"--data=a={out / 'ift'}", f"--out_dir={tmp_path}", "--dtype=float32"]
-    done = run_stage("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval_loss.py", *argv, "--rows=7")
+    done = run_warm("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "eval_loss.py", *argv, "--rows=7")
     assert done.returncode == 0, done.stderr
     assert results(tmp_path)["loss a"]["value"] == pytest.approx(logged[0]["a"], rel=1e-5)
     first = read_done(tmp_path / "eval_loss_a.jsonl")

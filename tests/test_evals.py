@@ -3,12 +3,10 @@ import gzip
 import json
 import math
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, need, run_here
+from conftest import ROOT, need, run_here, run_warm
 from samples import choice_items, mtbench_questions, programs, word_problems
 
 from evaluation.evals import cut_left, load_for_eval, open_items, read_done, read_items
@@ -202,9 +200,8 @@ assert records == {{i: {{"square": i * i}} for i in range(9)}}
 write_result(subject, "toy_square", [r["square"] for r in records.values()], {{}}, 1.0)
 """)
     out = tmp_path / "out"
-    run = lambda *argv: subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=200)
-    assert run(script, out, "3").returncode == 1
-    two = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, out, "-1")
+    assert run_warm(script, out, "3").returncode == 1
+    two = run_warm("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, out, "-1")
     assert two.returncode == 0, two.stderr
     did = sorted(line for line in two.stdout.splitlines() if line.startswith("did"))
     assert did == ["did 3 of 0", "did 4 of 1", "did 5 of 0", "did 6 of 1", "did 7 of 0", "did 8 of 1"]

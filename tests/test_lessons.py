@@ -6,7 +6,7 @@ import sys
 import matplotlib
 import pytest
 
-from conftest import ROOT, run_here, run_stage
+from conftest import ROOT, run_here, run_stage, run_warm
 
 LESSONS = ["1_rows", "2_forward", "3_lora", "4_optimizers", "5_forgetting", "6_scores", "7_spectra"]
 every_lesson = pytest.mark.parametrize("name", LESSONS)
@@ -112,7 +112,7 @@ def test_started_anywhere_it_finds_its_place(tmp_path):
 
 
 def test_an_unknown_knob_is_one_line(tmp_path):
-    done = run_stage(ROOT / "lessons/3_lora.py", "--rnak=3", cwd=tmp_path)
+    done = run_warm(ROOT / "lessons/3_lora.py", "--rnak=3", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "3_lora.py: error: --rnak=3: no such knob, nearest is rank\n"
 

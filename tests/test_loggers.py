@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run_stage
+from conftest import ROOT, run_warm
 from test_train import setting  # noqa: F401 (a fixture)
 
 from training.loggers import numbers_of
@@ -27,10 +27,10 @@ def train_in_two(setting, *knobs):
     folder, common = setting
     out = [f"--out_dir={folder / 'run'}", *common, *knobs, f"--val_data=again={folder / 'data'}", "--schedule=constant",
            "--eval_interval=2"]
-    begun = run_stage("train.py", *out, "--max_steps=3", "--checkpoint_at=2", "--save_interval=2")
+    begun = run_warm("train.py", *out, "--max_steps=3", "--checkpoint_at=2", "--save_interval=2")
     assert begun.returncode == 0, begun.stderr
     (folder / "run" / "step_3" / "state" / "state.json").unlink()  # as if it had been killed in step 3
-    resumed = run_stage("train.py", *out, "--max_steps=4", "--resume=True")
+    resumed = run_warm("train.py", *out, "--max_steps=4", "--resume=True")
     assert resumed.returncode == 0, resumed.stderr
     return folder / "run"
 

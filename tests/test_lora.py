@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, golden, need, need_peft, run_stage
+from conftest import golden, need, need_peft, run_here
 from safetensors.torch import load_file
 from test_model import CUTS, close, edit_bytes, edit_config, edit_tensors, loss_of, one_line, tiny, tokens_like
 from test_model import one_thread  # noqa: F401 (a fixture of the whole file)
@@ -443,7 +443,7 @@ def merge(base, tmp_path):
 
     def run(**knobs):
         knobs = {**dict(base=base, adapter=tmp_path / "adapter", out=tmp_path / "out"), **knobs}
-        return run_stage(ROOT / "lora.py", *(f"--{name}={value}" for name, value in knobs.items()), OMP_NUM_THREADS=1)
+        return run_here("lora.py", *(f"--{name}={value}" for name, value in knobs.items()))
     return run
 
 
@@ -485,7 +485,7 @@ def test_merge_script_refuses_another_base_and_writes_nothing(merge, tmp_path):
 
 
 def test_merge_script_names_the_knob_that_was_not_given():
-    fails_with(run_stage(ROOT / "lora.py"), r"\b(base|adapter|out)\b")
+    fails_with(run_here("lora.py"), r"\b(base|adapter|out)\b")
 
 
 def test_a_merge_that_does_not_compute_the_same_leaves_nothing(merge, base, tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare_data
-from conftest import ROOT, golden, need, run_here, run_stage
+from conftest import ROOT, golden, need, run_here, run_stage, run_warm
 from text.encode import make_encoder
 from text.packing import pack_best_fit
 from prepare_data import encode_turns, write_split
@@ -528,8 +528,8 @@ def test_full_disk(tokenizer_file, tmp_path):
     (tmp_path / "a.txt").write_text("some words " * 20000)
     limited = ("import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); "
                "sys.argv[0] = 'prepare_data.py'; runpy.run_path(sys.argv.pop(1), run_name='__main__')")
-    done = run_stage("-c", limited, ROOT / "prepare_data.py", "--source=a.txt", f"--tokenizer={tokenizer_file}",
-                     "--out_dir=d", "--val_fraction=0", cwd=tmp_path)
+    done = run_warm("-c", limited, ROOT / "prepare_data.py", "--source=a.txt", f"--tokenizer={tokenizer_file}",
+                    "--out_dir=d", "--val_fraction=0", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert "File too large: 'd.work/new'" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

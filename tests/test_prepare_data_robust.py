@@ -12,9 +12,10 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, need, run_here, run_stage
+from conftest import ROOT, need, run_here, run_stage, run_warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from warm import Warm
 from samples import byte_tokenizer
 from test_prepare_data import documents_of, prepare, tokenizer_file, write_jsonl  # noqa: F401 (fixtures)
 
@@ -82,7 +83,7 @@ def test_kill_and_go_on(corpus, tmp_path):
     wanted = contents(tmp_path / "data")
     for _ in range(int(os.environ.get("DATA_KILLS", 3))):
         shutil.rmtree(tmp_path / "data")
-        run, delay = subprocess.Popen([sys.executable, ROOT / "prepare_data.py", *knobs], cwd=tmp_path), rng.uniform(0, 0.3)
+        run, delay = Warm([sys.executable, ROOT / "prepare_data.py", *knobs], cwd=tmp_path), rng.uniform(0, 0.3)
         while not (tmp_path / "data.work").exists() and run.poll() is None:
             time.sleep(0.002)
         time.sleep(delay)
@@ -130,7 +131,7 @@ def test_other_input_is_not_mixed_in(corpus, tmp_path):
 
 def test_a_dead_worker_is_an_error(corpus, tmp_path, monkeypatch):
     """As when the machine runs out of memory: one line, and what is finished stays."""
-    done = run_stage("-c", "import os, sys, runpy; from text import records; parse = records.parse\n"
+    done = run_warm("-c", "import os, sys, runpy; from text import records; parse = records.parse\n"
                      "def dies(raw):\n    r = parse(raw)\n    return os._exit(9) if r['id'] == 390 else r\n"
                      "records.parse = dies; sys.argv[0] = 'prepare_data.py'\n"
                      "runpy.run_path(sys.argv.pop(1), run_name='__main__')", ROOT / "prepare_data.py",
@@ -147,9 +148,9 @@ SLOW = ("import sys, runpy, time; from text import records; parse = records.pars
 
 def start_slowly(corpus, tmp_path):
     """A run with two workers that takes minutes; returns it once both are there, and their process ids."""
-    run = subprocess.Popen([sys.executable, "-c", SLOW, ROOT / "prepare_data.py", *flags(**{**corpus, "workers": 2})],
-                           cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                           env={**os.environ, "PYTHONPATH": str(ROOT)})
+    run = Warm([sys.executable, "-c", SLOW, ROOT / "prepare_data.py", *flags(**{**corpus, "workers": 2})],
+               cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+               env={**os.environ, "PYTHONPATH": str(ROOT)})
     children, until = [], time.time() + 300
     while len(children) < 2 and time.time() < until:
         time.sleep(0.05)

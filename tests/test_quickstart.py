@@ -7,7 +7,7 @@ import pytest
 
 from paper.claims import Method, method_of
 from configurator import configure
-from conftest import ROOT, need, run_here, run_stage
+from conftest import ROOT, need, run_here, run_stage, run_warm
 from quickstart import (compare_at_equal_learning, compare_methods, finetuning_runs, last_values, lines_to_finish, pystdlib,
                         study_file, toy_math, training_words)
 
@@ -16,8 +16,8 @@ TINY = {"max_modules": 60, "source_problems": 40, "target_problems": 60, "held_o
         "steps": "3", "eval_rows": 4, "lora_ranks": "2", "choice_items": 8, "solve_items": 2}
 
 
-def quickstart(cwd, **knobs):
-    return run_stage(ROOT / "quickstart.py", *(f"--{k}={v}" for k, v in {**TINY, **knobs}.items()), cwd=cwd, timeout=900)
+def quickstart(cwd, run=run_warm, **knobs):
+    return run(ROOT / "quickstart.py", *(f"--{k}={v}" for k, v in {**TINY, **knobs}.items()), cwd=cwd, timeout=900)
 
 
 def commands(stdout):
@@ -66,14 +66,14 @@ def test_every_step_is_a_command_that_was_shown(finished):
     folder, stdout = finished
     shown = commands(stdout)
     assert [script for script, _ in shown] == ["prepare_data.py"] * 4 + ["train.py", "paper.study", "sample.py"]
-    done = run_stage(ROOT / "sample.py", *shown[-1][1], cwd=folder)  # as a reader would
+    done = run_warm(ROOT / "sample.py", *shown[-1][1], cwd=folder)  # as a reader would
     assert done.returncode == 0 and "Answer:" in done.stdout, done.stderr
 
 
 def test_started_again_it_makes_nothing_twice(finished):
     folder, stdout = finished
     before = (folder / "out/quickstart/study.jsonl").read_text()
-    done = quickstart(folder)
+    done = quickstart(folder, run_stage)  # in processes of their own
     assert done.returncode == 0 and [script for script, _ in commands(done.stdout)] == ["paper.study", "sample.py"]
     assert table(done.stdout) == table(stdout) and (folder / "out/quickstart/study.jsonl").read_text() == before
 

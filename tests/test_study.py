@@ -3,7 +3,7 @@ import json
 import shlex
 
 import pytest
-from conftest import ROOT, need, run_here, run_stage
+from conftest import ROOT, need, run_here, run_stage, run_warm
 from samples import stories, word_problems
 
 from paper.study import Study, commands, done_before, fetch, further_runs, progress, sweeps_of
@@ -34,7 +34,7 @@ def study_of(out_dir, models=(), runs=(), evals=(), launch=()):
 
 def run_study(path, text, *argv):
     path.write_text(text)
-    return run_stage("-m", "paper.study", path, *argv, timeout=900)
+    return run_warm("-m", "paper.study", path, *argv, timeout=900)
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -17,6 +17,7 @@ from conftest import ROOT, golden, need, run_here, run_stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from warm import Warm
 
 import lion
 import train
@@ -226,11 +227,11 @@ def test_batch_without_targets_is_refused():
 
 
 # ----------------------------------------------------------------------------- resume and signals
-def start(setting, out, *more, script="train.py"):
-    """train.py in the background, in a process group of its own."""
+def start(setting, out, *more, script="train.py", program=Warm):
+    """train.py in the background."""
     folder, knobs = setting
     argv = [sys.executable, script, *knobs, f"--out_dir={folder / out}", *more]
-    return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return program(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for_line(process, text):
@@ -289,7 +290,7 @@ def test_killed_and_resumed_run_is_bit_equal_across_an_epoch(setting, kind):
 
 def test_sigterm_saves_and_exits_0_and_resume_goes_on(setting):
     folder, _ = setting
-    process = start(setting, "out", "--max_steps=100000", "--lora_rank=2")
+    process = start(setting, "out", "--max_steps=100000", "--lora_rank=2", program=subprocess.Popen)
     wait_for_line(process, "step 3/")
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=300)[0]
@@ -485,10 +486,12 @@ def test_validation_looks_at_rows_evenly_spaced():
 
 
 def test_starting_a_script_imports_neither_the_compiler_nor_sharding():
-    """Each takes as long to import as torch, and only some runs need them."""
-    heavy = ("torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "triton", "matplotlib")
-    code = f"import sys, train, sample, spectrum, eval_gsm8k, eval_forgetting; print([m for m in {heavy} if m in sys.modules])"
-    assert run_stage("-c", code).stdout == "[]\n"
+    """Each takes as long to import as torch, and only some runs need them; to load a model and ask it is none."""
+    heavy = ("torch._dynamo", "sympy", "torch.distributed.checkpoint", "torch.distributed.fsdp", "triton", "matplotlib")
+    code = ("import sys, torch, train, sample, spectrum, eval_gsm8k, eval_forgetting; from model import Llama\n"
+            "model = Llama.from_pretrained(sys.argv[1]); list(model.generate([[1, 5]], 2)); model(torch.ones(1, 3, dtype=int))\n"
+            f"print([m for m in {heavy} if m in sys.modules])")
+    assert run_stage("-c", code, need("data/stories260k")).stdout == "[]\n"
 
 
 @pytest.mark.parametrize("lora_rank", [0, 2])
