@@ -48,6 +48,7 @@ adapter = A.numel() + B.numel()
 print(f"W has {W.numel():,} numbers, A and B {adapter:,}: {adapter / W.numel():.1%}")
 
 assert (N, K) == (64, 172) and W.numel() == 11008
+assert sum(name.endswith("lora_A") for name, _ in model.layers[0].named_parameters()) == 7
 assert A.shape == (rank, K) and B.shape == (N, rank) and adapter == rank * (N + K)
 assert not W.requires_grad and A.requires_grad and B.requires_grad
 if rank == 4:
@@ -93,7 +94,7 @@ with torch.no_grad():
 y = layer(x)
 found = dict(zip(("y", "dx", "dA", "dB"), (y, *torch.autograd.grad(y, (x, A, B), dy))))
 for name, value in by_hand.items():
-    print(f"{name}: by hand and by lora.py differ by {(value - found[name]).abs().max():.0e}")
+    print(f"{name}: by hand and by lora.py differ by {(value - found[name]).abs().max():.1g}")
     assert torch.allclose(value, found[name], rtol=1e-10, atol=1e-10)
 
 # %% [markdown]
@@ -156,9 +157,8 @@ ranks = sorted({1, 8, 32, 64, 128, rank})
 for r in ranks:
     wrapped = apply_lora(Llama.from_pretrained(BASE, dtype=torch.float64), r, alpha, dropout)
     other = wrapped.layers[0].mlp.down_proj
-    weights = list(other.parameters())
-    kept["plain PyTorch"].append(numbers_kept(lambda: plain_lora(other), *weights))
-    kept["lora.py"].append(numbers_kept(lambda: other(x), *weights))
+    kept["plain PyTorch"].append(numbers_kept(lambda: plain_lora(other), *other.parameters()))
+    kept["lora.py"].append(numbers_kept(lambda: other(x), *other.parameters()))
 trained = W.clone().requires_grad_()
 full = numbers_kept(lambda: F.linear(x, trained), trained)
 at = ranks.index(rank)
@@ -176,9 +176,7 @@ for (name, values), colour in zip(kept.items(), (RANKS[3], RANKS[1])):
     name_end(ax, ranks[-1], values[-1], name, colour)
 ax.axhline(full, color=FULL, ls="--")
 name_end(ax, None, full, "full finetuning", FULL)
-ax.set_ylim(0)
-ax.set_xlabel("LoRA rank")
-ax.set_ylabel("numbers kept a token")
+ax.set(xlabel="LoRA rank", ylabel="numbers kept a token", ylim=(0, None))
 ax.set_title(f"Kept for backward by one projection ({N} x {K}), dropout {dropout}")
 show(figure, out_dir, "3_lora")
 
@@ -201,9 +199,10 @@ with torch.no_grad():
     lost = lost_to_rounding(model, torch.bfloat16)
     merge_lora(model)
     after, _ = model(ids)
-print(f"merged: logits differ by {(after - before).abs().max():.0e}; "
+print(f"merged: logits differ by {(after - before).abs().max():.1g}; "
       f"in bfloat16 {lost:.1%} of the change would be lost")
 assert torch.allclose(before, after, rtol=1e-8, atol=1e-8)
+assert torch.finfo(torch.bfloat16).eps == 2 ** -7  # 8 bits, the first of which is always 1
 
 # %% [markdown]
 # ## Questions

@@ -25,7 +25,7 @@ import train
 from configurator import default_values
 from lora import init_adapters
 from model import Llama, LlamaConfig
-from paper.looks import FULL, RANKS, method_name
+from paper.looks import FULL, RANKS, method_name, tick_label
 from training.rows import TokenRows, rows_of_step
 
 full_rates = (5e-5, 2e-4, 5e-4, 1e-3)   # one run for each
@@ -129,8 +129,12 @@ figure, ax = plt.subplots(figsize=(5, 3.4))
 for rank, colour in ((0, FULL), (lora_rank, RANKS[1])):
     mine = {rate: point for (r, rate), point in points.items() if r == rank}
     ax.plot(*zip(*mine.values()), "o-", color=colour, label=method_name(rank))
+    farthest = 0
     for rate, point in mine.items():
-        ax.annotate(f"{rate:.0e}".replace("e-0", "e-"), point, (4, -8), color=colour, fontsize=7,
+        # below its line, or above it where the line turns back
+        height = -8 if point[0] >= farthest else 3
+        farthest = max(farthest, point[0])
+        ax.annotate(tick_label(rate), point, (4, height), color=colour, fontsize=7,
                     textcoords="offset points")
 ax.plot(0, 0, "s", color="black")
 ax.annotate("base", (0, 0), (4, 5), textcoords="offset points")

@@ -109,8 +109,8 @@ def solved_answer(record):
 
 
 def one_line(text):
-    """The beginning of a text, for a list."""
-    return " ".join(text.split())[:160]
+    """The beginning of a text, for a list, whose column shows some fifty letters."""
+    return " ".join(text.split())[:80]
 
 
 # ----------------------------------------------------------------------------- multiple choice

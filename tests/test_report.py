@@ -18,7 +18,7 @@ browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get i
 # what a model may write, and what would happen if it were not shown as text
 CANARY = "http://127.0.0.1:9/canary"
 EVIL = (f'<img src="{CANARY}"> </script><script>document.title = "ran"; fetch("{CANARY}")</script> '
-        "{{ 7 * 7 }} & 'quoted' \u2028 \U0001f600")
+        "<!--<script> {{ 7 * 7 }} & 'quoted' \u2028 \U0001f600")
 CONFIG = {"base": "models/tiny", "data": "data/problems", "lora_rank": 0, "lora_alpha": None, "lora_targets": "all",
           "learning_rate": 1e-4, "seed": 1, "max_steps": 10}
 RUNS = ("base", "full-10", "r16<b>-10")
