@@ -143,7 +143,6 @@ for name, optimizer in (("Lion", DecoupledLionW), ("AdamW", DecoupledAdamW)):
 settled = {key: sum(curve[-30:]) / 30 for key, curve in curves.items()}
 for (name, schedule), distance in settled.items():
     print(f"{name:5} {schedule:8} settles {distance:.4f} from the target")
-assert settled["Lion", "cosine"] < settled["Lion", "constant"]
 if (learning_rate, steps, noise) == (0.01, 2000, 1.0):
     assert settled["Lion", "cosine"] < 0.5 * settled["Lion", "constant"]
     assert settled["AdamW", "constant"] < 0.5 * settled["Lion", "constant"]

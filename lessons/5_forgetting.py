@@ -164,8 +164,9 @@ print(f"best rates: full {best_full:.0e} learned {full[0]:.2f} and forgot {full[
 better = [rate for rate in full_rates if points[0, rate][0] > lora[0]
           and points[0, rate][1] < lora[1]]
 print("rates at which full finetuning learned more and forgot less than that LoRA run:", better)
-if (full_rates, lora_rates, lora_rank, lora_targets, steps, batch, base_steps) == (
-        (5e-5, 2e-4, 5e-4, 1e-3), (3e-4, 1e-3, 3e-3, 1e-2), 4, 'all', 150, 2, 300):
+as_given = [(5e-5, 2e-4, 5e-4, 1e-3), (3e-4, 1e-3, 3e-3, 1e-2), 4, 'all', 150, 2, 1]
+if [full_rates, lora_rates, lora_rank, lora_targets, steps, batch, seed] == as_given and (
+        made_with == {"modules": 120, "problems": 1500, "base_steps": 300}):
     assert full[0] > 2 > lora[0] > 1 and full[1] > 2 * lora[1]
     assert best_full == 1e-3 and 2e-4 in better
 

@@ -137,7 +137,10 @@ bands = {"strict": [score(strict[:n]) for n in sizes],
          "flexible": [score(flexible[:n]) for n in sizes]}
 apart_from = next((n for n, low, high in zip(sizes, bands["flexible"], bands["strict"])
                    if low[2] > high[3]), None)
-print(f"the intervals part at {apart_from} items")
+if apart_from:
+    print(f"from {apart_from:,} items on the intervals do not overlap")
+else:
+    print(f"with {items:,} items the intervals overlap")
 
 figure, ax = plt.subplots(figsize=(5, 3))
 for (name, band), colour in zip(bands.items(), ("#D55E00", "#0072B2")):
