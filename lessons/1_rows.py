@@ -6,8 +6,8 @@
 # word problems from one to the other, and asks what a boundary between two of them is.
 #
 #     record  {"question": ..., "answer": ...}
-#     tokens  BOS Question ... Answer: She then has ... #### 28 EOS
-#     mask     0      0    ...    0     1   1    1  ...   1   1  1      1: this token is learned
+#     tokens  BOS Question: ... Answer: Now there are ... #### 9 EOS
+#     mask     0      0     ...    0     1    1    1  ...   1  1  1       1: this token is learned
 #     rows    [ problem 3 | problem 7 | problem 19 | padding ]
 
 # %% The knobs: change them here, or say --packing=none on the command line
@@ -58,6 +58,7 @@ print("read:   ", repr(tok.decode(ids[:first])))
 print("learned:", repr(tok.decode(ids[first:])))
 print(f"{len(ids)} tokens, {sum(learned)} of them are learned")
 
+assert record["answer"].startswith("Now there are") and record["answer"].endswith("#### 9")
 assert why == "" and ids[0] == tok.bos_id and ids[-1] == tok.eos_id
 assert tok.decode(ids[:first]).strip() == prompt
 assert learned == [0] * first + [1] * (len(ids) - first)
@@ -68,6 +69,8 @@ assert learned == [0] * first + [1] * (len(ids) - first)
 # comes once. Packing is a puzzle: which problems go together so that the fewest rows are needed?
 # `pack_best_fit` in `text/packing.py` takes the longest first, each into the fullest row that
 # still has room for it. With the default knobs 24 problems fill 9 rows, and 12% is padding.
+#
+# What is printed first is what it says to everybody: its knobs, counts, lengths and three examples.
 
 # %%
 scratch = tempfile.TemporaryDirectory()

@@ -145,7 +145,7 @@ lora_step = flops_of_batch(apply_lora(planned, lora_rank, 2 * lora_rank), [row])
 print(f"with LoRA, rank {lora_rank}, a step takes {lora_step / full_step:.1%} of the FLOPs")
 assert abs(full_step / (3 * total * seq_len) - 1) < 1e-9
 if (shape, seq_len, lora_rank) == ("Llama-2-7b-hf", 4096, 16):
-    assert round(lora_step / full_step, 2) == 0.70
+    assert 2 / 3 < lora_step / full_step and round(lora_step / full_step, 2) == 0.70
 
 # %% [markdown]
 # ## The picture
@@ -175,7 +175,7 @@ ax.set(xlim=(lengths[0], lengths[-1]), ylim=(0, 100))
 ax.set_xlabel("tokens a row")
 ax.set_ylabel("share of a forward pass's FLOPs, %")
 ax.set_title(f"Where the FLOPs of {shape.rpartition('/')[2]} go", pad=14)
-figure.legend(*ax.get_legend_handles_labels(), reverse=True, loc="outside right upper")
+ax.legend(reverse=True, loc="upper left", bbox_to_anchor=(1.01, 1.02))
 show(figure, out_dir, "2_forward")
 
 # %% [markdown]

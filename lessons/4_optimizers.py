@@ -80,7 +80,8 @@ with torch.device("meta"):
     weights = count(Llama(shape_of("Llama-2-7b-hf")))
 gigabytes = {name: 4e-9 * weights * optimizer.numbers_per_parameter
              for name, optimizer in OPTIMIZERS.items()}
-print(f"{weights:,} weights; GB of state: {gigabytes}")
+print(f"{weights:,} weights; GB of state: "
+      f"{gigabytes['lionw']:.1f} of Lion, {gigabytes['adamw']:.1f} of AdamW")
 assert weights == 6738415616
 assert round(gigabytes["lionw"]) == 27 and round(gigabytes["adamw"]) == 54
 
@@ -94,10 +95,10 @@ assert round(gigabytes["lionw"]) == 27 and round(gigabytes["adamw"]) == 54
 # meant for $s - 1$, the first two steps have the rate zero, and the last rate is never used.
 
 # %%
-pretraining = [inv_sqrt_with_warmup(t, 25431, 1000, 1000, 5086, alpha_f_decay=1.0)
-               for t in (0, 500, 1000, 20345, 25431)]
+pretraining = [inv_sqrt_with_warmup(t, 25431, 1000, 1000, 25431 // 5, alpha_f_decay=1.0)
+               for t in (0, 500, 1000, 20345, 22888, 25431)]
 finetuning = [cosine_with_warmup(t, 386, 38, alpha_f=0.01) for t in (0, 19, 38, 212, 386)]
-assert pretraining == [0, 0.5, 1, 1, 0]
+assert pretraining == [0, 0.5, 1, 1, 0.5, 0]
 assert torch.allclose(torch.tensor(finetuning), torch.tensor([0, 0.5, 1, 0.505, 0.01]))
 
 knobs = SimpleNamespace(schedule="cosine", warmup_steps=None, alpha_f=0.01,
@@ -142,7 +143,6 @@ for name, optimizer in (("Lion", DecoupledLionW), ("AdamW", DecoupledAdamW)):
 settled = {key: sum(curve[-30:]) / 30 for key, curve in curves.items()}
 for (name, schedule), distance in settled.items():
     print(f"{name:5} {schedule:8} settles {distance:.4f} from the target")
-assert settled["Lion", "cosine"] < settled["Lion", "constant"]
 if (learning_rate, steps, noise) == (0.01, 2000, 1.0):
     assert settled["Lion", "cosine"] < 0.5 * settled["Lion", "constant"]
     assert settled["AdamW", "constant"] < 0.5 * settled["Lion", "constant"]
@@ -161,6 +161,8 @@ above.set_ylabel("learning rate,\nshare of the peak")
 above.set_title("A constant rate keeps Lion hopping around the target")
 above.legend(loc="lower center")
 below.set_yscale("log")
+below.set_yticks([0.03, 0.1, 0.3, 1], ["0.03", "0.1", "0.3", "1"])
+below.minorticks_off()
 below.set_xlabel("step")
 below.set_ylabel("distance from the target, rms")
 below.legend(loc="upper right")

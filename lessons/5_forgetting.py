@@ -25,7 +25,7 @@ import train
 from configurator import default_values
 from lora import init_adapters
 from model import Llama, LlamaConfig
-from paper.looks import FULL, RANKS, method_name
+from paper.looks import FULL, RANKS, method_name, tick_label
 from training.rows import TokenRows, rows_of_step
 
 full_rates = (5e-5, 2e-4, 5e-4, 1e-3)   # one run for each
@@ -129,8 +129,12 @@ figure, ax = plt.subplots(figsize=(5, 3.4))
 for rank, colour in ((0, FULL), (lora_rank, RANKS[1])):
     mine = {rate: point for (r, rate), point in points.items() if r == rank}
     ax.plot(*zip(*mine.values()), "o-", color=colour, label=method_name(rank))
+    farthest = 0
     for rate, point in mine.items():
-        ax.annotate(f"{rate:.0e}".replace("e-0", "e-"), point, (4, -8), color=colour, fontsize=7,
+        # below its line, or above it where the line turns back
+        height = -8 if point[0] >= farthest else 3
+        farthest = max(farthest, point[0])
+        ax.annotate(tick_label(rate), point, (4, height), color=colour, fontsize=7,
                     textcoords="offset points")
 ax.plot(0, 0, "s", color="black")
 ax.annotate("base", (0, 0), (4, 5), textcoords="offset points")
@@ -160,8 +164,9 @@ print(f"best rates: full {best_full:.0e} learned {full[0]:.2f} and forgot {full[
 better = [rate for rate in full_rates if points[0, rate][0] > lora[0]
           and points[0, rate][1] < lora[1]]
 print("rates at which full finetuning learned more and forgot less than that LoRA run:", better)
-if (full_rates, lora_rates, lora_rank, lora_targets, steps, batch, base_steps) == (
-        (5e-5, 2e-4, 5e-4, 1e-3), (3e-4, 1e-3, 3e-3, 1e-2), 4, 'all', 150, 2, 300):
+as_given = [(5e-5, 2e-4, 5e-4, 1e-3), (3e-4, 1e-3, 3e-3, 1e-2), 4, 'all', 150, 2, 1]
+if [full_rates, lora_rates, lora_rank, lora_targets, steps, batch, seed] == as_given and (
+        made_with == {"modules": 120, "problems": 1500, "base_steps": 300}):
     assert full[0] > 2 > lora[0] > 1 and full[1] > 2 * lora[1]
     assert best_full == 1e-3 and 2e-4 in better
 

@@ -72,7 +72,7 @@ edge = random_edge(side, side)
 print(f"with a hidden direction: largest {values[0] / edge:.2f} of the edge, second "
       f"{values[1] / edge:.2f}; effective rank {effective_rank(values)}")
 if (strength, seed) == (1.5, 1):
-    assert values[0] > 1.5 * edge and values[1] < 1.02 * edge
+    assert values[0] > 1.5 * edge and values[1] < edge
     assert effective_rank(drawn) - effective_rank(values) <= 10
 
 # %% [markdown]
@@ -123,7 +123,8 @@ lora = found[names[1], "D"]
 # %%
 assert lora["effective_rank"]["0.9"] <= lora_rank
 assert len(lora["singular_values"]) == lora_rank
-if (steps, lora_rank, layer, module) == (80, 4, 2, "up_proj"):
+as_given = [80, 5e-4, 5e-3, 4, 2, "up_proj", 1]
+if [steps, full_learning_rate, lora_learning_rate, lora_rank, layer, module, seed] == as_given:
     assert full["effective_rank"]["0.9"] > 3 * lora["effective_rank"]["0.9"]
     assert full["effective_rank"]["0.9"] < full["random_rank"]["0.9"]
     assert 1 <= full["above_random"] <= 16

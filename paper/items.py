@@ -109,8 +109,8 @@ def solved_answer(record):
 
 
 def one_line(text):
-    """The beginning of a text, for a list."""
-    return " ".join(text.split())[:160]
+    """The beginning of a text, for a list, whose column shows some fifty letters."""
+    return " ".join(text.split())[:80]
 
 
 # ----------------------------------------------------------------------------- multiple choice
@@ -122,6 +122,7 @@ def chosen_answer(record, data):
     gold = record["gold"]
     lines = []
     right = None
+    ending = ""
     for style in ("gauntlet", "lm_eval"):
         judged = record.get(style)
         if not judged:
@@ -136,11 +137,12 @@ def chosen_answer(record, data):
         lines.append(f"{style}: choice {chosen} by {kind}; log probabilities {logprobs}")
         if right is None:
             right = chosen == gold
+            ending = f"choice {chosen}"
     title = f"item {number}"
     if record.get("subject"):
         title += f", {record['subject']}"
     item = {"title": title, "before": "", "prompt": "", "gold": f"choice {gold}"}
-    return (data, number), item, [["\n".join(lines), right, ""]]
+    return (data, number), item, [["\n".join(lines), right, ending]]
 
 
 # ----------------------------------------------------------------------------- HumanEval

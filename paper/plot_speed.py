@@ -16,10 +16,13 @@ LABELS = {"tok_per_s": "tokens a second", "peak_gb": "peak memory, GB"}
 
 # ----------------------------------------------------------------------------- training logs
 def draw_training(all_runs):
-    """Loss of the training steps and its running median, of the longest run of each rank."""
+    """Loss of the training steps and its running median, of the longest run of each rank.
+
+    A base that was pretrained beside its finetuned runs is left out: it saw other data."""
+    finetuned = [run for run in all_runs if run.config and not run.config.get("scratch")]
     # of each rank the run that trained on most tokens
     longest = {}  # {rank: [(tokens, loss)]}
-    for run in all_runs:
+    for run in finetuned or all_runs:
         line = loss_line(run.log)
         if not line:
             continue

@@ -14,16 +14,19 @@ address holds what is shown, so that it can be kept or sent. Of each run the new
 was evaluated is shown. Runs, claims and figures are read as by paper/claims.py and paper/plot.py.
 """
 import base64
+import json
+import re
 import tempfile
 from collections import Counter
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from configurator import configure
 from evaluation.evals import read_items
 from paper import claims
-from paper.items import read_evaluations, share_paragraphs
+from paper.items import item_files, read_evaluations, share_paragraphs
 from paper.looks import STYLE, method_name, plt
 from paper.plot import find_folders, read_runs_in, read_spectra, read_titles, save_figure
 from paper.plot_curves import Metrics, draw_curves, draw_pareto, draw_story
@@ -104,6 +107,14 @@ def method_of(run):
     return method_name(run.config.get("lora_rank"))
 
 
+def place_of(folder, run):
+    """Where a run stands among others: bases, pretraining, full, LoRA from the lowest rank on."""
+    kinds = ("base", "pretraining", "full")
+    method = method_of(run)
+    kind = kinds.index(method) if method in kinds else len(kinds)
+    return kind, run.config.get("lora_rank") or 0, str(folder)
+
+
 def results_table(found, names, first):
     """{"head", "rows"} of each run's last values, 'value ± half' with a 95% interval.
 
@@ -134,11 +145,11 @@ def value_in_words(value):
 
 
 def knobs_table(found, names):
-    """{"head", "rows"} of the knobs in which the runs differ; a knob that is newer than a run had
-    its default in it."""
+    """{"head", "rows"} of the knobs in which the finetuned runs differ; a knob that is newer than a
+    run had its default in it."""
     configs = {}
     for folder, run in found.items():
-        if run.config:
+        if run.config and not run.config.get("scratch"):
             configs[folder] = {**KNOBS, **run.config}
     columns = []
     for knob in KNOBS:
@@ -188,10 +199,20 @@ def read_tasks(path):
 
 
 # ----------------------------------------------------------------------------- the page
+def json_in_script(data):
+    """JSON that can stand in a <script>: the '<' of </script, <!-- and <script is written \\u003c.
+
+    The HTML standard names these three. Escaping every < > & ' makes answers in GSM8K's form, with
+    their <<48/2=24>>, a seventh longer."""
+    text = json.dumps(data, separators=(",", ":"))
+    return Markup(re.sub("<(?=[/!sS])", r"\\u003c", text))
+
+
 def render(**page):
     """The HTML of paper/report.html, in which all text is escaped."""
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
                               undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["json_in_script"] = json_in_script
     return environment.get_template("report.html").render(page)
 
 
@@ -206,13 +227,15 @@ if __name__ == "__main__":
         found = read_runs_in(folders)
         if not found:
             raise ValueError(f"runs: no folder with results or a log is named {', '.join(runs)}")
+        found = dict(sorted(found.items(), key=lambda pair: place_of(*pair)))
         beside = [folder / "spectrum.json" for folder in found]
         loaded = []
         for path, content in read_spectra([path for path in beside if path.is_file()]):
             if content["kind"] == "spectrum":
                 loaded.append((path, content))
         names = names_of(found)
-        items = read_evaluations(list(found), tasks)
+        asked = [folder for folder in found if item_files(folder)]
+        items = read_evaluations(asked, tasks)
         paragraphs = share_paragraphs(items)
 
         # figures and tables
@@ -228,10 +251,9 @@ if __name__ == "__main__":
 
         # the page
         notes = [f"{count} × {problem}" for problem, count in noted.items()]
-        columns = [{"name": names[folder], "method": method_of(run)}
-                   for folder, run in found.items()]
-        text = render(title=title, figures=figures, claims=claimed, no_claims=no_claims,
-                      learned=learned, forgotten=forgotten, notes=notes,
+        columns = [{"name": names[folder], "method": method_of(found[folder])} for folder in asked]
+        text = render(title=title, n_runs=len(found), figures=figures, claims=claimed,
+                      no_claims=no_claims, learned=learned, forgotten=forgotten, notes=notes,
                       results=results_table(found, names, (*learning, *forgetting)),
                       knobs=knobs_table(found, names),
                       data={"runs": columns, "paragraphs": paragraphs, "evaluations": items})

@@ -194,4 +194,4 @@ def test_answers_about_scores(lesson):
     assert "truth 0.410, formula 0.410, guess 0.296" in lesson("6_scores", n_samples=5)
     printed = lesson("6_scores", follows_form=1.0)
     assert "strict   0.471" in printed and "flexible 0.429" in printed
-    assert "the intervals part at None items" in lesson("6_scores", items=164)
+    assert "with 164 items the intervals overlap" in lesson("6_scores", items=164)

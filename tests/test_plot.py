@@ -171,6 +171,13 @@ def test_one_run_of_many_checkpoints_is_a_curve_and_val_losses_are_metrics(tmp_p
     fig = draw_training([read_run(tmp_path / "runs" / "a")])
     assert list(fig.axes[0].lines[0].get_ydata()) == [2.9, 2.8, 2.7, 2.6]
 
+    # a longer run that made a base has other losses, and is shown only where it is alone
+    longer = [{"step": s, "tokens": s * 1000, "loss": 9.0} for s in (1, 2, 3)]
+    write_run(tmp_path / "runs" / "made", log=longer, scratch=True)
+    both = [read_run(tmp_path / "runs" / name) for name in ("a", "made")]
+    assert list(draw_training(both).axes[0].lines[0].get_ydata()) == [2.9, 2.8, 2.7, 2.6]
+    assert list(draw_training(both[1:]).axes[0].lines[0].get_ydata()) == [9.0, 9.0, 9.0]
+
 
 def test_seeds_become_one_point_with_an_interval(tmp_path):
     for seed, value in ((1, 0.1), (2, 0.2), (3, 0.3)):

@@ -18,7 +18,7 @@ browser = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get i
 # what a model may write, and what would happen if it were not shown as text
 CANARY = "http://127.0.0.1:9/canary"
 EVIL = (f'<img src="{CANARY}"> </script><script>document.title = "ran"; fetch("{CANARY}")</script> '
-        "{{ 7 * 7 }} & 'quoted' \u2028 \U0001f600")
+        "<!--<script> {{ 7 * 7 }} & 'quoted' \u2028 \U0001f600")
 CONFIG = {"base": "models/tiny", "data": "data/problems", "lora_rank": 0, "lora_alpha": None, "lora_targets": "all",
           "learning_rate": 1e-4, "seed": 1, "max_steps": 10}
 RUNS = ("base", "full-10", "r16<b>-10")
@@ -162,6 +162,23 @@ def test_knobs_that_differ_and_names(tmp_path):
     assert list(names_of(namesakes).values()) == ["a/x", "b/x", "y"]
 
 
+def test_runs_stand_by_rank_and_the_pretraining_of_a_base_is_not_compared(tmp_path):
+    """It has a row of results, but no knobs that could differ, and no column among the answers."""
+    folders = write_study(tmp_path / "runs")
+    for name, changed in (("r4-10", {"lora_rank": 4}), ("a-base-made", {"scratch": True, "max_steps": 99})):
+        shutil.copytree(folders[1], tmp_path / "runs" / name)
+        config = CONFIG | {"data": EVIL} | changed
+        (tmp_path / "runs" / name / "config.json").write_text(json.dumps({"config": config}))
+    shutil.rmtree(tmp_path / "runs" / "a-base-made" / "step_10")
+    shutil.rmtree(tmp_path / "runs" / "a-base-made" / "step_5")
+    text = page_of(tmp_path / "runs", tmp_path / "report.html")
+    assert [run["name"] for run in data_in(text)["runs"]] == ["base", "full-10", "r4-10", "r16<b>-10"]
+    begins = re.findall(r"<tr>\s*<td>([^<]*)</td>", text[text.index('id="results"'):text.index('id="items"')])
+    names = ["base", "a-base-made", "full-10", "r4-10", "r16&lt;b&gt;-10"]
+    assert begins == names + names[2:]  # the results, and the knobs
+    assert "max_<wbr>steps" not in text and "5 runs." in text
+
+
 # ----------------------------------------------------------------------------- the page's text
 def test_page_holds_the_items_figures_tables_and_notes(page):
     text = page.read_text()
@@ -269,6 +286,14 @@ def test_what_a_model_wrote_is_shown_as_text_and_asks_for_nothing(page, tmp_path
     assert found["made"] == 0 and found["title"] == found["heading"] == f"A <b>study</b> {EVIL[:40]}"
     assert "canary" not in asked and "tried.html" in asked
     assert set(found["loaded"]) <= {"data:"}
+
+
+@browser
+def test_it_opens_with_the_first_evaluation_that_can_be_read(page, tmp_path):
+    """Without a link: multiple choice comes first, but its texts are not beside the results."""
+    probe = "document.getElementById('evaluation').selectedOptions[0].textContent"
+    _, found, _ = open_page(page, tmp_path, "", "", probe)
+    assert found == "gsm8k (12)"
 
 
 @browser
