@@ -126,7 +126,7 @@ def unknown(what, sweeps, families):
     names = [str(family) for family in families if sweeps[family].bests is None]
     if not names:
         return None
-    named = " and ".join(names)
+    named = " and ".join(dict.fromkeys(names))
     return what, "", f"cannot be told: the best rate of {named} is not inside its sweep"
 
 
