@@ -216,7 +216,7 @@ def load_weights(model, folder, device=None):
 
 
 def take_memory(model, device):
-    """model.to_empty, which would import PyTorch's symbolic shapes for what has no memory: a second."""
+    """As model.to_empty, which from the meta device imports sympy, for a second."""
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             empty = torch.empty(p.shape, dtype=p.dtype, device=device)

@@ -38,20 +38,20 @@ def test_records_lower_the_loss_and_the_result_runs(tmp_path, lora_rank):
     """IFT of stories260k on word problems, watching stories: the problems are learned, and the checkpoint samples."""
     base = need("data/stories260k")
     ran("prepare_data.py", kind="ift", source=word_problems(tmp_path / "train.jsonl", 300), tokenizer=base,
-        seq_len=512, template="Question: {question}\\nAnswer:", response_field="answer", out_dir=tmp_path / "problems")
-    ran("prepare_data.py", source=stories(tmp_path / "stories.txt", 60), tokenizer=base, seq_len=512, val_fraction=0,
+        seq_len=256, template="Question: {question}\\nAnswer:", response_field="answer", out_dir=tmp_path / "problems")
+    ran("prepare_data.py", source=stories(tmp_path / "stories.txt", 60), tokenizer=base, seq_len=256, val_fraction=0,
         out_dir=tmp_path / "stories")
     out = tmp_path / "run"
     ran("train.py", base=base, data=tmp_path / "problems", val_data=f"stories={tmp_path / 'stories'}", dtype="float32",
-        global_batch=4, max_steps=40, learning_rate=3e-3 if lora_rank else 5e-4, lora_rank=lora_rank, eval_rows=8, out_dir=out)
+        global_batch=4, max_steps=25, learning_rate=3e-3 if lora_rank else 5e-4, lora_rank=lora_rank, eval_rows=8, out_dir=out)
     before, after = validation_losses(out)
     assert after["val"] < before["val"] - 0.5
     assert after["stories"] > before["stories"]  # this much of another domain is not learned for nothing
-    model = dict(model=base, adapter=out / "step_40") if lora_rank else dict(model=out / "step_40")
+    model = dict(model=base, adapter=out / "step_25") if lora_rank else dict(model=out / "step_25")
     text = ran("sample.py", prompt="Question: Tom has 3 apples.\\nAnswer:", max_new_tokens=20, dtype="float32", **model)
     assert text.startswith("Question: Tom has 3 apples.\nAnswer:") and len(text) > 40
     if lora_rank:
-        ran("lora.py", base=base, adapter=out / "step_40", out=tmp_path / "merged")
+        ran("lora.py", base=base, adapter=out / "step_25", out=tmp_path / "merged")
         merged = ran("sample.py", prompt="Question: Tom has 3 apples.\\nAnswer:", max_new_tokens=20, dtype="float32",
                      model=tmp_path / "merged")
         assert merged == text

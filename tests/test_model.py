@@ -568,13 +568,18 @@ def traced(monkeypatch):
     return run
 
 
+def in_words(knobs):
+    """A test's id, which has to be the same in every worker: functions by their names, not their addresses."""
+    return str({name: getattr(value, "__name__", value) for name, value in knobs.items()})
+
+
 def uneven(ids):
     """A stop function that ends rows at very different lengths."""
     return sum(ids) % 5 == 0
 
 
 @pytest.mark.parametrize("knobs", [dict(), dict(batch_size=2), dict(batch_size=3, stop=uneven, **SAMPLED),
-                                   dict(batch_size=4, n=3, stop=uneven, temperature=1.0)], ids=str)
+                                   dict(batch_size=4, n=3, stop=uneven, temperature=1.0)], ids=in_words)
 @pytest.mark.parametrize("kind", ["mha", "mqa-eps6", "llama3-tied"])
 def test_cached_logits_are_those_of_the_whole_sequence(traced, kind, knobs):
     """Every token of every row, in float64: ragged prompts, rows that end, move and are replaced."""
@@ -587,7 +592,7 @@ def test_cached_logits_are_those_of_the_whole_sequence(traced, kind, knobs):
     assert len(logits) == len(RAGGED) * knobs.get("n", 1)
 
 
-@pytest.mark.parametrize("knobs", [dict(), dict(stop=uneven), dict(stop={3, 17, 40})], ids=str)
+@pytest.mark.parametrize("knobs", [dict(), dict(stop=uneven), dict(stop={3, 17, 40})], ids=in_words)
 def test_batched_greedy_is_one_by_one_greedy(knobs):
     """In fp32, for ragged prompts, all at once and through two or three places."""
     model = tiny()

@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, run_here, run_warm
+from conftest import ROOT, run_here, run_stage
 from safetensors.torch import load_file, save_file
 from test_train import limited_file_size, setting, tiny_model, wait_for_line  # noqa: F401 (a fixture)
 from warm import Warm
@@ -148,7 +148,7 @@ def test_ranks_that_do_not_divide_the_batch_are_refused_with_the_nearest_that_do
 # ----------------------------------------------------------------------------- campaigns, a handful of each
 @pytest.mark.slow
 def test_kills_at_random_moments_lose_nothing(tmp_path):
-    result = run_warm("tests/campaigns/kill_campaign.py", "--kills=6", f"--out_dir={tmp_path}", OMP_NUM_THREADS=1)
+    result = run_stage("tests/campaigns/kill_campaign.py", "--kills=6", f"--out_dir={tmp_path}", OMP_NUM_THREADS=1)
     said = result.stdout + result.stderr
     assert result.returncode == 0 and "6 kills" in said and " 0 faults" in said, said
 
@@ -156,7 +156,7 @@ def test_kills_at_random_moments_lose_nothing(tmp_path):
 @pytest.mark.slow
 def test_sharded_and_replicated_ranks_are_the_run_of_one(tmp_path):
     """And a run that is killed on 4 ranks is resumed with 2, and with 1."""
-    result = run_warm("tests/campaigns/rank_campaign.py", "--steps=7", "--runs=lora-2-none,full-4-hybrid,lora-2-full,dora-2-full", f"--out_dir={tmp_path}",
+    result = run_stage("tests/campaigns/rank_campaign.py", "--steps=7", "--runs=lora-2-none,full-4-hybrid,lora-2-full,dora-2-full", f"--out_dir={tmp_path}",
                        OMP_NUM_THREADS=1)
     assert result.returncode == 0 and len(result.stdout.splitlines()) == 6, result.stdout + result.stderr
 
@@ -226,7 +226,7 @@ TWO = [*KIND["lora"], "--optimizer=adamw", "--max_steps=80", "--eval_interval=0"
 def agent(setting, node, port, out, script="train.py"):
     """A torchrun agent of its own, with one rank, as a second node would run it."""
     folder, knobs = setting
-    return Warm(
+    return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=3",
          "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=run", "--local_addr=localhost",
          f"--rdzv_conf=is_host={int(node == 0)},keep_alive_interval=1,keep_alive_max_attempt=2", script,

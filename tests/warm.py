@@ -46,6 +46,8 @@ def become(words, env):
     sys.stderr = open(2, "w", buffering=1, closefd=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Popen gives them back what Python took when it started
+        signal.signal(number, signal.SIG_IGN)
     if env is not None:
         os.environ.clear()
         os.environ.update(env)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo  # for an optimizer: else each fork imports it, for seconds
 import torch.distributed.checkpoint
 import torch.distributed.fsdp
 
