@@ -28,7 +28,7 @@ from model import Llama, LlamaConfig
 from paper.looks import FULL, RANKS, method_name, tick_label
 from training.rows import TokenRows, rows_of_step
 
-full_rates = (5e-5, 2e-4, 5e-4, 1e-3)   # one run for each
+full_rates = (5e-5, 2e-4, 5e-4, 1e-3)   # one run for each; or say --full_rates=1e-3,3e-3
 lora_rates = (3e-4, 1e-3, 3e-3, 1e-2)
 lora_rank = 4
 lora_targets = 'all'   # all | attention | mlp
@@ -178,5 +178,5 @@ if [full_rates, lora_rates, lora_rank, lora_targets, steps, batch, seed] == as_g
 #    a better trade, or the same trade further on?
 # 2. `full_rates = (1e-3, 3e-3)`: what does full finetuning gain at the higher rate, and what does
 #    it pay? (A model that guesses evenly among 512 tokens has a loss of 6.24.)
-# 3. `steps = 50` and `steps = 450`: does a longer run forget more at the same rate? Which rate is
-#    best for each length?
+# 3. `steps = 50` and `steps = 450`, which takes three times as long: does a longer run forget more
+#    at the same rate? Which rate is best for each length?

@@ -173,7 +173,7 @@ def test_runs_stand_by_rank_and_the_pretraining_of_a_base_is_not_compared(tmp_pa
     shutil.rmtree(tmp_path / "runs" / "a-base-made" / "step_5")
     text = page_of(tmp_path / "runs", tmp_path / "report.html")
     assert [run["name"] for run in data_in(text)["runs"]] == ["base", "full-10", "r4-10", "r16<b>-10"]
-    begins = re.findall(r"<tr>\s*<td>([^<]*)</td>", text[text.index('id="results"'):text.index('id="items"')])
+    begins = re.findall(r'<tr><td class="number">([^<]*)</td>', text[text.index('id="results"'):text.index('id="items"')])
     names = ["base", "a-base-made", "full-10", "r4-10", "r16&lt;b&gt;-10"]
     assert begins == names + names[2:]  # the results, and the knobs
     assert "max_<wbr>steps" not in text and "5 runs." in text
