@@ -7,7 +7,6 @@ For paper/study.py: why a method forgets. Measures the runs of regret.py that ar
 """
 include('regret.py')
 
-models = ('base',)
 _watched_runs = []
 for _run in runs:
     if _watched in _run:

@@ -18,13 +18,13 @@ was done and how long it took. A finished step is known by its whole command lin
 is done again; delete out_dir/NAME, and all of its steps are.
 
 Runs that differ in learning rate and seed alone are a sweep. With --sweep='loss target' further
-rates follow where the lowest such loss lies at an end, until it lies inside.
+rates follow where the lowest such loss, of a seed or in the mean, lies at an end.
 """
 import json
+import math
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -338,13 +338,14 @@ def without(words, *knobs):
 
 
 def sweeps_of(runs):
-    """{what its runs share: {rate: [names, one a seed]}}, for runs that differ in rate and seed."""
+    """{what its runs share: {rate: {seed: name}}}, for runs that differ in rate and seed."""
     found = {}
     for name, words in runs.items():
         kept, taken = without(words, "learning_rate", "seed")
         if "learning_rate" in taken:
             by_rate = found.setdefault(tuple(kept), {})
-            by_rate.setdefault(float(taken["learning_rate"]), []).append(name)
+            by_seed = by_rate.setdefault(float(taken["learning_rate"]), {})
+            by_seed[taken.get("seed")] = name
     return found
 
 
@@ -365,21 +366,22 @@ def further_runs(study, asked, metric, most):
     before = sweeps_of(asked)
     further = {}
     for shared, by_rate in sweeps_of(study.runs).items():
-        losses = {}
-        for rate, names in by_rate.items():
-            values = [last_value(study.out_dir / name, metric) for name in names]
-            losses[rate] = statistics.fmean(values)
-        following = next_rate(losses)
+        of_seeds = {}  # {seed: {rate: loss}}
+        for rate, by_seed in by_rate.items():
+            for seed, name in by_seed.items():
+                losses = of_seeds.setdefault(seed, {})
+                losses[rate] = last_value(study.out_dir / name, metric)
+        following = next_rate(list(of_seeds.values()))
         if following is None:
             continue
-        # the runs at this end become the following ones by another rate
-        end = min(losses, key=losses.get)
-        names = by_rate[end]
-        tried = ", ".join(f"{rate:g}" for rate in sorted(losses))
+        # the runs at the end that it lies beyond become the following ones by another rate
+        end = min(by_rate, key=lambda rate: abs(math.log(rate / following)))
+        names = list(by_rate[end].values())
+        tried = ", ".join(f"{rate:g}" for rate in sorted(by_rate))
         if len(by_rate) >= len(before[shared]) + most:
-            print(f"{names[0]}: of {tried} the best is still at the end; no more are tried")
+            print(f"{names[0]}: of {tried} a best one is still at the end; no more are tried")
             continue
-        print(f"{names[0]}: of {tried} the best is at the end; {following:g} follows")
+        print(f"{names[0]}: of {tried} a best one is at the end; {following:g} follows")
         for name in names:
             if f"{end:g}" not in name:
                 raise ValueError(f"runs: {name}: a rate is added to its sweep, in whose name it "

@@ -1,9 +1,9 @@
 r"""
 Sweeps of the learning rate: the best rate of a method, and whether it lies inside.
 
-    loss |  \            /      The lowest of the measured losses and its neighbours on both sides
-         |   x          x       make a parabola in log rate, whose vertex is the best rate. Where
-         |    `--x_.__-'        the lowest lies at an end of the sweep, the best may lie beyond it,
+    loss |  \            /      The lowest loss of a seed and its neighbours on both sides make a
+         |   x          x       parabola in log rate, whose vertex is the seed's best rate. Where
+         |    `--x_.__-'        a lowest loss lies at an end of the sweep, the best may lie beyond,
          +-------|-.-------     and there is no best rate to speak of.
                  lowest  rate
 
@@ -20,7 +20,7 @@ from paper.results import mean_of_seeds
 
 
 class Best(NamedTuple):
-    """The vertex of a sweep's parabola."""
+    """The best rate of a seed, and its loss at the rate of the lowest mean loss of all seeds."""
     rate: float
     loss: float
 
@@ -34,30 +34,37 @@ def around_lowest(losses):
     return rates[lowest - 1:lowest + 2]
 
 
-def vertex_of(losses, around):
-    """The Best of {rate: loss} by the parabola through three rates; None if not among them."""
-    # log rates as distances from the middle one, where the parabola then has its last coefficient
+def vertex_of(losses):
+    """The rate at the vertex of {rate: loss}'s parabola; None if the lowest is at an end."""
+    around = around_lowest(losses)
+    if around is None:
+        return None
+    # log rates as distances from the lowest
     middle = around[1]
     x = [math.log(rate / middle) for rate in around]
     y = [losses[rate] for rate in around]
-    curvature, slope, at_middle = map(float, np.polyfit(x, y, 2))
-    if curvature <= 0:
-        return None
-    vertex = -slope / (2 * curvature)
-    if not x[0] < vertex < x[2]:
-        return None
-    return Best(middle * math.exp(vertex), at_middle + slope * vertex / 2)
+    curvature, slope, _ = map(float, np.polyfit(x, y, 2))
+    if curvature <= 0:  # three equal losses
+        return middle
+    return middle * math.exp(-slope / (2 * curvature))
 
 
 def bests_of_seeds(of_seeds):
-    """[Best] of [{rate: loss}], each by the three rates around the lowest mean loss.
+    """[Best] of [{rate: loss}]; None where a lowest loss, or the lowest mean, is at an end.
 
-    None where that mean is lowest at an end of the sweep, or a seed's best is not among them."""
-    around = around_lowest(mean_losses(of_seeds))
-    if around is None:
+    A rate is the vertex of a parabola. A loss is a measured one, as a parabola through a loss that
+    diverged would reach below all of them."""
+    means = mean_losses(of_seeds)
+    if not means or around_lowest(means) is None:
         return None
-    found = [vertex_of(losses, around) for losses in of_seeds]
-    return None if None in found else found
+    chosen = min(means, key=means.get)
+    found = []
+    for losses in of_seeds:
+        rate = vertex_of(losses)
+        if rate is None:
+            return None
+        found.append(Best(rate, losses[chosen]))
+    return found
 
 
 def mean_losses(of_seeds):
@@ -69,16 +76,21 @@ def mean_losses(of_seeds):
     return means
 
 
-def next_rate(losses):
-    """The rate to try next: beyond that end of {rate: loss} where the lowest is, as far again.
+def next_rate(of_seeds):
+    """The rate to try next in [{rate: loss}], one a seed: beyond an end where a lowest loss is.
 
-    None where the lowest lies inside, or where a single rate is no sweep."""
-    if len(losses) < 2 or around_lowest(losses):
+    The lowest mean comes first, then the seeds in order; as far beyond as the end's neighbour is
+    inside. None where all lie inside, or where a single rate is no sweep."""
+    means = mean_losses(of_seeds)
+    if len(means) < 2:
         return None
-    rates = sorted(losses)
-    lowest = min(rates, key=losses.get)
-    neighbour = rates[1] if lowest == rates[0] else rates[-2]
-    return float(f"{lowest * lowest / neighbour:.6g}")
+    for losses in (means, *of_seeds):
+        if around_lowest(losses) is None:
+            rates = sorted(losses)
+            lowest = min(rates, key=losses.get)
+            neighbour = rates[1] if lowest == rates[0] else rates[-2]
+            return float(f"{lowest * lowest / neighbour:.6g}")
+    return None
 
 
 def mean_factor(factors):
