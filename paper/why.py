@@ -5,8 +5,8 @@ Why a method forgets: how far it has moved from the base, intruders, and half th
     python -m paper.study config/why.py
     python -m paper.why --runs='out/regret/*'
 
-    KL     at equal KL(base || model) on the new task, do all methods forget as much?
-           "RL's Razor", arXiv 2509.04259: forgetting is a function of it, whatever the method
+    KL     is forgetting a function of KL(base || model) on the new task, whatever the method?
+           "RL's Razor", arXiv 2509.04259, says so
     ID     intruders, leading directions of W unlike any of W0: Shuttleworth et al., 2410.21228
     RW     W0 + t (W - W0) for t = 1/2: PEFT-Arena, arXiv 2605.28819
 
@@ -27,7 +27,7 @@ from paper.laws import (difference_row, lowest_so_far, read_sweeps, sorted_famil
 from paper.looks import STYLE, plt
 from paper.plot import save_figure
 from paper.plot_why import draw_why
-from paper.results import falls, mean_of_seeds, read_json
+from paper.results import falls, mean_of_seeds, read_json, read_run
 from paper.sweeps import factor_words, mean_factor
 from runtime import one_line_errors
 
@@ -63,6 +63,19 @@ def kl_points(sweep, seed, divergence):
         if kl and kl > 0 and measured.forgot.value > 0:
             points.append((math.log(kl), math.log(measured.forgot.value)))
     return sorted(points)
+
+
+def correlation_row(sweeps, families, divergence):
+    """The row of Spearman's rank correlation of KL and forgetting over all runs, less .9."""
+    seeds = set.intersection(*(set(sweeps[family].runs) for family in families))
+    values = []
+    for seed in sorted(seeds):
+        points = []
+        for family in families:
+            points += kl_points(sweeps[family], seed, divergence)
+        order = np.argsort(np.argsort(np.array(points), axis=0), axis=0)
+        values.append(float(np.corrcoef(order.T)[0, 1]) - 0.9)
+    return difference_row("rank correlation over all runs - 0.9", values)
 
 
 def kl_row(family, sweeps, divergence):
@@ -134,8 +147,9 @@ def intruder_rows(sweeps, families):
 # ----------------------------------------------------------------------------- half way back
 def rewound(measured, learning, forgetting, half_learning, half_forgetting):
     """(learned, forgot) at t = 1/2, two Changes, of metrics that are losses; None where unknown."""
-    learning_half = value_of(measured, half_learning)
-    forgetting_half = value_of(measured, half_forgetting)
+    judged = read_run(measured.folder / f"step_{measured.steps}" / "t_0.5").metrics
+    learning_half, _ = judged.get(half_learning, {}).get(measured.steps, (None, None))
+    forgetting_half, _ = judged.get(half_forgetting, {}).get(measured.steps, (None, None))
     if learning_half is None or forgetting_half is None:
         return None
     learned = measured.learned.value + value_of(measured, learning) - learning_half
@@ -177,7 +191,7 @@ if __name__ == "__main__":
         if not families:
             raise ValueError(f"runs: no sweep with {divergence!r}; see config/why.py")
 
-        of_kl = []
+        of_kl = [correlation_row(sweeps, families, divergence)]
         of_rewinding = []
         for family in families:
             if family.rank and family.full in families:
@@ -185,8 +199,8 @@ if __name__ == "__main__":
             metrics = (learning, forgetting, half_learning, half_forgetting)
             of_rewinding += rewinding_rows(family, sweeps[family], metrics)
         found = [
-            ("KL At equal KL on the new task LoRA has forgotten as much as full finetuning, within "
-             "a quarter", of_kl),
+            ("KL Forgetting goes with the KL on the new task: in one order, and at equal KL LoRA "
+             "has forgotten as much as full finetuning, within a quarter", of_kl),
             ("ID Intruders among the leading directions, the more the lower the rank",
              intruder_rows(sweeps, families)),
             ("RW Half way back to the base more than half of the learning is kept, less than half "
