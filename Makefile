@@ -45,6 +45,8 @@ bench: .venv/installed-test
 # One call for a GPU lent for ten minutes, with the packages that its python3 has, or those of .venv. What matters most comes
 # first, figures are written as they come, each part has a limit of its own, and one that fails costs no other.
 GPU_OUT = out/gpu
+# the other files would be imported for nothing, in a minute that is lent
+GPU_TESTS = $(shell grep -l pytest.mark.gpu tests/test_*.py)
 GPU_PYTHON ?= $(or $(wildcard .venv/bin/python),$(PYTHON))
 KERNELS = $(GPU_PYTHON) -m bench.kernels --device=cuda
 TRAINING = $(GPU_PYTHON) -m bench.throughput --device=cuda
@@ -57,7 +59,7 @@ gpu:
 	    --out=$(GPU_OUT)/training.json || failed="$$failed training"; \
 	timeout 60 $(GPU_PYTHON) -m bench.generate --device=cuda --out=$(GPU_OUT)/generation.json \
 	    || failed="$$failed generation"; \
-	timeout 120 $(GPU_PYTHON) -m pytest -q -m gpu || failed="$$failed tests"; \
+	timeout 120 $(GPU_PYTHON) -m pytest -q -rs -m gpu $(GPU_TESTS) || failed="$$failed tests"; \
 	timeout 90 $(TRAINING) --batches=64,8,256 --repeats=1 --stop_after=60 --out=$(GPU_OUT)/axes.json || failed="$$failed axes"; \
 	$(GPU_PYTHON) -m paper.plot --benches=$(GPU_OUT)/training.json,$(GPU_OUT)/axes.json --out_dir=$(GPU_OUT) \
 	    || failed="$$failed plot"; \

@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import run_here
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from conftest import need_peft, run_here
 from safetensors.torch import load_file
 from test_lora import ADAPTER, TOKENS, peft_adapter, peft_logits, published, weights_by_published_name
 from test_lora import base  # noqa: F401 (a fixture)
@@ -57,10 +56,11 @@ class OurMask(nn.Module):
 
 def pair(targets=tuple(ROWS), random=True, **config):
     """(our layer, peft's group) with equal weights, and with random adapters if asked."""
+    peft = need_peft()
     torch.manual_seed(0)
     theirs = Group()
-    config = LoraConfig(**{**dict(r=4, lora_alpha=6, target_modules=list(targets), use_dora=True), **config})
-    theirs = inject_adapter_in_model(config, theirs)
+    config = peft.LoraConfig(**{**dict(r=4, lora_alpha=6, target_modules=list(targets), use_dora=True), **config})
+    theirs = peft.inject_adapter_in_model(config, theirs)
     parts = {name: getattr(theirs, name) for name in ROWS}
     with torch.device("meta"):
         plain = Projection(K, ROWS)
@@ -220,7 +220,8 @@ def test_merged_folder_is_pefts(base, tmp_path):  # noqa: F811
     peft_adapter(base, tmp_path / "theirs", use_dora=True, **CONFIGS["ranks and alphas"])
     difference, largest, _ = merge_folders(base, tmp_path / "theirs", tmp_path / "out", torch.float32)
     assert difference < 1e-5 * largest
-    merged = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "theirs").merge_and_unload()
+    theirs = need_peft().PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "theirs")
+    merged = theirs.merge_and_unload()
     want, got = merged.state_dict(), load_file(tmp_path / "out" / "model.safetensors")
     plain = load_file(base / "model.safetensors")
     for name in got:

@@ -6,8 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import need, run_here, run_warm
-from peft import PeftModel
+from conftest import need, need_peft, run_here, run_warm
 from transformers import AutoModelForCausalLM
 
 from eval_loss import row_bytes, row_kl, values_of_rows
@@ -145,7 +144,7 @@ def test_a_loss_that_is_no_number_is_one_line_and_no_result(studied, tmp_path):
 def divergences(out, base, tokens, targets):
     """Both, by transformers and peft in float64, summed where something is predicted."""
     load = lambda: AutoModelForCausalLM.from_pretrained(base, dtype=torch.float64)
-    tuned = PeftModel.from_pretrained(load(), out / "run/step_4", autocast_adapter_dtype=False).eval()
+    tuned = need_peft().PeftModel.from_pretrained(load(), out / "run/step_4", autocast_adapter_dtype=False).eval()
     at = targets[0] != IGNORE
     with torch.no_grad():
         logp, logp0 = (torch.log_softmax(model(tokens).logits[0][at], -1) for model in (tuned, load().eval()))

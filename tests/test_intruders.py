@@ -4,9 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import need, run_here
-from peft import PeftModel
-from peft.tuners.lora.intruders import reduce_intruder_dimension
+from conftest import need, need_peft, run_here
 from safetensors.torch import load_file
 from test_lora import ADAPTER, TOKENS, with_adapters
 from test_model import close, tiny
@@ -40,7 +38,9 @@ def pair(name, folder):
 
 def peft_softened(base, adapter, k, eps, share):
     """({module: its intruders by peft}, {module: the softened change by peft})."""
-    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base, dtype=torch.float64), adapter)
+    peft = need_peft()
+    from peft.tuners.lora.intruders import reduce_intruder_dimension
+    model = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base, dtype=torch.float64), adapter)
     lines = []
     reduce_intruder_dimension(model, top_k=k, threshold_epsilon=eps, mitigation_lambda=share, logging_sink=lines.append)
     counts = {}
@@ -186,7 +186,7 @@ def test_exact_ranks_hold_the_whole_softened_change(tmp_path, name):
 
 def same_logits(base, adapter):
     tokens = TOKENS % 64
-    theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).eval()
+    theirs = need_peft().PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), adapter).eval()
     ours = load_adapter(Llama.from_pretrained(base), adapter).eval()
     with torch.no_grad():
         close(ours(tokens)[0], theirs(tokens).logits, 5e-4)

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_here
+from conftest import need_peft, run_here
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_lora import ADAPTER, CONFIG, TOKENS, peft_logits
 from test_lora import base  # noqa: F401 (a fixture)
@@ -49,8 +48,9 @@ def nudge(model):
 # ----------------------------------------------------------------------------- PiSSA
 @pytest.mark.parametrize("rslora", [False, True])
 def test_pissa_begins_as_pefts_and_as_the_base(base, rslora):  # noqa: F811
-    config = LoraConfig(r=3, lora_alpha=5, use_rslora=rslora, init_lora_weights="pissa", target_modules="all-linear")
-    theirs = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    peft = need_peft()
+    config = peft.LoraConfig(r=3, lora_alpha=5, use_rslora=rslora, init_lora_weights="pissa", target_modules="all-linear")
+    theirs = peft.get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
     model = begun(base, "pissa", rslora=rslora)
     for layer, block in enumerate(model.layers):
         for module in projections(block):
@@ -167,8 +167,7 @@ def test_resumed_runs_are_bit_equal_and_peft_reads_them(setting, how):  # noqa: 
 
 
 def peft_logits_on(base, folder, tokens):  # noqa: F811
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder).eval()
+    model = need_peft().PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), folder).eval()
     with torch.no_grad():
         return model(tokens).logits
 
