@@ -31,11 +31,11 @@ def draw_why(sweeps, families, learning, forgetting, divergence, lowest_so_far):
     by_rate.set(title="Every method has a best rate", xlabel="learning rate", ylabel=learning)
     powers_axis(by_step, steps)
     by_step.set(title="The best rate at every step", xlabel="step", ylabel=f"lowest {learning}")
-    plane.set(title="Learning and forgetting, rate by rate", xlabel=f"rise of {forgetting}",
-              ylabel=f"fall of {learning}")
-    by_kl.set(title="Forgetting by distance from the base", xscale="log", yscale="log",
+    plane.set(title="Learning and forgetting, rate by rate", xscale="log",
+              xlabel=f"rise of {forgetting}", ylabel=f"fall of {learning}")
+    by_kl.set(title="Forgetting by distance from the base", yscale="log",
               xlabel=f"{divergence}, nats a target", ylabel=f"rise of {forgetting}")
-    for axis in (by_kl.xaxis, by_kl.yaxis):
+    for axis in (plane.xaxis, by_kl.yaxis):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("")
     handles = [legend_entry(str(family), ls="", **styles[family]) for family in families]
@@ -74,9 +74,9 @@ def draw_by_step(ax, curves, style):
 
 
 def draw_on_plane(ax, sweep, style):
-    """What was learned by what was forgotten, from the base on through the rates."""
-    xs = [0.0]
-    ys = [0.0]
+    """What was learned by what was forgotten, from the lowest rate to the highest."""
+    xs = []
+    ys = []
     for rate in rates_of(sweep):
         runs = [by_rate[rate] for by_rate in sweep.runs.values()]
         xs.append(statistics.fmean(run.forgot.value for run in runs))
