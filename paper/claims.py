@@ -155,11 +155,11 @@ def add_row(rows, what, pairs, least=0.0, unsure=()):
 
 # ----------------------------------------------------------------------------- learning rates
 def losses_of(changes, method, steps):
-    """[{rate: loss less the base's}] of a method and length, one a seed."""
-    found = []
-    for (_, other, length), by_rate in sorted(changes.items(), key=str):
+    """{seed: {rate: loss less the base's}} of a method and length."""
+    found = {}
+    for (seed, other, length), by_rate in changes.items():
         if (other, length) == (method, steps):
-            found.append({rate: -learned.value for rate, (learned, _) in by_rate.items()})
+            found[seed] = {rate: -learned.value for rate, (learned, _) in by_rate.items()}
     return found
 
 
@@ -168,7 +168,7 @@ def choose_rates(changes, steps):
     chosen = {}
     unsure = set()
     for method in sorted({method for _, method, length in changes if length == steps}):
-        of_seeds = losses_of(changes, method, steps)
+        of_seeds = list(losses_of(changes, method, steps).values())
         losses = mean_losses(of_seeds)
         if not losses:
             raise ValueError(f"{method}: its seeds share no learning rate at {steps} steps")
@@ -180,11 +180,13 @@ def choose_rates(changes, steps):
 
 def rate_rows(changes, steps):
     """[(method, best rate, its ratio to full finetuning's)] in words, of what was swept."""
-    bests = {}
+    bests = {}  # {method: {seed: rate}}, None where it is not known
     for method in sorted({method for _, method, length in changes if length == steps}):
-        losses = losses_of(changes, method, steps)
+        of_seeds = losses_of(changes, method, steps)
+        losses = list(of_seeds.values())
         if len(mean_losses(losses)) > 1:
-            bests[method] = bests_of_seeds(losses)
+            found = bests_of_seeds(losses)
+            bests[method] = found and {seed: best.rate for seed, best in zip(of_seeds, found)}
     full = bests.get(Method(0, ""))
     rows = []
     for method, found in bests.items():
@@ -192,10 +194,11 @@ def rate_rows(changes, steps):
             rows.append((str(method), "not inside the sweep", ""))
             continue
         ratio = ""
-        if method.rank and full and len(full) == len(found):
-            # seed by seed, in the same order
-            ratio = factor_words(*mean_factor([b.rate / f.rate for b, f in zip(found, full)]))
-        rows.append((str(method), factor_words(*mean_factor([best.rate for best in found])), ratio))
+        if method.rank and full and full.keys() & found.keys():
+            # of the seeds that both have
+            ratios = [found[seed] / full[seed] for seed in sorted(full.keys() & found.keys())]
+            ratio = factor_words(*mean_factor(ratios))
+        rows.append((str(method), factor_words(*mean_factor(list(found.values()))), ratio))
     return rows
 
 

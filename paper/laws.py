@@ -256,7 +256,7 @@ def rows_of_regret(sweeps, metric):
          rows_of_modules(sweeps, loras))]
 
 
-def find(sweeps, family, steps=None, **fields):
+def find(sweeps, family, **fields):
     """The swept Family with other fields than this one, at any length; None if there is none."""
     wanted = family._replace(**fields)
     for other in sweeps:

@@ -255,3 +255,11 @@ def test_runs_that_tell_no_reason(tmp_path, argv, message):
     write_sweep(tmp_path, "full", 2e-4, 1.0)
     result = run_here("paper/why.py", f"--runs={tmp_path}/*", *argv)
     assert result.returncode == 2 and message in result.stderr and len(result.stderr.splitlines()) == 1, result.stderr
+
+
+def test_best_rates_are_compared_seed_by_seed(tmp_path):
+    """Full finetuning has seeds 1 to 3 and r=16 seeds 2 to 4: the ratio is of 2 and 3, and exact there."""
+    write_sweep(tmp_path, "full", 2e-4, 1.0)
+    write_sweep(tmp_path, "r16", 1e-3, 1.5, seeds=(2, 3, 4), rates=(3e-4, 9e-4, 3e-3), lora_rank=16)
+    rates, _ = laws(f"{tmp_path}/*", "paper/claims.py", "--learning=loss target", "--forgetting=loss source")
+    assert rates["LoRA r=16"][1] == "5"
