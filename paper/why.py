@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import configure
-from paper.changes import Change, folders_of, spared
+from paper.changes import Change, folders_of, spared_on
 from paper.claims import print_claims
 from paper.laws import (difference_row, lowest_so_far, read_sweeps, sorted_families,
                         verdict_within)
@@ -170,10 +170,12 @@ def rewinding_rows(family, sweep, metrics):
         learned, forgot = pair
         kept.append(learned.value / measured.learned.value - 0.5)
         left.append(0.5 - forgot.value / measured.forgot.value)
+        # only between rates that were tried: what still gentler ones forget is not known
         line = [(run.learned, run.forgot) for _, run in sorted(sweep.runs[seed].items())]
-        by_rate = spared([line], pair)
-        if by_rate:
-            more.append(by_rate[0])
+        by_rate = [spared_on(start, end, pair) for start, end in zip(line, line[1:])]
+        passed = [value for value, _ in filter(None, by_rate)]
+        if passed:
+            more.append(min(passed))
     return [difference_row(f"{family}: share of learning kept - 0.5", kept),
             difference_row(f"{family}: 0.5 - share of forgetting left", left),
             difference_row(f"{family}: forgotten by a gentler rate - by rewinding", more)]
