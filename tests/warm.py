@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 # what runtime.py reads when it is imported, and others from it, by the variables of torchrun
 RANKS = {"RANK": "RANK", "WORLD": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_WORLD": "LOCAL_WORLD_SIZE"}
@@ -36,6 +38,8 @@ class Warm(subprocess.Popen):
 
 def become(words, env):
     """Be `python words...` from here on, in a fork; never returns."""
+    # torch 2.14 makes its thread pool anew in a fork, where it is asked for first, and aborts if two threads ask at once
+    torch.set_num_threads(torch.get_num_threads())
     # as Popen would before it starts a program: it also tells the parent that all is well
     os.closerange(3, os.sysconf("SC_OPEN_MAX"))
     gc.enable()

@@ -32,6 +32,8 @@ def fork(work, output=os.devnull):
     pid = os.fork()
     if pid:
         return pid
+    # torch 2.14 makes its thread pool anew in a fork, where it is asked for first, and aborts if two threads ask at once
+    torch.set_num_threads(1)
     status = 1
     try:
         with open(output, "a") as file:
