@@ -27,6 +27,7 @@ import subprocess
 import sys
 import sysconfig
 import tokenize
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -42,11 +43,14 @@ from runtime import ROOT, one_line_errors, script_words
 data_dir = 'data/quickstart'
 out_dir = 'out/quickstart'
 # source domain: Python, and a few word problems without GSM8K's notation, as Llama had read such
-max_modules = 0              # read at most so many modules; 0 = all. One in 20 is held out
+source = ''                  # a folder of .txt and .rst files instead of Python's standard library
+max_documents = 0            # read at most so many files; 0 = all. One in 20 is held out
 source_problems = 2000
 # target domain
 target_problems = 9500
 held_out_problems = 500
+largest_number = 10          # in a word problem
+problem_steps = 2            # it takes at most so many
 # model and tokenizer, made from nothing
 vocab_size = 1024
 hidden_size = 128
@@ -60,7 +64,7 @@ base_steps = 700
 base_batch = 8               # rows a step
 base_learning_rate = 3e-3
 # finetuning, with Lion as in the paper
-steps = (150, 450)           # durations, each a run with its own schedule
+steps = (150, 450)           # durations, each a run with its own schedule; () = only the base
 batch = 2                    # rows a step
 # learning rates: the best of those in config/quickstart_rates.py by loss on the target
 full_learning_rate = 4e-4
@@ -71,7 +75,7 @@ eval_rows = 100              # held-out rows of each domain that a loss is the m
 choice_items = 400           # lines of held-out Python, whose end stands among three others
 solve_items = 100            # held-out word problems to solve
 seed = 1337                  # of weights, rows and dropout, not of the data
-claims = False               # instead of the evaluations: the other runs that paper/claims.py takes
+claims = False               # the other runs, too, that paper/claims.py takes; no lines are finished
 
 # may differ when it is started again on the same folders
 _free = {'data_dir', 'out_dir', 'lora_ranks', 'steps', 'claims'}
@@ -89,43 +93,38 @@ EVENTS = {  # by operator
     "/": ("{name} makes {b} equal piles and keeps one.", "{name} keeps one of {b} equal shares.")}
 
 
-def toy_math(count, seed):
-    """Yield `count` word problems in GSM8K's form, {"question", "answer"}; a pure function of both.
+def toy_math(count, seed, largest=10, steps=2):
+    """Yield `count` word problems in GSM8K's form, {"question", "answer"}; a pure function of all four.
 
-    1 to 3 steps, each with its <<expression=value>>, then '#### value'."""
+    1 to `steps` steps with numbers from 1 to `largest`, each step with its <<expression=value>>,
+    then '#### value'."""
     rng = random.Random(seed)
     for _ in range(count):
         name, friend = rng.sample(NAMES, 2)
         thing = rng.choice(THINGS)
-        total = rng.randint(4, 60)
+        total = rng.randint(2, largest)
         begins = rng.choice(["has", "picks up", "starts with"])
         question = [f"{name} {begins} {total} {thing}."]
         answer = []
-        for _ in range(rng.randint(1, 3)):
-            op, b, value = toy_step(rng, total)
+        for _ in range(rng.randint(1, steps)):
+            op, b, value = toy_step(rng, total, largest)
             question.append(rng.choice(EVENTS[op]).format(name=name, friend=friend, b=b))
-            says = rng.choice(["That makes", "Now there are", f"{name} then has"])
-            answer.append(f"{says} {total} {op} {b} = <<{total}{op}{b}={value}>>{value} {thing}.")
+            answer.append(f"{total} {op} {b} = <<{total}{op}{b}={value}>>{value} {thing}")
             total = value
-        ends = rng.choice(["now", "in the end", "after that"])
-        question.append(f"How many {thing} does {name} have {ends}?")
+        question.append(f"How many {thing} does {name} have now?")
         answer.append(f"#### {total}")
         yield {"question": " ".join(question), "answer": "\n".join(answer)}
 
 
-def toy_step(rng, total):
-    """Draw (operator, number, result) of a step that stays a whole number above 0."""
-    divisors = [number for number in range(2, 10) if total % number == 0]
-    # what is possible; + and - are drawn twice as often
-    ops = ["+", "+"]
-    if total > 1:
-        ops += ["-", "-"]
-    if total <= 60:
-        ops += ["*"]
-    if divisors:
-        ops += ["/"]
-    op = rng.choice(ops)
-    numbers = {"+": range(2, 31), "-": range(1, total), "*": range(2, 5), "/": divisors}
+def toy_step(rng, total, largest):
+    """Draw (operator, number, result) of a step that stays a whole number from 1 to `largest`."""
+    most = largest // 2  # that is added or taken away
+    numbers = {
+        "+": range(1, min(most, largest - total) + 1),
+        "-": range(1, min(most, total - 1) + 1),
+        "*": range(2, min(3, largest // total) + 1),
+        "/": [b for b in (2, 3) if total % b == 0]}
+    op = rng.choice([op for op in numbers if numbers[op]])
     b = rng.choice(numbers[op])
     results = {"+": total + b, "-": total - b, "*": total * b, "/": total // b}
     return op, b, results[op]
@@ -133,7 +132,7 @@ def toy_step(rng, total):
 
 # ----------------------------------------------------------------------------- the source domain
 def pystdlib():
-    """Yield the modules of the running Python's standard library, {"path", "text"}, by path.
+    """Yield the modules of the running Python's standard library, {"text"}, by path.
 
     Without tests, bundled applications, tables, and the module that differs between machines."""
     root = Path(sysconfig.get_path("stdlib"))
@@ -143,7 +142,16 @@ def pystdlib():
         if left_out & set(path.split("/")) or "_sysconfigdata" in path:
             continue
         with tokenize.open(root / path) as file:
-            yield {"path": path, "text": file.read()}
+            yield {"text": file.read()}
+
+
+def folder_of_text(folder):
+    """Yield the .txt and .rst files of a folder and those below, {"text"}, by path."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".txt", ".rst"))
+    if not paths:
+        raise ValueError(f"source={folder}: no .txt or .rst file there")
+    for path in paths:
+        yield {"text": path.read_text(encoding="utf-8", errors="replace")}
 
 
 def lines_to_finish(texts, count, seed=3):
@@ -213,14 +221,14 @@ def write_jsonl(path, records):
             file.write(json.dumps(record) + "\n")
 
 
-def make_shape(folder, modules, shape):
+def make_shape(folder, documents, shape):
     """What pretraining starts from: a tokenizer as Llama-2's, only smaller, and a config.json."""
     if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for module in modules:
-        lines += module["text"].split("\n")
+    for document in documents:
+        lines += document["text"].split("\n")
     pieces = shape["vocab_size"]
     try:
         with open(folder / "tokenizer.model", "wb") as file:
@@ -236,23 +244,28 @@ def make_shape(folder, modules, shape):
           "source domain")
 
 
-def write_records(data, modules, source_problems, target_problems, held_out_problems, choice_items):
-    """The records of both domains as files: to train on, held out, and to evaluate with."""
-    # source: modules, one in 20 held out, and problems that are solved without GSM8K's notation
-    training = [module for i, module in enumerate(modules) if i % 20]
-    held_out = modules[::20]
-    write_jsonl(data / "python_train.jsonl", training)
-    write_jsonl(data / "python_test.jsonl", held_out)
-    solved = []
-    for record in toy_math(source_problems, seed=2):
+def write_records(data, documents, source_problems, choice_items, problems, target_problems,
+                  held_out_problems):
+    """The records of both domains as files: to train on, held out, and to evaluate with.
+
+    problems(count, seed) yields word problems."""
+    # source: documents, one in 20 held out, and problems that are solved without GSM8K's notation
+    training = [document for i, document in enumerate(documents) if i % 20]
+    held_out = documents[::20]
+    for record in problems(source_problems, seed=2):
         answer = re.sub(r"<<.*?>>|\n####.*", "", record["answer"])
-        solved.append({"text": f"{record['question']} {answer}"})
-    write_jsonl(data / "solved.jsonl", solved)
-    texts = [module["text"] for module in held_out]
+        training.append({"text": f"{record['question']} {answer}"})
+    write_jsonl(data / "source_train.jsonl", training)
+    write_jsonl(data / "source_test.jsonl", held_out)
+    texts = [document["text"] for document in held_out]
     write_jsonl(data / "choices.jsonl", lines_to_finish(texts, choice_items))
-    # target
-    write_jsonl(data / "problems_train.jsonl", toy_math(target_problems, seed=1))
-    write_jsonl(data / "problems_test.jsonl", toy_math(held_out_problems, seed=3))
+    # target: none of those held out is learned
+    learned = list(problems(target_problems, seed=1))
+    known = {record["question"] for record in learned}
+    new = (record for record in problems(2 * held_out_problems, seed=3)
+           if record["question"] not in known)
+    write_jsonl(data / "problems_train.jsonl", learned)
+    write_jsonl(data / "problems_test.jsonl", islice(new, held_out_problems))
 
 
 def prepare(folder, **knobs):
@@ -264,9 +277,8 @@ def prepare(folder, **knobs):
 def prepare_all(data, tokenizer, seq_len):
     """The token folders of both domains, to train on and held out."""
     common = {"tokenizer": tokenizer, "seq_len": seq_len}
-    sources = f"{data / 'python_train.jsonl'},{data / 'solved.jsonl'}"
-    prepare(data / "pretrain", source=sources, **common)
-    prepare(data / "source", source=data / "python_test.jsonl", **common)
+    prepare(data / "pretrain", source=data / "source_train.jsonl", **common)
+    prepare(data / "source", source=data / "source_test.jsonl", **common)
     for folder, name in (("target", "train"), ("target_test", "test")):
         prepare(data / folder, source=data / f"problems_{name}.jsonl", **common, kind="ift",
                 template="Question: {question}\\nAnswer:", response_field="answer")
@@ -435,9 +447,14 @@ def print_comparisons(changes, steps, lora_ranks):
 if __name__ == "__main__":
     with one_line_errors():
         config = configure(globals())
-        if not lora_ranks or min(lora_ranks) < 1 or not steps or min(steps) < 1:
+        if not lora_ranks or min(lora_ranks) < 1 or min(steps, default=1) < 1:
             raise ValueError("lora_ranks and steps: expected numbers from 1 up, such as 4,16; "
                              f"found {lora_ranks} and {steps}")
+        if largest_number < 4 or problem_steps < 1:
+            raise ValueError("expected largest_number from 4 up and problem_steps from 1 up; "
+                             f"found {largest_number} and {problem_steps}")
+        documents = folder_of_text(source) if source else pystdlib()
+        documents = list(islice(documents, max_documents or None))
         data = Path(data_dir)
         out = Path(out_dir)
         remember_knobs(data, config, free=_free | {"seed"})
@@ -450,10 +467,10 @@ if __name__ == "__main__":
                  "num_attention_heads": heads, "num_key_value_heads": kv_heads,
                  "max_position_embeddings": seq_len, "rms_norm_eps": 1e-5,
                  "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2}
-        modules = list(islice(pystdlib(), max_modules or None))
-        make_shape(out / "shape", modules, shape)
-        write_records(data, modules, source_problems, target_problems, held_out_problems,
-                      choice_items)
+        make_shape(out / "shape", documents, shape)
+        problems = partial(toy_math, largest=largest_number, steps=problem_steps)
+        write_records(data, documents, source_problems, choice_items, problems, target_problems,
+                      held_out_problems)
         prepare_all(data, tokenizer=out / "shape", seq_len=seq_len)
 
         # 2: the base
@@ -462,10 +479,15 @@ if __name__ == "__main__":
                         global_batch=base_batch, microbatch=base_batch, optimizer="adamw",
                         learning_rate=base_learning_rate, seed=seed, device="cpu")
 
+        if not steps:
+            raise SystemExit
+
         # 3: finetuning, evaluations, spectra, the picture
         runs = finetuning_runs(steps, lora_ranks, full_learning_rate, lora_learning_rate, claims)
         train = training_words(data, batch, eval_rows, seed)
-        evals = [] if claims else evaluations(data, seq_len, solve_items)
+        evals = evaluations(data, seq_len, solve_items)
+        if claims:
+            evals = evals[:1]  # problems solved
         (out / "runs.py").write_text(study_file(out_dir, base, runs, train, evals))
         run_script("paper/study.py", out / "runs.py")
         if claims:
@@ -478,5 +500,5 @@ if __name__ == "__main__":
         adapter = out / f"r{lora_ranks[-1]}-{max(steps)}/step_{max(steps)}"
         print(f"\nThe picture: {out / 'figures/story.png'}. Read what they write:\n"
               f"$ python {sample} --model={base} --adapter={adapter} "
-              f"--max_new_tokens={seq_len // 2} --prompt='Question: Ava has 12 books. Ben gives "
+              f"--max_new_tokens={seq_len // 2} --prompt='Question: Ava has 3 books. Ben gives "
               "Ava 5 more. How many books does Ava have now?\\nAnswer:'")

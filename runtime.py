@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import platform
+import select
 import signal
 import subprocess
 import sys
@@ -49,7 +50,10 @@ def one_line_errors():
     TRACEBACK=1 in the environment shows where they were raised as well."""
     try:
         yield
+        sys.stdout.flush()
     except (ValueError, OSError) as e:
+        if isinstance(e, BrokenPipeError):
+            end_if_nobody_reads()
         if os.environ.get("TRACEBACK"):
             traceback.print_exc()
         # one line, whatever the message has
@@ -58,6 +62,18 @@ def one_line_errors():
             message = f"{message[:400]} ... {message[-150:]}"
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def end_if_nobody_reads():
+    """End without a word where what reads the output has gone, as `| head` does."""
+    output = sys.stdout.fileno()
+    watch = select.poll()
+    watch.register(output, 0)  # errors are always told
+    if not any(event & select.POLLERR for _, event in watch.poll(0)):
+        return
+    # Python writes what is left at the end
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    raise SystemExit(128 + signal.SIGPIPE)
 
 
 def catch_stop_signals():

@@ -1,16 +1,18 @@
 """
 What the studies of learning rates share; regret.py, rate_laws.py and consistency.py include this file first.
 
-They finetune the quickstart's base, which `make quickstart` leaves: each method at several learning rates and seeds, and
-study.py adds further rates where the best of them lies at an end.
+They finetune the quickstart's base, which `make quickstart` leaves, or that of study_base.py: each method at several learning
+rates and seeds, and study.py adds further rates where the best of them lies at an end.
 """
 _data = globals().get('_data', 'data/quickstart')
+_target = globals().get('_target', f'{_data}/target')
+_held_out = globals().get('_held_out', f'{_data}/target_test')
 base = base or 'out/quickstart/pretraining/step_700'
 
 spectrum = 'none'
 plot = 'none'
 sweep = 'loss target'
-train = (f'--data={_data}/target --val_data=source={_data}/source,target={_data}/target_test --eval_rows=50 --log_interval=50 '
+train = (f'--data={_target} --val_data=source={_data}/source,target={_held_out} --eval_rows=50 --log_interval=50 '
          '--keep_last=1 --device=cpu --microbatch=2 --lora_dropout=0')
 
 

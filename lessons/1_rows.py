@@ -27,7 +27,7 @@ from text.encode import make_encoder
 from text.tokenizer import load_tokenizer
 from training.rows import TokenRows, stack
 
-problems = 24
+problems = 30
 seq_len = 512            # tokens a row
 packing = 'best_fit'     # best_fit | none: one problem a row
 train_on_prompt = False  # True: questions are learned as well
@@ -58,7 +58,7 @@ print("read:   ", repr(tok.decode(ids[:first])))
 print("learned:", repr(tok.decode(ids[first:])))
 print(f"{len(ids)} tokens, {sum(learned)} of them are learned")
 
-assert record["answer"].startswith("Now there are") and record["answer"].endswith("#### 9")
+assert record["answer"].startswith("6 - 4 = <<6-4=2>>2") and record["answer"].endswith("#### 1")
 assert why == "" and ids[0] == tok.bos_id and ids[-1] == tok.eos_id
 assert tok.decode(ids[:first]).strip() == prompt
 assert learned == [0] * first + [1] * (len(ids) - first)
@@ -68,7 +68,7 @@ assert learned == [0] * first + [1] * (len(ids) - first)
 # `prepare_data.py` does this for all records and packs them into rows. Every problem is whole and
 # comes once. Packing is a puzzle: which problems go together so that the fewest rows are needed?
 # `pack_best_fit` in `text/packing.py` takes the longest first, each into the fullest row that
-# still has room for it. With the default knobs 24 problems fill 9 rows, and 12% is padding.
+# still has room for it. With the default knobs 30 problems fill 8 rows, and 12% is padding.
 #
 # What is printed first is what it says to everybody: its knobs, counts, lengths and three examples.
 
@@ -87,8 +87,8 @@ targets = sum(int((rows[i][1] != IGNORE).sum()) for i in range(len(rows)))
 print(f"{len(rows)} rows, {padding:.0%} padding, {targets / counts['tokens']:.0%} is learned")
 
 assert counts["tokens"] == len(rows) * seq_len and targets <= counts["targets"]
-if (problems, seq_len, packing) == (24, 512, "best_fit"):
-    assert len(rows) == 9 and round(padding, 2) == 0.12
+if (problems, seq_len, packing) == (30, 512, "best_fit"):
+    assert len(rows) == 8 and round(padding, 2) == 0.12
 
 # %% [markdown]
 # ## What a row says

@@ -58,8 +58,9 @@ shape = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_si
          "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2}
 library = list(islice(quickstart.pystdlib(), modules))
 quickstart.make_shape(work / "shape", library, shape)
-quickstart.write_records(work, library, source_problems=300, target_problems=problems,
-                         held_out_problems=100, choice_items=10)
+quickstart.write_records(work, library, source_problems=300, choice_items=10,
+                         problems=quickstart.toy_math, target_problems=problems,
+                         held_out_problems=100)
 quickstart.prepare_all(work, work / "shape", seq_len=192)
 base = quickstart.pretrain(work / "pretraining", base_steps, base=work / "shape", scratch=True,
                            data=work / "pretrain", global_batch=8, microbatch=8,
@@ -147,8 +148,8 @@ show(figure, out_dir, "5_forgetting")
 # %% [markdown]
 # ## Who forgets less?
 # Tune each method as the paper does: take the rate that learns most. Then the title holds. Full
-# finetuning learns more than 2 nats and LoRA less, and full finetuning forgets more than twice as
-# much.
+# finetuning learns more than 3 nats and LoRA less, and full finetuning forgets more than three
+# times as much.
 #
 # But look left of full finetuning's best point. At a fifth of that rate it learns more than LoRA's
 # best run and forgets less. So in this small world LoRA's restraint is not its own: a lower rate
@@ -167,7 +168,7 @@ print("rates at which full finetuning learned more and forgot less than that LoR
 as_given = [(5e-5, 2e-4, 5e-4, 1e-3), (3e-4, 1e-3, 3e-3, 1e-2), 4, 'all', 150, 2, 1]
 if [full_rates, lora_rates, lora_rank, lora_targets, steps, batch, seed] == as_given and (
         made_with == {"modules": 120, "problems": 1500, "base_steps": 300}):
-    assert full[0] > 2 > lora[0] > 1 and full[1] > 2 * lora[1]
+    assert full[0] > 3 > lora[0] > 2 and full[1] > 3 * lora[1]
     assert best_full == 1e-3 and 2e-4 in better
 
 # %% [markdown]

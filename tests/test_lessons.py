@@ -152,8 +152,8 @@ def numbers(pattern, printed):
 
 @pytest.mark.slow
 def test_answers_about_rows(lesson):
-    assert "24 rows, 67% padding" in lesson("1_rows", packing="none")
-    assert "9 rows, 12% padding, 87% is learned" in lesson("1_rows", train_on_prompt=True)
+    assert "30 rows, 77% padding" in lesson("1_rows", packing="none")
+    assert "8 rows, 12% padding, 87% is learned" in lesson("1_rows", train_on_prompt=True)
     moved, = numbers(r"differ by up to (\S+)", lesson("1_rows", doc_mask=False))
     assert moved > 1
 

@@ -188,6 +188,29 @@ def test_ctrl_c(corpus, tmp_path):
     assert gone(children) and not (tmp_path / "data").exists()
 
 
+# ---- who reads the output
+@pytest.mark.parametrize("code, status, said", [
+    ("print('x' * 9, flush=True); input(); print('y' * 10**5)", 141, ""),      # as `| head -1` leaves it
+    ("print('x' * 9, flush=True); input(); print('few')", 141, ""),            # written at the end alone
+    ("print('x' * 9, flush=True); input(); raise BrokenPipeError(32, 'Broken pipe')", 141, ""),
+    ("print('x' * 9, flush=True); input(); raise ValueError('a = 1')", 2, "-c: error: a = 1\n")])
+def test_output_that_nobody_reads_ends_it_without_a_word(code, status, said):
+    code = f"from runtime import one_line_errors\nwith one_line_errors():\n    {code}"
+    with Warm([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "xxxxxxxxx\n"
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert process.wait() == status and process.stderr.read() == said
+
+
+def test_another_broken_pipe_is_an_error_where_the_output_is_read():
+    code = "from runtime import one_line_errors\nwith one_line_errors():\n    raise BrokenPipeError(32, 'Broken pipe')"
+    done = run_warm("-c", code)
+    assert done.returncode == 2 and done.stderr == "-c: error: [Errno 32] Broken pipe\n"
+
+
 # ---- inspect
 
 def test_inspect_shows_the_run_again_and_finds_damage(corpus, tmp_path):

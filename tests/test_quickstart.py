@@ -1,17 +1,22 @@
 """quickstart.py: a tiny setting of the whole, its table against the files, and starting it again."""
 import json
+import random
 import re
 import shlex
+import test
+import unittest
+from functools import partial
+from pathlib import Path
 
 import pytest
 
 from paper.claims import Method, method_of
 from configurator import configure
 from conftest import ROOT, need, run_here, run_stage, run_warm
-from quickstart import (compare_at_equal_learning, compare_methods, finetuning_runs, last_values, lines_to_finish, pystdlib,
-                        study_file, toy_math, training_words)
+from quickstart import (compare_at_equal_learning, compare_methods, finetuning_runs, folder_of_text, last_values, lines_to_finish, pystdlib,
+                        study_file, toy_math, training_words, write_records)
 
-TINY = {"max_modules": 60, "source_problems": 40, "target_problems": 60, "held_out_problems": 8, "vocab_size": 400, "hidden_size": 16,
+TINY = {"max_documents": 60, "source_problems": 40, "target_problems": 60, "held_out_problems": 8, "vocab_size": 400, "hidden_size": 16,
         "intermediate_size": 32, "layers": 1, "heads": 2, "kv_heads": 1, "seq_len": 192, "base_steps": 4, "base_batch": 2,
         "steps": "3", "eval_rows": 4, "lora_ranks": "2", "choice_items": 8, "solve_items": 2}
 
@@ -117,10 +122,12 @@ def test_a_failing_step_ends_it(tmp_path, knob, value, error):
     assert re.search(error, done.stderr, re.M) and "Traceback" not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("knob, value", [("lora_ranks", "0,2"), ("steps", "0")])
-def test_ranks_and_steps_are_checked_first(tmp_path, knob, value):
+@pytest.mark.parametrize("knob, value, error", [
+    ("lora_ranks", "0,2", "lora_ranks and steps: "), ("steps", "0", "lora_ranks and steps: "),
+    ("largest_number", 3, "largest_number from 4"), ("problem_steps", 0, "problem_steps from 1"), ("source", "none", "source=none: ")])
+def test_knobs_are_checked_first(tmp_path, knob, value, error):
     done = quickstart(tmp_path, **{knob: value})
-    assert done.returncode == 2 and "lora_ranks and steps: " in done.stderr and not list(tmp_path.iterdir())
+    assert done.returncode == 2 and error in done.stderr and not list(tmp_path.iterdir())
 
 
 def test_lines_to_finish_have_one_right_end():
@@ -156,24 +163,58 @@ def test_at_equal_learning():
                     "not less; r=64 learned 2.500, more than full finetuning ever did.")
 
 
-def test_toy_math_is_right():
-    records = list(toy_math(400, 3))
-    assert records == list(toy_math(400, 3)) != list(toy_math(400, 4)) and records[:50] == list(toy_math(50, 3))
+@pytest.mark.parametrize("largest, most", [(10, 2), (4, 3), (60, 1)])
+def test_toy_math_is_right(largest, most):
+    records = list(toy_math(400, 3, largest, most))
+    assert records == list(toy_math(400, 3, largest, most)) != list(toy_math(400, 4, largest, most))
+    assert records[:50] == list(toy_math(50, 3, largest, most))
     steps = []
     for record in records:
         *lines, last = record["answer"].split("\n")
-        values = [re.fullmatch(r".* <<([\d+*/-]+)=(\d+)>>(\d+) \w+\.", line).groups() for line in lines]
-        assert all(eval(expression) == int(value) == int(shown) > 0 for expression, value, shown in values)
+        values = [re.fullmatch(r".* = <<([\d+*/-]+)=(\d+)>>(\d+) \w+", line).groups() for line in lines]
+        assert all(eval(expression) == int(value) == int(shown) for expression, value, shown in values)
         assert last == f"#### {values[-1][2]}" and record["question"].endswith("?")
-        assert re.findall(r"\d+", record["question"]) == [re.match(r"\d+", values[0][0])[0],
-                                                          *(re.split(r"\D", value[0])[-1] for value in values)]
+        numbers = re.findall(r"\d+", record["question"])
+        assert numbers == [re.match(r"\d+", values[0][0])[0], *(re.split(r"\D", value[0])[-1] for value in values)]
+        assert all(1 <= int(number) <= largest for number in [*numbers, *(value[1] for value in values)])
         steps.append(len(values))
-    assert set(steps) == {1, 2, 3} and len({record["question"] for record in records}) > 390
+    assert set(steps) == {*range(1, most + 1)} and {symbol for record in records for symbol in record["answer"]} >= {*"+-*/"}
+
+
+def test_problems_held_out_are_not_among_those_to_learn(tmp_path):
+    few = partial(toy_math, largest=4, steps=1)
+    write_records(tmp_path, [{"text": "x"}], 0, 0, few, target_problems=9000, held_out_problems=400)
+    learned, new = ([json.loads(line)["question"] for line in open(tmp_path / f"problems_{name}.jsonl")] for name in ("train", "test"))
+    assert len(learned) == 9000 and len(new) == 400 and not {*learned} & {*new}
+    assert {record["question"] for record in few(400, seed=3)} & {*learned}  # else there was nothing to leave out
 
 
 def test_pystdlib_is_the_library():
-    records = list(pystdlib())
-    paths = [record["path"] for record in records]
-    assert paths == sorted(paths) and {"json/decoder.py", "random.py"} <= {*paths}
-    assert not [path for path in paths if re.search("(^|/)(tests?|site-packages)/", path)]
-    assert sum(len(record["text"]) for record in records) > 3e6
+    texts = [record["text"] for record in pystdlib()]
+    assert sum(len(text) for text in texts) > 3e6
+    for module in (json.decoder, random):
+        assert Path(module.__file__).read_text() in texts
+    assert Path(unittest.__file__).read_text() in texts and Path(test.__file__).read_text() not in texts
+
+
+def test_other_text_may_be_the_source(tmp_path):
+    (tmp_path / "docs/deep").mkdir(parents=True)
+    for name in ("b.rst", "deep/c.txt", "deep/a.rst", "page.html"):
+        (tmp_path / "docs" / name).write_text(f"the text of {name}")
+    assert [record["text"] for record in folder_of_text(tmp_path / "docs")] == [
+        "the text of b.rst", "the text of deep/a.rst", "the text of deep/c.txt"]
+    with pytest.raises(ValueError, match="no .txt or .rst file"):
+        list(folder_of_text(tmp_path / "none"))
+
+
+def test_only_a_base_of_other_text(tmp_path):
+    """steps=() ends after pretraining; the study base's form."""
+    (tmp_path / "docs").mkdir()
+    for number, record in zip(range(60), pystdlib()):
+        (tmp_path / f"docs/{number:02}.rst").write_text(record["text"])
+    done = quickstart(tmp_path, source="docs", source_problems=0, steps="")
+    assert done.returncode == 0, done.stderr
+    assert [script for script, _ in commands(done.stdout)] == ["prepare_data.py"] * 4 + ["train.py"]
+    assert (tmp_path / "out/quickstart/pretraining/step_4/model.safetensors").is_file()
+    first = json.loads((tmp_path / "data/quickstart/source_test.jsonl").read_text().splitlines()[0])
+    assert first["text"] == (tmp_path / "docs/00.rst").read_text()

@@ -1,0 +1,29 @@
+r"""
+For paper/study.py: as regret.py, of twice the width and with real text: the base of study_base.py, finetuned on GSM8K.
+
+    # config/study_base.py has the commands that make the base; GSM8K is openai/grade-school-math's train.jsonl and test.jsonl
+    for s in train test; do python prepare_data.py --kind=ift --source=data/raw/gsm8k/$s.jsonl --tokenizer=out/study_base/shape \
+        --seq_len=256 --template='Question: {question}\nAnswer:' --response_field=answer --val_fraction=0 --out_dir=data/gsm8k_docs/$s
+    done
+    python -m paper.study config/regret_docs.py
+    python -m paper.claims --runs='out/regret_docs/*' --learning='loss target' --forgetting='loss source'
+    python -m paper.laws --runs='out/regret_docs/*'
+
+A row of 256 tokens is all that the base knows, and cuts the answer of every second problem.
+"""
+base = base or 'out/study_base/pretraining/step_800'
+_data = 'data/study_base'
+_target = 'data/gsm8k_docs/train'
+_held_out = 'data/gsm8k_docs/test'
+include('swept.py')
+
+out_dir = out_dir or 'out/regret_docs'
+_length = '--schedule=constant --global_batch=2 --max_steps=200'
+runs = _swept('full', f'{_length} --eval_interval=40', 2e-4)
+for _rank in (16, 4, 64):
+    runs += _swept(f'r{_rank}', f'{_length} --eval_interval=40 --lora_alpha=32 --lora_rank={_rank}', 5e-4)
+# adapters on the MLP and on attention, of the same size
+runs += _swept('r16-mlp', f'{_length} --lora_alpha=32 --lora_rank=16 --lora_targets=mlp', 5e-4)
+runs += _swept('r27-attention', f'{_length} --lora_alpha=32 --lora_rank=27 --lora_targets=attention', 5e-4)
+evals = (f'eval_loss.py --data=source={_data}/source,target={_held_out} --rows=50 --device=cpu --against={base}',)
+spectrum = '--subspaces= --device=cpu'
