@@ -33,7 +33,7 @@ from evaluation.samples import (check_samples, check_verdicts, prompt_of, read_s
                                 subject_of_samples)
 from evaluation.sandbox import Sandbox
 from evaluation.scores import write_result
-from runtime import LOCAL_WORLD, one_line_errors, pick_dtype, print0
+from runtime import LOCAL_WORLD, available_cores, one_line_errors, pick_dtype, print0
 from text.tokenizer import text_stopper
 
 # -----------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def run_programs(programs, ids, strip, timeout, mode, memory_mb, workers):
     if not ids:
         return
     # the ranks of a machine share its cores
-    cores = len(os.sched_getaffinity(0)) // LOCAL_WORLD
+    cores = available_cores() // LOCAL_WORLD
     count = min(len(ids), workers or max(1, cores))
     # a sandbox runs one program at a time; those that run none wait in a queue
     boxes = []

@@ -74,11 +74,12 @@ lora_ranks = (1, 4, 16)      # of a width of 128, as 32, 128 and 512 of Llama-2-
 eval_rows = 100              # held-out rows of each domain that a loss is the mean of
 choice_items = 400           # lines of held-out Python, whose end stands among three others
 solve_items = 100            # held-out word problems to solve
+jobs = 0                     # finetunings at a time, each on one core; 0 = as many as there are
 seed = 1337                  # of weights, rows and dropout, not of the data
-claims = False               # the other runs, too, that paper/claims.py takes; no lines are finished
+claims = False               # also what paper/claims.py takes; no lines are finished
 
 # may differ when it is started again on the same folders
-_free = {'data_dir', 'out_dir', 'lora_ranks', 'steps', 'claims'}
+_free = {'data_dir', 'out_dir', 'lora_ranks', 'steps', 'claims', 'jobs'}
 
 
 # ----------------------------------------------------------------------------- the target domain
@@ -94,10 +95,10 @@ EVENTS = {  # by operator
 
 
 def toy_math(count, seed, largest=10, steps=2):
-    """Yield `count` word problems in GSM8K's form, {"question", "answer"}; a pure function of all four.
+    """Yield `count` word problems in GSM8K's form, {"question", "answer"}.
 
-    1 to `steps` steps with numbers from 1 to `largest`, each step with its <<expression=value>>,
-    then '#### value'."""
+    A pure function of its arguments: 1 to `steps` steps with numbers from 1 to `largest`, each
+    with its <<expression=value>>, then '#### value'."""
     rng = random.Random(seed)
     for _ in range(count):
         name, friend = rng.sample(NAMES, 2)
@@ -489,7 +490,7 @@ if __name__ == "__main__":
         if claims:
             evals = evals[:1]  # problems solved
         (out / "runs.py").write_text(study_file(out_dir, base, runs, train, evals))
-        run_script("paper/study.py", out / "runs.py")
+        run_script("paper/study.py", out / "runs.py", jobs=jobs)
         if claims:
             raise SystemExit
 

@@ -103,6 +103,13 @@ def pick_device(device):
     return torch.device(device)
 
 
+def available_cores():
+    """How many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def join_ranks(device, backend="", **how):
     """Join torchrun's process group, by default NCCL on GPUs, gloo on CPUs; returns the device."""
     # each rank of a node has a GPU of its own

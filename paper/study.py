@@ -2,6 +2,7 @@
 A study: train, evaluate, take spectra and draw, for a list of runs.
 
     python -m paper.study config/study_smollm2.py                 # all of it, one process at a time
+    python -m paper.study config/regret.py --jobs=8               # small runs: eight at a time
     python -m paper.study config/study_smollm2.py --dry_run=True  # what is done and what is left
     python -m paper.study config/published.py                     # the paper's own adapters
     # on a cluster a run a job, then once without --only
@@ -16,6 +17,8 @@ Finished steps are skipped, and what was stopped is resumed. Every run is tried 
 results.jsonl and spectrum.json, out_dir/figures what paper/plot.py draws, out_dir/study.jsonl what
 was done and how long it took. A finished step is known by its whole command line: change it, and it
 is done again; delete out_dir/NAME, and all of its steps are.
+
+Of --jobs=N each has its share of the CPU's cores, and what it prints goes to out_dir/logs/NAME.log.
 
 Runs that differ in learning rate and seed alone are a sweep. With --sweep='loss target' further
 rates follow where the lowest such loss, of a seed or in the mean, lies at an end.
@@ -36,7 +39,7 @@ from configurator import configure
 from llama.adapter_config import is_adapter
 from paper.results import read_run
 from paper.sweeps import next_rate
-from runtime import ROOT, append_jsonl, one_line_errors, script_words
+from runtime import ROOT, append_jsonl, available_cores, one_line_errors, script_words
 from text.records import why_not_fetched
 from training.checkpoint import checkpoints, read_state
 
@@ -54,6 +57,7 @@ sweep_more = 4           # learning rates that may be added to one sweep
 expected = ()            # 'NAME METRIC=VALUE ...': numbers to print beside one's own
 checkpoint = 'last'      # of each run, to evaluate: last | all that were kept
 only = ()                # names of models and runs, or numbers from 0; none = all, and the figures
+jobs = 1                 # models and runs at a time; 0 = as many as there are cores
 launch = ''              # before train.py and the evaluations: 'torchrun --nproc_per_node=8'
 dry_run = False          # only check, and print the table
 
@@ -73,6 +77,7 @@ class Study:
     plot: list        # None = no figures
     checkpoint: str
     launch: list
+    jobs: int
 
 
 # ----------------------------------------------------------------------------- reading the knobs
@@ -216,26 +221,29 @@ def done_before(study):
     return still_done
 
 
-def run_command(command, launch=(), quiet=False):
-    """Run one of our scripts and wait for it; returns (status, what it wrote to stderr if quiet).
+def start(command, launch=(), output=None, threads=0):
+    """Start one of our scripts; returns the subprocess.
 
-    command begins with the words of `launch`, such as torchrun's, or with the script. SIGTERM and
-    Ctrl-C reach the script."""
+    command begins with the words of `launch`, such as torchrun's, or with the script. output: where
+    all that it prints goes; None = here. threads: of its computations, unless the environment says;
+    0 = PyTorch's choice."""
     # torchrun and its like start Python themselves
     python = [sys.executable]
     if launch and command[:len(launch)] == launch:
         python = launch
         command = command[len(launch):]
     script, *words = command
-    output = subprocess.PIPE if quiet else None
-    child = subprocess.Popen([*python, *script_words(script), *words], text=True, stdout=output,
-                             stderr=output, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    try:
-        _, errors = child.communicate()
-    except KeyboardInterrupt:  # train.py saves a checkpoint and ends
-        child.terminate()
-        child.wait()
-        raise
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if threads:
+        env.setdefault("OMP_NUM_THREADS", str(threads))
+    return subprocess.Popen([*python, *script_words(script), *words], text=True, stdout=output,
+                            stderr=output, env=env)
+
+
+def run_quietly(command):
+    """Run one of our scripts and wait for it; returns (status, what it wrote to stderr)."""
+    child = start(command, output=subprocess.PIPE)
+    _, errors = child.communicate()
     return child.returncode, errors
 
 
@@ -284,10 +292,10 @@ def check_commands(study, names):
         planned[shlex.join(command)] = [*command, "--help"]
 
     # a few at a time, as each spends most of its seconds on imports
-    with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
+    with ThreadPoolExecutor(min(4, available_cores())) as pool:
         checks = {}
         for text, command in planned.items():
-            checks[text] = pool.submit(run_command, command, quiet=True)
+            checks[text] = pool.submit(run_quietly, command)
         for text, check in checks.items():
             status, errors = check.result()
             if status:
@@ -295,32 +303,87 @@ def check_commands(study, names):
             print("checked", text)
 
 
+def next_step(study, name, done):
+    """(stage, command line) of a model's or a run's first step that is not done yet, or None."""
+    for stage, command in commands(study, name):
+        if shlex.join(command) not in done:
+            return stage, command
+    return None
+
+
 def do_all(study, names):
     """Do and record every step that is not done yet; ValueError where one fails or is stopped."""
-    for name in names:
-        for stage, command in commands(study, name):
-            done = done_before(study)
-            if shlex.join(command) in done:
-                continue
-            # do it, with the table above what it prints
-            print(f"\n{progress(study, names, done, now=(name, stage))}")
-            print(f"\n{shlex.join(command)}", flush=True)
-            study.out_dir.mkdir(parents=True, exist_ok=True)
-            started = time.time()
-            status, _ = run_command(command, study.launch)
-            seconds = round(time.time() - started, 1)
+    cores = available_cores()
+    jobs = study.jobs or cores
+    threads = max(1, cores // jobs) if jobs > 1 else 0
+    left = list(names)
+    running = {}  # {name: (stage, command line, process, when it began)}
+    try:
+        while True:
+            # begin what there is room for; a run's next step comes before the next run
+            for name in list(left):
+                if name in running or len(running) == jobs:
+                    continue
+                done = done_before(study)
+                step = next_step(study, name, done)
+                if step is None:
+                    left.remove(name)
+                    continue
+                stage, command = step
+                now = {other: at[0] for other, at in running.items()} | {name: stage}
+                print(f"\n{progress(study, names, done, now)}")
+                print(f"\n{shlex.join(command)}", flush=True)
+                began = time.time()
+                running[name] = stage, command, begin(study, name, command, jobs, threads), began
+            if not running:
+                return
 
-            # what failed or was stopped is not recorded
-            how = ""
-            if status:
-                how = f"ended with status {status}"
-            elif stage == "train" and not is_complete(study.out_dir / name):
-                how = "was stopped"
-            if how:
-                raise ValueError(f"{name}: {stage} {how}; run the same command again to resume")
-            append_jsonl(study.out_dir / "study.jsonl", {"run": name, "stage": stage,
-                                                         "command": shlex.join(command),
-                                                         "seconds": seconds})
+            # wait for one to end
+            ended = []
+            while not ended:
+                time.sleep(0.05)
+                ended = [name for name, at in running.items() if at[2].poll() is not None]
+            for name in ended:
+                stage, command, process, began = running.pop(name)
+                record(study, name, stage, command, process.returncode, time.time() - began)
+    finally:
+        # one of them failed, or this was stopped: train.py saves a checkpoint and ends
+        for _, _, process, _ in running.values():
+            process.terminate()
+        for _, _, process, _ in running.values():
+            process.wait()
+
+
+def log_of(study, name):
+    """The file that holds what a run's steps print, where several are at work."""
+    return study.out_dir / "logs" / f"{name}.log"
+
+
+def begin(study, name, command, jobs, threads):
+    """Start a step; returns its process."""
+    study.out_dir.mkdir(parents=True, exist_ok=True)
+    if jobs == 1:
+        return start(command, study.launch)
+    path = log_of(study, name)
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a") as output:
+        return start(command, study.launch, output, threads)
+
+
+def record(study, name, stage, command, status, seconds):
+    """Add a step that has ended to study.jsonl; ValueError if it failed or was stopped."""
+    how = ""
+    if status:
+        how = f"ended with status {status}"
+    elif stage == "train" and not is_complete(study.out_dir / name):
+        how = "was stopped"
+    if how:
+        if log_of(study, name).is_file():
+            how += f" ({log_of(study, name)} says why)"
+        raise ValueError(f"{name}: {stage} {how}; run the same command again to resume")
+    append_jsonl(study.out_dir / "study.jsonl", {"run": name, "stage": stage,
+                                                 "command": shlex.join(command),
+                                                 "seconds": round(seconds, 1)})
 
 
 # ----------------------------------------------------------------------------- sweeps
@@ -393,10 +456,10 @@ def further_runs(study, asked, metric, most):
 
 
 # ----------------------------------------------------------------------------- tables
-def progress(study, names, done, now=()):
+def progress(study, names, done, now=None):
     """The table: a line for each model or run, a column for each stage.
 
-    done {command line: seconds}; now: the (name, stage) that is running."""
+    done {command line: seconds}; now {name: stage} of what is running."""
     # the columns
     judging = list(dict.fromkeys(script for script, *_ in study.evals))
     stages = ["train", *judging]
@@ -413,7 +476,7 @@ def progress(study, names, done, now=()):
         for stage, seconds in times.items():
             if seconds and None not in seconds:
                 row.append(f"{sum(seconds) / 60:.1f} min")
-            elif (name, stage) == now:
+            elif now and now.get(name) == stage:
                 row.append("running")
             elif name in study.runs or stage in judging:
                 row.append("to do")
@@ -454,6 +517,8 @@ def results_table(study, names, expected):
 if __name__ == "__main__":
     with one_line_errors():
         configure(globals())
+        if jobs < 0:
+            raise ValueError(f"jobs={jobs}: expected a number from 0 up")
         if not out_dir:
             raise ValueError("out_dir, base and models or runs have to be set; see --help")
         # what there is to do
@@ -461,7 +526,7 @@ if __name__ == "__main__":
         study = Study(
             Path(out_dir), base, read_list(models, "models"), read_list(runs, "runs"),
             shlex.split(train), [shlex.split(text) for text in evals], read_words(spectrum),
-            read_words(plot), checkpoint, shlex.split(launch))
+            read_words(plot), checkpoint, shlex.split(launch), jobs)
         check_names(study, expected)
         names = chosen([*study.models, *study.runs], only)
         study.base = fetch(base, download=not dry_run) or base
@@ -493,8 +558,8 @@ if __name__ == "__main__":
         # draw, once everything is there
         if not only and study.plot is not None:
             folders = ",".join(str(study.out_dir / name) for name in names)
-            status, _ = run_command(["paper/plot.py", f"--runs={folders}",
-                                     f"--out_dir={study.out_dir / 'figures'}", *study.plot])
+            status = start(["paper/plot.py", f"--runs={folders}",
+                            f"--out_dir={study.out_dir / 'figures'}", *study.plot]).wait()
             if status:
                 raise ValueError(f"plot.py ended with status {status}; "
                                  "run the same command again to draw")

@@ -1,12 +1,18 @@
 """study.py and config/: the paper's runs in miniature through train, evaluation and plot; what is done is skipped."""
 import json
+import re
 import shlex
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from conftest import ROOT, need, run_here, run_stage, run_warm
 from samples import stories, word_problems
+from warm import Warm
 
-from paper.study import Study, commands, done_before, fetch, further_runs, progress, sweeps_of
+from paper.study import Study, commands, done_before, fetch, further_runs, is_complete, progress, sweeps_of
 
 CONFIGS = ("math_cpt", "code_cpt", "math_ift", "code_ift", "tulu_ift")
 
@@ -29,7 +35,7 @@ def tokens(tmp_path_factory):
 def study_of(out_dir, models=(), runs=(), evals=(), launch=()):
     """A Study without spectra and figures."""
     return Study(out_dir=out_dir, base="b", models=dict(models), runs=dict(runs), train=[], evals=list(evals), spectrum=None,
-                 plot=None, checkpoint="last", launch=list(launch))
+                 plot=None, checkpoint="last", launch=list(launch), jobs=1)
 
 
 def run_study(path, text, *argv):
@@ -143,6 +149,65 @@ def test_a_study_adds_the_rates_itself_and_again_when_it_is_repeated(tmp_path, t
     before = (tmp_path / "out/study.jsonl").read_text()
     again = run_study(tmp_path / "x.py", text)
     assert again.returncode == 0 and (tmp_path / "out/study.jsonl").read_text() == before, again.stderr
+
+
+@pytest.fixture
+def several(tmp_path, tokens):
+    """The text of a study of three runs that take a while, and of one evaluation of each."""
+    return (f"out_dir={str(tmp_path / 'out')!r}\nbase={str(need('data/stories260k'))!r}\nspectrum=plot='none'\n"
+            f"train='--data={tokens}/cpt --max_steps=40 --save_interval=2 --global_batch=4 --microbatch=2 --device=cpu "
+            "--dtype=float32'\n"
+            f"evals=('eval_loss.py --data=held_out={tokens}/cpt --rows=2 --device=cpu',)\n"
+            "runs=('a --lora_rank=1', 'b --lora_rank=2', 'c --lora_rank=3')\n")
+
+
+def test_several_runs_at_a_time_are_the_runs_of_one(tmp_path, several):
+    several = several.replace("max_steps=40", "max_steps=2")
+    done = run_study(tmp_path / "x.py", several, "--jobs=2")
+    assert done.returncode == 0, done.stderr
+    # two began before one had ended, and a run is evaluated before the next one begins
+    tables = [text.split("\n\n")[0] for text in re.split("\n\n +train ", done.stdout)[1:]]
+    assert max(table.count("running") for table in tables) == 2
+    lines = [json.loads(line) for line in (tmp_path / "out/study.jsonl").read_text().splitlines()]
+    assert sorted((line["run"], line["stage"]) for line in lines) == [
+        (name, stage) for name in "abc" for stage in ("eval_loss.py", "train")]
+    for name in "abc":
+        text = (tmp_path / f"out/logs/{name}.log").read_text()
+        assert "step 2/2" in text and "held_out" in text and "1 threads" in text
+    # one at a time
+    alone = run_study(tmp_path / "y.py", several, "--only=b", f"--out_dir={tmp_path / 'alone'}")
+    assert alone.returncode == 0 and "step 2/2" in alone.stdout and not (tmp_path / "alone/logs").exists()
+    weights = [tmp_path / folder / "b/step_2/adapter_model.safetensors" for folder in ("out", "alone")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_with_several_at_work_it_resumes(tmp_path, several, number):
+    (tmp_path / "x.py").write_text(several)
+    argv = [sys.executable, "-m", "paper.study", tmp_path / "x.py", "--jobs=2"]
+    with Warm(argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while not all(list((tmp_path / "out").glob(f"{name}/step_*/state/state.json")) for name in "ab"):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, errors = process.communicate()
+    assert process.returncode == 2 and errors == "study.py: error: stopped; run the same command again to resume\n"
+    for name in "ab":  # both have ended in order
+        text = (tmp_path / f"out/logs/{name}.log").read_text()
+        assert "stopped by SIGTERM after step" in text or is_complete(tmp_path / "out" / name), text
+    again = run_study(tmp_path / "x.py", several, "--jobs=3")
+    assert again.returncode == 0, again.stderr
+    assert all(is_complete(tmp_path / "out" / name) for name in "abc")
+
+
+def test_a_run_that_fails_beside_others_is_named_with_its_log(tmp_path, several):
+    several = several.replace("max_steps=40", "max_steps=2")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/b").write_text("in the way")
+    done = run_study(tmp_path / "x.py", several, "--jobs=2")
+    assert done.returncode == 2 and re.search(r"error: b: train ended with status 2 \(.*out/logs/b.log says why\); run", done.stderr)
+    assert "error: " in (tmp_path / "out/logs/b.log").read_text()
+    assert run_study(tmp_path / "x.py", several, "--jobs=-1").stderr == "study.py: error: jobs=-1: expected a number from 0 up\n"
 
 
 def test_models_are_evaluated_once_and_printed_beside_what_was_expected(tmp_path):

@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from runtime import fsync_folder
+from runtime import available_cores, fsync_folder
 from text.records import read_records
 
 # What a shard says of each document, beside its ids and mask
@@ -122,11 +122,8 @@ def encode_blocks(sources, encode_block, job, work, workers):
 
 def processes_for(sources, block_mb):
     """How many worker processes: one a core, but no more than there are blocks."""
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
     size = sum(source.size() for source in sources)
-    return max(1, min(cores, int(size / (block_mb * 1e6))))
+    return max(1, min(available_cores(), int(size / (block_mb * 1e6))))
 
 
 def start_worker():
