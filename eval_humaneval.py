@@ -17,7 +17,6 @@ the head of evaluation/sandbox.py. Other tools' samples can be run as well (eval
 Sampling and running both resume where a kill left them.
 """
 import math
-import os
 import queue
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -7,16 +7,14 @@ Quickstart: the paper in small, in under ten minutes on two CPU cores.
     Python source --> pretrain a tiny Llama --.--> full finetuning --.--> what each learned (loss
     word problems in GSM8K's form ------------+--> LoRA r=1, 4, 16 --'    on problems) and forgot
 
-The source is Python's standard library. Each claim of the paper, over five seeds, takes an hour:
+The source is Python's standard library. Each claim of the paper, over three seeds, takes an hour:
 
-    for s in 1 2 3 4 5; do
-        python quickstart.py --claims=True --seed=$s --out_dir=out/claims/$s; done
+    for s in 1 2 3; do python quickstart.py --claims=True --seed=$s --out_dir=out/claims/$s; done
     python -m paper.claims --runs='out/claims/*/*' --learning='loss target' \
         --forgetting='loss source'
 
 Every step is a command of this codebase, printed before it runs: the same ones, with other folders,
-do the 7B study. The list of runs that it writes, OUT_DIR/runs.py, is what paper/study.py takes.
-Stopped, it resumes with the same command.
+do the 7B study. OUT_DIR/runs.py is what paper/study.py takes. Stopped, it resumes if repeated.
 """
 import json
 import os
@@ -317,7 +315,6 @@ def finetuning_runs(steps, lora_ranks, full_learning_rate, lora_learning_rate, c
         for modules in ("mlp", "attention"):
             knobs = f"--lora_rank={most} --lora_targets={modules}"
             methods.append((f"r{most}-{modules}", rates[most], knobs))
-
     runs = []
     for n in steps:
         for name, rate, knobs in methods:
@@ -448,12 +445,10 @@ def print_comparisons(changes, steps, lora_ranks):
 if __name__ == "__main__":
     with one_line_errors():
         config = configure(globals())
-        if not lora_ranks or min(lora_ranks) < 1 or min(steps, default=1) < 1:
-            raise ValueError("lora_ranks and steps: expected numbers from 1 up, such as 4,16; "
-                             f"found {lora_ranks} and {steps}")
-        if largest_number < 4 or problem_steps < 1:
-            raise ValueError("expected largest_number from 4 up and problem_steps from 1 up; "
-                             f"found {largest_number} and {problem_steps}")
+        if not lora_ranks or min((*lora_ranks, *steps, problem_steps)) < 1 or largest_number < 4:
+            raise ValueError("expected lora_ranks, steps and problem_steps from 1 and "
+                             f"largest_number from 4 up; found {lora_ranks}, {steps}, "
+                             f"{problem_steps} and {largest_number}")
         documents = folder_of_text(source) if source else pystdlib()
         documents = list(islice(documents, max_documents or None))
         data = Path(data_dir)

@@ -19,7 +19,7 @@ include('swept.py')
 
 out_dir = out_dir or 'out/regret_docs'
 _length = '--schedule=constant --global_batch=2 --max_steps=200'
-runs = _swept('full', f'{_length} --eval_interval=40', 2e-4)
+runs = _swept('full', f'{_length} --eval_interval=40', 1e-4)
 for _rank in (16, 4, 64):
     runs += _swept(f'r{_rank}', f'{_length} --eval_interval=40 --lora_alpha=32 --lora_rank={_rank}', 5e-4)
 # adapters on the MLP and on attention, of the same size

@@ -123,8 +123,8 @@ def test_a_failing_step_ends_it(tmp_path, knob, value, error):
 
 
 @pytest.mark.parametrize("knob, value, error", [
-    ("lora_ranks", "0,2", "lora_ranks and steps: "), ("steps", "0", "lora_ranks and steps: "),
-    ("largest_number", 3, "largest_number from 4"), ("problem_steps", 0, "problem_steps from 1"), ("source", "none", "source=none: ")])
+    ("lora_ranks", "0,2", "found (0, 2), "), ("lora_ranks", "", "found (), "), ("steps", "0", ", (0,), "),
+    ("largest_number", 3, "largest_number from 4 up"), ("problem_steps", 0, ", 0 and "), ("source", "none", "source=none: ")])
 def test_knobs_are_checked_first(tmp_path, knob, value, error):
     done = quickstart(tmp_path, **{knob: value})
     assert done.returncode == 2 and error in done.stderr and not list(tmp_path.iterdir())

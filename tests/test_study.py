@@ -12,7 +12,8 @@ from conftest import ROOT, need, run_here, run_stage, run_warm
 from samples import stories, word_problems
 from warm import Warm
 
-from paper.study import Study, commands, done_before, fetch, further_runs, is_complete, progress, sweeps_of
+from paper.stages import Study, commands, done_before, fetch, is_complete, progress
+from paper.study import further_runs, sweeps_of
 
 CONFIGS = ("math_cpt", "code_cpt", "math_ift", "code_ift", "tulu_ift")
 
