@@ -8,6 +8,7 @@ For paper/study.py: as regret.py, of twice the width and with real text: the bas
     python -m paper.study config/regret_docs.py
     python -m paper.claims --runs='out/regret_docs/*' --learning='loss target' --forgetting='loss source'
     python -m paper.laws --runs='out/regret_docs/*'
+    python -m paper.why --runs='out/regret_docs/*' --out_dir=out/why_docs
 
 A row of 256 tokens is all that the base knows, and cuts the answer of every second problem.
 """
@@ -25,5 +26,7 @@ for _rank in (16, 4, 64):
 # adapters on the MLP and on attention, of the same size
 runs += _swept('r16-mlp', f'{_length} --lora_alpha=32 --lora_rank=16 --lora_targets=mlp', 5e-4)
 runs += _swept('r27-attention', f'{_length} --lora_alpha=32 --lora_rank=27 --lora_targets=attention', 5e-4)
-evals = (f'eval_loss.py --data=source={_data}/source,target={_held_out} --rows=50 --device=cpu --against={base}',)
+# how far each has moved from the base, and half way back
+_eval = f'eval_loss.py --data=source={_data}/source,target={_held_out} --rows=50 --device=cpu'
+evals = (f'{_eval} --against={base}', f'{_eval} --t=0.5 --name=half')
 spectrum = '--subspaces= --device=cpu'
