@@ -20,9 +20,9 @@ def run(script, tmp_path, **knobs):
 def test_answers_of_gsm8k(tmp_path, number):
     recorded = golden("lm_eval_0413")["gsm8k"][number]
     items = recorded["items"]
-    out = run("eval_gsm8k.py", tmp_path, test_data=word_problems(tmp_path / "test.jsonl", 12, seed=1),
-              train_data=word_problems(tmp_path / "train.jsonl", 20, seed=2),
-              shots=recorded["shots"], max_new_tokens=recorded["max_gen_toks"])
+    out = run("eval_gsm8k.py", tmp_path, test_data=need("golden/data/word_problems/test.jsonl"),
+              train_data=need("golden/data/word_problems/train.jsonl"), shots=recorded["shots"],
+              max_new_tokens=recorded["max_gen_toks"])
     assert "BOS (id 1) in front where a prompt is whole" in out
     records = read_done(tmp_path / "out/eval_gsm8k.jsonl")
     assert len(records) == len(items) == 12
