@@ -4,7 +4,7 @@ For quickstart.py: a base worth forgetting, a Llama with a width of 256 and 4.2M
     python -m pip download --no-deps --no-binary=:all: --dest=data/raw/sdists django==5.2.8 sqlalchemy==2.0.40 pyramid==2.0.2 \\
         celery==5.5.3 docutils==0.22.2 sphinx==8.2.3 twisted==25.5.0
     mkdir -p data/raw/docs && for f in data/raw/sdists/*.tar.gz; do tar xzf $f -C data/raw/docs --wildcards '*/doc/*' '*/docs/*'; done
-    python quickstart.py config/study_base.py
+    python quickstart.py config/study_base.py        # 45 minutes of one core
     python -m paper.study config/regret_docs.py
 
 The source domain is the documentation of seven packages of Python, 18 MB of reStructuredText: Django, Celery (BSD-3-Clause),
