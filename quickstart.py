@@ -1,5 +1,5 @@
 r"""
-Quickstart: the paper in small, in under ten minutes on two CPU cores.
+Quickstart: the paper in small, in ten minutes on two CPU cores.
 
     python quickstart.py
     python quickstart.py --lora_ranks=1,4,16,64         # what is there already is not made again
