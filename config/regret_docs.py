@@ -26,7 +26,5 @@ for _rank in (16, 4, 64):
 # adapters on the MLP and on attention, of the same size
 runs += _swept('r16-mlp', f'{_length} --lora_alpha=32 --lora_rank=16 --lora_targets=mlp', 5e-4)
 runs += _swept('r27-attention', f'{_length} --lora_alpha=32 --lora_rank=27 --lora_targets=attention', 5e-4)
-# how far each has moved from the base, and half way back
-_eval = f'eval_loss.py --data=source={_data}/source,target={_held_out} --rows=50 --device=cpu'
-evals = (f'{_eval} --against={base}', f'{_eval} --t=0.5 --name=half')
+evals = _moved
 spectrum = '--subspaces= --device=cpu'

@@ -12,6 +12,9 @@ base = base or 'out/quickstart/pretraining/step_700'
 spectrum = 'none'
 plot = 'none'
 sweep = 'loss target'
+# for evals: how far a run has moved from the base, and half way back
+_eval = f'eval_loss.py --data=source={_data}/source,target={_held_out} --rows=50 --device=cpu'
+_moved = (f'{_eval} --against={base}', f'{_eval} --t=0.5 --name=half')
 train = (f'--data={_target} --val_data=source={_data}/source,target={_held_out} --eval_rows=50 --log_interval=50 '
          '--keep_last=1 --device=cpu --microbatch=2 --lora_dropout=0')
 

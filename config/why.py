@@ -12,6 +12,5 @@ for _run in runs:
     if _watched in _run:
         _watched_runs.append(_run)
 runs = tuple(_watched_runs)
-_eval = f'eval_loss.py --data=source={_data}/source,target={_data}/target_test --rows=50 --device=cpu'
-evals = (f'{_eval} --against={base}', f'{_eval} --t=0.5 --name=half')
+evals = _moved
 spectrum = '--subspaces= --device=cpu'

@@ -58,9 +58,8 @@ shape = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_si
          "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2}
 library = list(islice(quickstart.pystdlib(), modules))
 quickstart.make_shape(work / "shape", library, shape)
-quickstart.write_records(work, library, source_problems=300, choice_items=10,
-                         problems=quickstart.toy_math, target_problems=problems,
-                         held_out_problems=100)
+quickstart.write_records(work, library, source_problems=300, target_problems=problems,
+                         held_out_problems=100, choice_items=10)
 quickstart.prepare_all(work, work / "shape", seq_len=192)
 base = quickstart.pretrain(work / "pretraining", base_steps, base=work / "shape", scratch=True,
                            data=work / "pretrain", global_batch=8, microbatch=8,

@@ -34,7 +34,7 @@ class Study:
     plot: list        # None = no figures
     checkpoint: str
     launch: list
-    jobs: int
+    jobs: int         # at a time
 
 
 # ----------------------------------------------------------------------------- what there is to do
@@ -169,16 +169,13 @@ def next_step(study, name, done):
 
 def do_all(study, names):
     """Do and record every step that is not done yet; ValueError where one fails or is stopped."""
-    cores = available_cores()
-    jobs = study.jobs or cores
-    threads = max(1, cores // jobs) if jobs > 1 else 0
     left = list(names)
     running = {}  # {name: (stage, command line, process, when it began)}
     try:
         while True:
             # begin what there is room for; a run's next step comes before the next run
             for name in list(left):
-                if name in running or len(running) == jobs:
+                if name in running or len(running) == study.jobs:
                     continue
                 done = done_before(study)
                 step = next_step(study, name, done)
@@ -190,7 +187,7 @@ def do_all(study, names):
                 print(f"\n{progress(study, names, done, now)}")
                 print(f"\n{shlex.join(command)}", flush=True)
                 began = time.time()
-                running[name] = stage, command, begin(study, name, command, jobs, threads), began
+                running[name] = stage, command, begin(study, name, command), began
             if not running:
                 return
 
@@ -215,15 +212,15 @@ def log_of(study, name):
     return study.out_dir / "logs" / f"{name}.log"
 
 
-def begin(study, name, command, jobs, threads):
+def begin(study, name, command):
     """Start a step; returns its process."""
     study.out_dir.mkdir(parents=True, exist_ok=True)
-    if jobs == 1:
+    if study.jobs == 1:
         return start(command, study.launch)
     path = log_of(study, name)
     path.parent.mkdir(exist_ok=True)
     with open(path, "a") as output:
-        return start(command, study.launch, output, threads)
+        return start(command, study.launch, output, max(1, available_cores() // study.jobs))
 
 
 def record(study, name, stage, command, status, seconds):
@@ -234,7 +231,7 @@ def record(study, name, stage, command, status, seconds):
     elif stage == "train" and not is_complete(study.out_dir / name):
         how = "was stopped"
     if how:
-        if log_of(study, name).is_file():
+        if study.jobs > 1:
             how += f" ({log_of(study, name)} says why)"
         raise ValueError(f"{name}: {stage} {how}; run the same command again to resume")
     append_jsonl(study.out_dir / "study.jsonl", {"run": name, "stage": stage,

@@ -262,7 +262,8 @@ if __name__ == "__main__":
         study = Study(
             Path(out_dir), base, read_list(models, "models"), read_list(runs, "runs"),
             shlex.split(train), [shlex.split(text) for text in evals], read_words(spectrum),
-            read_words(plot), checkpoint, shlex.split(launch), jobs)
+            read_words(plot), checkpoint, shlex.split(launch),
+            jobs or available_cores())
         check_names(study, expected)
         names = chosen([*study.models, *study.runs], only)
         study.base = fetch(base, download=not dry_run) or base
