@@ -1,7 +1,6 @@
 """lora_kernels.py: its cases in Triton's interpreter or on a GPU, and what its kernels compile to without one."""
 import itertools
 import re
-import subprocess
 from functools import partial
 from importlib.util import find_spec
 
@@ -10,17 +9,12 @@ import torch
 from conftest import ROOT, run_stage
 
 pytest.importorskip("triton", reason="needs Triton")
+from bench import compiled  # noqa: E402
 from llama import lora_kernels as lk  # noqa: E402
 from llama import lora_operators  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource, compile as triton_compile  # noqa: E402
-from triton.knobs import nvidia  # noqa: E402
-
 from llama.lora_matmul import choose_kernel, time_kernel  # noqa: E402
 from lora import apply_lora  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
-
-SHARED_KB = {80: 163, 90: 227, 100: 227}
 
 
 def cases_pass(*options, **env):
@@ -85,83 +79,77 @@ def test_every_variant_is_measured_compiled(monkeypatch):
 
 
 # ----------------------------------------------------------------------------- ahead of time
-TYPES = {"left": "*fp32", "seeds": "*i32", "strips": "*i32", "scale": "fp32"}
-QKV = dict(S0=0, E0=4096, S1=4096, E1=8192, S2=8192, E2=12288, HALF=True, TMA_FITS=True)  # Llama-2-7B's
+def fits(call, config, dtype, arch):
+    """The program of a call with a config, which spills nothing and takes no more shared memory than the chip has."""
+    usage = compiled.compile_for(call, config, dtype, arch)
+    assert usage.stack == 0 and 0 < usage.registers <= 255, (call.name, config, usage[:3])
+    assert usage.shared <= compiled.SHARED_KB[arch] * 1024, (call.name, config, usage[:3])
+    return usage.ptx
 
 
-def compiled(kernel, config, arch, dtype="bf16", **constants):
-    """The kernel compiled for a chip, all sizes and pointers multiples of 16."""
-    fn, constants = kernel.fn, {**constants, **config.kwargs}
-    types = {**TYPES, **dict.fromkeys(("out", "x", "a", "u", "v", "w"), f"*{dtype}")}
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in fn.arg_names}
-    if kernel is lk.reduce_kernel:
-        signature["out"] = "*fp32"
-    even = {(i,): [["tt.divisibility", 16]] for i, (n, t) in enumerate(signature.items())
-            if t[0] == "*" or t == "i32" and n not in ("limit", "bucket")}
-    return triton_compile(ASTSource(fn, signature, constants, even), target=GPUTarget("cuda", arch, 32),
-                          options={name: value for name, value in vars(config).items()
-                                   if name in ("num_warps", "num_stages", "maxnreg") and value})
-
-
-def fits(kernel, arch, tmp_path):
-    """No spills (no stack, no local memory) and no more shared memory than the chip has; returns the PTX."""
-    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
-    usage = subprocess.run([nvidia.cuobjdump.path, "-res-usage", tmp_path / "kernel.cubin"], text=True, check=True,
-                           capture_output=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    assert "LOCAL:0" in usage and stack == 0 and 0 < registers <= 255, usage
-    assert kernel.metadata.shared <= SHARED_KB[arch] * 1024, kernel.metadata.shared
-    return kernel.asm["ptx"]
-
-
-PIECES = {
-    "down": (lk.down_kernel, lk.DOWN[0], dict(G=3, R=16, DROP=True, BM=64, BN=16)),
-    "down r=256": (lk.down_kernel, lk.DOWN[0], dict(G=3, R=256, DROP=True, BM=64, BN=64)),
-    "dA": (lk.reduce_kernel, lk.RIGHT[0], dict(G=3, R=16, DROP=True, LEFT=False, BN=128, BR=16)),
-    "dA r=256": (lk.reduce_kernel, lk.RIGHT[0], dict(G=3, R=256, DROP=True, LEFT=False, BN=128, BR=64)),
-    "Q and dB": (lk.reduce_kernel, lk.BOTH[0], dict(G=1, R=32, DROP=False, LEFT=True, BR=32)),
-    "added": (lk.gemm_kernel, lk.ADDED[1], dict(G=3, R=16, BR=16, BACK=True, DROP=True, ADD=True, **QKV))}
-PRODUCTS = {
-    "forward": dict(G=3, R=256, BR=64, BACK=False, DROP=False, ADD=False, **QKV),
-    "backward": dict(G=3, R=16, BR=16, BACK=True, DROP=True, ADD=False, **QKV)}
-
-
-@pytest.mark.parametrize("arch", SHARED_KB)
-@pytest.mark.parametrize("name", PIECES)
-def test_small_kernels_compile_without_spills(name, arch, tmp_path):
-    kernel, config, constants = PIECES[name]
-    if name == "Q and dB":
-        constants = dict(constants, BN=128 if arch < 90 else 256)
-    for dtype in ("bf16", "fp16") if arch == 90 else ("bf16",):
-        fits(compiled(kernel, config, arch, dtype, **constants), arch, tmp_path)
+@pytest.mark.parametrize("arch", compiled.SHARED_KB)
+@pytest.mark.parametrize("rank", [16, 32, 256])
+def test_kernels_compile_without_spills_to_the_chips_own_instructions(rank, arch):
+    """The first config of each; of what has no product with W in it, in bf16, on an H100 in fp16 as well."""
+    chips_own = {80: ["mma.sync", "cp.async"], 90: ["wgmma", "cp.async.bulk.tensor"], 100: ["tcgen05.mma", "cp.async.bulk.tensor"]}[arch]
+    for call in compiled.kernel_calls(rank, torch.bfloat16, arch):
+        fused = call.name.endswith("fused")
+        if fused and rank == 32:
+            continue
+        for config in call.configs if fused else call.configs[:1]:
+            ptx = fits(call, config, torch.bfloat16, arch)
+            assert not fused or all(instruction in ptx for instruction in chips_own)
+        if not fused and arch == 90 and rank == 16:
+            fits(call, call.configs[0], torch.float16, arch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("G, R", [(3, 16), (3, 32), (3, 256)])
-@pytest.mark.parametrize("arch", SHARED_KB)
-def test_fp32_kernels_compile_without_spills_and_round_nothing_to_tf32(arch, G, R, tmp_path):
-    """Every config that fp32 is given, with the pieces of the rank that it is given."""
-    chunk = lora_operators.piece_of(lora_operators.padded_rank(R)[1], torch.float32)
-    whole = dict(G=G, R=R, **{**QKV, "HALF": False, "TMA_FITS": False})
-    cases = [(lk.down_kernel, lk.DOWN_FP32, dict(G=G, R=R, DROP=True, BM=lora_operators.ROWS, BN=chunk)),
-             (lk.reduce_kernel, lk.RIGHT_FP32, dict(G=G, R=R, DROP=True, LEFT=False, BN=lora_operators.COLUMNS, BR=chunk))]
-    if R <= lora_operators.FUSED_RANK:
-        cases.append((lk.reduce_kernel, lk.BOTH_FP32, dict(G=1, R=R, DROP=False, LEFT=True, BN=lora_operators.COLUMNS, BR=R)))
-    cases += [(lk.gemm_kernel, lk.FP32, dict(whole, BR=chunk, BACK=back, DROP=drop, ADD=add))
-              for back, drop in ((False, False), (True, False), (True, True)) for add in (False, True)]
-    for kernel, configs, constants in cases:
-        for config in configs:
-            ptx = fits(compiled(kernel, config, arch, "fp32", **constants), arch, tmp_path)
+@pytest.mark.parametrize("rank", [16, 32, 256])
+@pytest.mark.parametrize("arch", compiled.SHARED_KB)
+def test_fp32_kernels_compile_without_spills_and_round_nothing_to_tf32(arch, rank):
+    for call in compiled.kernel_calls(rank, torch.float32, arch):
+        for config in call.configs:
+            ptx = fits(call, config, torch.float32, arch)
             assert "tf32" not in ptx and "mma" not in ptx and "fma.rn.f32" in ptx
 
 
-@pytest.mark.parametrize("arch", SHARED_KB)
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_products_compile_to_the_chips_own_instructions(name, arch, tmp_path):
-    instructions = {80: ["mma.sync", "cp.async"], 90: ["wgmma", "cp.async.bulk.tensor"],
-                    100: ["tcgen05.mma", "cp.async.bulk.tensor"]}[arch]
-    configs = lk.applicable(3, PRODUCTS[name]["DROP"], False, True, arch >= 90)
-    assert configs
-    for config in configs:
-        ptx = fits(compiled(lk.gemm_kernel, config, arch, **PRODUCTS[name]), arch, tmp_path)
-        assert all(instruction in ptx for instruction in instructions)
+def test_the_table_names_what_spills(capsys, monkeypatch):
+    """A line for each kernel and config; what spills, or needs more memory than the chip has, is returned."""
+    assert compiled.print_table([16], torch.float32, 80) == []
+    lines = capsys.readouterr().out.splitlines()
+    calls = compiled.kernel_calls(16, torch.float32, 80)
+    assert len(lines) == 1 + sum(len(call.configs) for call in calls)
+    assert all(" fma " in line or line.endswith(" fma") for line in lines[1:])
+    small = calls[0]._replace(configs=[lk.Config(dict(BK=16), num_warps=8, num_stages=3, maxnreg=32)])
+    monkeypatch.setattr(compiled, "kernel_calls", lambda *_: [small])
+    assert compiled.print_table([16], torch.float32, 80) == ["r=16  P masks        16, 8 warps, 3 stages"]
+
+
+def test_the_calls_compiled_are_those_that_are_made(monkeypatch):
+    """What lora_operators.py calls the kernels with, on a GPU that nobody has: the same constants, and configs that fit."""
+    made = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *tensors, **constants: made.append((self.kernel, constants))
+
+    for name in ("down_kernel", "gemm_kernel", "reduce_kernel"):
+        monkeypatch.setattr(lora_operators, name, Recorder(getattr(lk, name)))
+    monkeypatch.setattr(lora_operators, "check", lambda dtype, device: None)
+    starts, ends = [0, 256, 512], [256, 512, 768]
+    for dtype, rank in itertools.product((torch.bfloat16, torch.float32), (16, 32, 256)):
+        calls = [(c.kernel, {n: v for n, v in c.constants.items() if n not in compiled.SPANS})
+                 for c in compiled.kernel_calls(rank, dtype, 90)]
+        x, dy = torch.zeros(128, 256, dtype=dtype), torch.zeros(128, 768, dtype=dtype)
+        W, A, B = torch.zeros(768, 256, dtype=dtype), torch.zeros(3 * rank, 256), torch.zeros(768, rank)
+        for drop, fused in itertools.product((0, 1), (True, False)):
+            made.clear()
+            args = torch.zeros(3, 2, dtype=torch.int32), starts, ends, 2.0, drop, fused
+            _, P = lora_operators.matmul(x, W, A, B, *args)
+            lora_operators.matmul_backward(dy, x, W, A, B, P, *args, True)
+            assert len(made) == (5 if rank <= 32 else 4 if drop else 2)
+            for kernel, constants in made:
+                assert (kernel, {n: v for n, v in constants.items() if n not in compiled.SPANS}) in calls
