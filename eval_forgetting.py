@@ -49,7 +49,8 @@ adapter = ''             # PEFT folder, or the checkpoint folder of a LoRA run
 t = 1.0                  # judge W0 + t (W - W0): 0 is the base, 0.5 half way back to it
 tokenizer = ''           # tokenizer file or folder; '' = the base's folder
 out_dir = ''             # for items and results; '' = the checkpoint's folder, or out/MODEL
-name = 'forgetting'      # items go to eval_NAME_TASK.jsonl: another name for other settings
+name = 'forgetting'      # items go to eval_NAME_TASK.jsonl: another name for other settings, which
+                         # stands before the metrics too
 tasks = ('hellaswag', 'arc_challenge', 'winogrande')  # and mmlu
 limit = 0                # only the first so many questions of each task; 0 = all
 styles = ('gauntlet', 'lm_eval')
@@ -330,8 +331,14 @@ def running_score(record):
 
 
 # ----------------------------------------------------------------------------- scores
+def metric_of(metric, name):
+    """A metric as results.jsonl has it: under another name with that in front."""
+    return metric if name == "forgetting" else f"{name}_{metric}"
+
+
 def write_task(subject, task, records, settings, seconds):
     """Print and store a task's metrics; returns the gauntlet's right and wrong, [] without it."""
+    metric = metric_of(task, settings["name"])
     judged = {}
     for style in settings["styles"]:
         judged[style] = judged_records(task, style, records, settings["max_seq_len"])
@@ -343,18 +350,18 @@ def write_task(subject, task, records, settings, seconds):
             by_subject = {}
             for record, hit in zip(judged["gauntlet"], right):
                 by_subject.setdefault(record["subject"], []).append(hit)
-            write_mean(subject, task, list(by_subject.values()), settings, seconds)
+            write_mean(subject, metric, list(by_subject.values()), settings, seconds)
         else:
-            write_result(subject, task, right, settings, seconds)
+            write_result(subject, metric, right, settings, seconds)
             losses = [gold_loss(record) for record in judged["gauntlet"]]
-            write_result(subject, f"{task}_loss", losses, settings, seconds)
+            write_result(subject, f"{metric}_loss", losses, settings, seconds)
     # lm-eval's
     if judged.get("lm_eval"):
         acc = [is_right(record, "lm_eval", "sum") for record in judged["lm_eval"]]
-        write_result(subject, f"{task}_acc", acc, settings, seconds)
+        write_result(subject, f"{metric}_acc", acc, settings, seconds)
         if TASKS[task].acc_norm:
             acc_norm = [is_right(record, "lm_eval", "per_char") for record in judged["lm_eval"]]
-            write_result(subject, f"{task}_acc_norm", acc_norm, settings, seconds)
+            write_result(subject, f"{metric}_acc_norm", acc_norm, settings, seconds)
     return right
 
 
@@ -385,7 +392,8 @@ def write_forgetting(subject, right, settings, seconds):
         print0(f"no forgetting number: that is the mean of {', '.join(FORGETTING)} in the "
                "gauntlet's style")
         return
-    write_mean(subject, "forgetting", [right[task] for task in FORGETTING], settings, seconds)
+    metric = metric_of("forgetting", settings["name"])
+    write_mean(subject, metric, [right[task] for task in FORGETTING], settings, seconds)
 
 
 # ----------------------------------------------------------------------------- the run

@@ -256,6 +256,9 @@ if __name__ == "__main__":
         started = time.perf_counter()
         asked = [itemgetter(*FIELDS)(problem) for problem in problems]
         settings = {"strip_prompt": strip_prompt, "data": digest(asked)}
+        # of all, whatever --limit says: what the samples are of, and what judges them
+        prompts = digest([(problem["task_id"], problem["prompt"]) for problem in all_problems])
+        tests = digest([itemgetter(*FIELDS)(problem) for problem in all_problems])
 
         # their samples, {problem: completions}: of a file
         if samples:
@@ -279,7 +282,8 @@ if __name__ == "__main__":
             print0(f"{len(problems)} problems, {n_samples} samples each, T={temperature}, "
                    f"top_p={top_p}, {begin_and_end(tok, bos)}")
             sampling = Sampling(n_samples, temperature, top_p, seed, bos, max_length, strip_prompt)
-            items = open_items(subject, name, range(len(problems)), sampling._asdict())
+            drawn = {**sampling._asdict(), "data": prompts}
+            items = open_items(subject, name, range(len(problems)), drawn)
             records = sample_problems(items, subject, problems, sampling, batch_size)
             found = {i: record["completions"] for i, record in records.items()}
             truncated = [sum(record["truncated"]) / n_samples for record in records.values()]
@@ -292,7 +296,7 @@ if __name__ == "__main__":
             programs = [(problems[i], text) for i, texts in found.items() for text in texts]
             print0(f"running {len(programs)} programs")
             judged = {"timeout": timeout, "memory_mb": memory_mb, "sandbox": sandbox,
-                      "strip_prompt": strip_prompt}
+                      "strip_prompt": strip_prompt, "data": tests}
             items = open_items(subject, f"{name}_run", range(len(programs)), judged,
                                itemgetter("passed"))
             for i, verdict in run_programs(programs, items.todo, strip_prompt, timeout, sandbox,

@@ -159,7 +159,7 @@ if __name__ == "__main__":
         for label, token_rows in sets.items():
             started = time.perf_counter()
             # the losses of this rank's rows
-            of_rows = {"set": token_rows.sha256, "seq_len": token_rows.seq_len,
+            of_rows = {"set": token_rows.identity, "seq_len": token_rows.seq_len,
                        "doc_mask": doc_mask}
             chosen = evenly_spaced(len(token_rows), rows)
             items = open_items(subject, f"{name}_{label}", chosen, of_rows, loss_per_target)

@@ -272,7 +272,7 @@ def save_adapter(model, folder, base_name="", get=full_tensor):
             begun, axis = behind[p]
             part = torch.cat([part, begun[first:first + shape[0]].to(part.device)], axis)
         tensors[name] = part.to("cpu").contiguous()
-    metadata = {"format": "pt", **identity_of(model, get)}
+    metadata = {"format": "pt", **identity_of(model)}
     if dist.is_initialized() and dist.get_rank() != 0:
         return
 
@@ -394,7 +394,8 @@ def merge_folders(base, adapter, out, dtype):
     in_fp32 = (merged - want).abs().max().item()
 
     # written under another name, and read again
-    partial = Path(f"{out}.tmp")
+    out = Path(out)
+    partial = out.with_name(f"{out.name}.tmp")
     try:
         model.save_pretrained(partial, dtype)
         again, _ = Llama.from_pretrained(partial)(tokens)

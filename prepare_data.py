@@ -399,6 +399,10 @@ if __name__ == "__main__":
 
             # ---- 3: which documents stay
             documents, infos = read_tables(work, count)
+            # shards of a start that skipped bad records
+            skipped = [message for info in infos for message in info["bad_first"]]
+            if skipped and on_bad_record == "error":
+                raise ValueError(skipped[0])
             if id_field:
                 pair = leave_out_repeated(documents)
                 if pair and on_bad_record == "error":
@@ -414,10 +418,8 @@ if __name__ == "__main__":
 
             # ---- 5: meta.json
             records = Counter()
-            bad = []
             for info in infos:
                 records[info["name"]] += info["records"]
-                bad += info["bad_first"]
             for entry in entries:
                 entry["records"] = records[entry["path"]]
             meta = {
@@ -425,7 +427,7 @@ if __name__ == "__main__":
                 "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
                 "tokenizer_sha256": tok.sha256, "tokenizer_name": tok.name,
                 "source": entries,
-                "skipped": sum(info["bad"] for info in infos), "skipped_first": bad[:5],
+                "skipped": sum(info["bad"] for info in infos), "skipped_first": skipped[:5],
                 "decontaminated": decontaminated,
                 "settings": settings, "versions": versions,
                 "splits": splits, "files": checksums(folder, splits)}

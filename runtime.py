@@ -93,14 +93,20 @@ def catch_stop_signals():
 
 # ----------------------------------------------------------------------------- device
 def pick_device(device):
-    """'auto' -> the GPU if there is one, else the CPU; ValueError for a GPU that is not there."""
+    """'auto' -> the GPU if there is one, else the CPU; ValueError for what is not there."""
     has_gpu = torch.cuda.is_available()
     if device == "auto":
         return torch.device("cuda" if has_gpu else "cpu")
     if device.startswith("cuda") and not has_gpu:
         raise ValueError(f"device={device}: no GPU is visible to PyTorch {torch.__version__}; "
                          "try --device=cpu")
-    return torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={device}: expected auto, cpu, cuda or cuda:N")
+    return found
 
 
 def available_cores():

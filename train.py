@@ -30,6 +30,7 @@ import torch
 
 from configurator import configure, default_values, knob_table
 from lion import OPTIMIZERS
+from llama.identity import identity_of_folder
 from llama.lora_matmul import choose_kernel
 from llama.weights import full_tensor
 from lora import apply_lora, apply_saved_lora, init_adapters
@@ -66,7 +67,7 @@ lora_init = 'default'        # A random, B zero | zero_a: B random | pissa: lead
 lora_plus = 1.0              # rate of B is so many times that of A; LoRA+ recommends 16
 dora = False                 # DoRA: train the rows' lengths too; with lora_dropout twice the work
 lora_kernel = 'auto'         # torch: plain products | triton: fused | auto: the faster on a GPU
-adapter = ''                 # train this PEFT folder (its rank, alpha, targets), not a new one
+adapter = ''                 # train this PEFT folder (its rank, alpha, dropout), not a new one
 # batch and duration (exactly one of the three max_)
 global_batch = 32            # rows a step
 microbatch = 4               # rows at once; memory grows with it, the result does not change
@@ -319,8 +320,11 @@ if __name__ == "__main__":
             started_from = Path(resume_from)
             may_differ = _free | _schedule
         if started_from:
-            state |= checkpoint_state(started_from, config, defaults, train_rows.sha256, may_differ)
+            state |= checkpoint_state(started_from, config, defaults, train_rows, may_differ)
         first_step = state["step"]
+        if resume_from and first_step >= steps and started_from == Path(resume_from):
+            raise ValueError(f"resume_from: {resume_from} has done {first_step} steps, and the run "
+                             f"has {steps} in all, those included; nothing is left to do")
 
         # ---- what is trained: made without memory, sharded below, then filled with weights
         compute_dtype = pick_dtype(dtype, device)
@@ -352,6 +356,7 @@ if __name__ == "__main__":
             model.load_weights(started_from)
         else:
             model.load_weights(base)
+        model.base_identity = identity_of_folder(base)
         if saved_adapter:
             load_trained_adapter(model, saved_adapter, lora_init)
         elif is_lora:
@@ -448,8 +453,8 @@ if __name__ == "__main__":
             # save
             is_time = save_interval and done % save_interval == 0
             if done == steps or stops or done in keep or is_time:
-                state.update(step=done, steps=steps, config=config, data=train_rows.sha256,
-                             versions=versions())
+                state.update(step=done, steps=steps, config=config, data=train_rows.identity,
+                             base=model.base_identity, versions=versions())
                 if saving:
                     saving.result()
                 if not is_sharded(model):

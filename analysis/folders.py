@@ -86,7 +86,7 @@ def open_model(folder, config):
     if problems:
         raise ValueError(f"{folder}: its projections do not fit the base's config.json: "
                          f"{problems}")
-    identity = identity_of_files(files)["base_fingerprint"]
+    identity = identity_of_files(files)["base_digest"]
     return Checkpoint(Path(folder), files, identity)
 
 

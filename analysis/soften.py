@@ -142,7 +142,7 @@ if __name__ == "__main__":
                                rank == "exact", device)
 
         # under another name until it is whole
-        partial = Path(f"{out}.tmp")
+        partial = Path(out).with_name(f"{Path(out).name}.tmp")
         metadata = {"format": "pt", **identity_of_files(before.files)}
         write_adapter(partial, found, tuned.config, blocks, base, metadata)
         partial.rename(out)

@@ -43,7 +43,7 @@ max_new_tokens = 1024    # of each answer; FastChat's
 seed = 0
 limit = 0                # only the first so many questions; 0 = all
 batch_size = 64          # rows generated at once
-model_id = ''            # the name that the judge's tables show; '' = run and step
+model_id = ''            # the name that the judge's tables show; '' = run, step, name and t
 name = 'mtbench'         # items go to eval_NAME.jsonl: another name for other settings
 out_dir = ''             # for items and mt_bench/; '' = the checkpoint's folder, or out/MODEL
 device = 'auto'          # auto | cpu | cuda | cuda:N
@@ -216,4 +216,7 @@ if __name__ == "__main__":
             values = [min(1, record[metric]) for record in records]
             write_result(subject, f"{name}_{metric}", values, {**config, **settings}, seconds)
         if RANK == 0:
-            write_answers(subject.folder, records, model_id or f"{subject.run}-{subject.step}")
+            if not model_id:
+                model_id = f"{subject.run}-{subject.step}"
+                model_id += f"-{name}" * (name != "mtbench") + f"-t{t:g}" * (t != 1)
+            write_answers(subject.folder, records, model_id)

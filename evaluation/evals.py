@@ -35,7 +35,7 @@ from evaluation.against import base_of_full_run, interpolate
 from evaluation.scores import json_lines, with_identity
 from llama.adapter_config import is_adapter, named_base
 from llama.generate import NotFinite
-from llama.identity import fingerprint
+from llama.identity import bytes_of, rows_of
 from lora import load_adapter, merge_lora
 from model import Llama
 from runtime import RANK, WORLD, join_ranks, pick_device, print0, read_object, write_whole
@@ -97,7 +97,6 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
     is_changed = bool(adapter) or t != 1
     load_dtype = torch.promote_types(dtype, torch.float32) if is_changed else dtype
     llama = Llama.from_pretrained(base, load_dtype, device)
-    weights = fingerprint(llama)
     if adapter:
         merge_lora(load_adapter(llama, adapter))
     if t != 1:
@@ -105,9 +104,6 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
     if is_changed:
         llama = llama.to(dtype)
         llama.compute_dtype = dtype
-    if adapter:
-        adapter_bytes = (judged / "adapter_model.safetensors").read_bytes()
-        weights += hashlib.sha256(adapter_bytes).hexdigest()
     check_vocabulary(tok, llama.config.vocab_size)
     # on the error stream: what sample.py prints is the text alone
     if RANK == 0:
@@ -115,7 +111,7 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
             print(line, file=sys.stderr)
 
     # what it is, and where its results belong
-    identity = {"model": str(base), "adapter": str(adapter), "weights": weights,
+    identity = {"model": str(base), "adapter": str(adapter), "weights": hash_of(llama),
                 "dtype": str(dtype).removeprefix("torch."), "tokenizer": tok.sha256}
     subject = place(judged, out_dir or Path("out") / judged.resolve().name, bool(out_dir))
     if t != 1:
@@ -125,6 +121,14 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
             subject = subject._replace(folder=folder, results=folder / "results.jsonl")
     llama = llama.eval().requires_grad_(False)
     return subject._replace(model=llama, tokenizer=tok, identity=identity)
+
+
+def hash_of(llama):
+    """A sha256 that tells a model, as it is judged, from others: its shape, rows of each weight."""
+    digest = hashlib.sha256(repr(llama.config).encode())
+    for p in llama.parameters():
+        digest.update(bytes_of(rows_of(p.detach()).cpu().contiguous()))
+    return digest.hexdigest()
 
 
 def find_model(model, adapter=""):

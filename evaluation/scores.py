@@ -101,6 +101,15 @@ def json_lines(path):
         yield content
 
 
+def last_of(path, record):
+    """The last line of a .jsonl file with a record's metric and step, which counts; {} for none."""
+    last = {}
+    for line in json_lines(path):
+        if (line.get("metric"), line.get("step")) == (record["metric"], record["step"]):
+            last = line
+    return last
+
+
 def write_score(subject, metric, scored, values, settings, seconds):
     """Print a metric and append it to results.jsonl, and the items' values to values.jsonl.
 
@@ -128,14 +137,12 @@ def write_score(subject, metric, scored, values, settings, seconds):
     # two models are compared by these, item by item
     of_items = {"metric": metric, "step": subject.step, "values": list(values)}
 
-    # a line that is there already comes from finished items that were judged again
+    # what the last line says already comes from finished items that were judged again
     subject.results.parent.mkdir(parents=True, exist_ok=True)
-    before = json_lines(subject.results)
-    is_new = not any(record.items() <= line.items() for line in before)
     values_file = subject.results.with_name("values.jsonl")
-    if is_new or of_items not in json_lines(values_file):
+    if last_of(values_file, of_items) != of_items:
         append_jsonl(values_file, of_items)
-    if is_new:
+    if not record.items() <= last_of(subject.results, record).items():
         record["seconds"] = round(seconds, 3)
         record["version"] = versions()
         record["time"] = time.strftime("%Y-%m-%dT%H:%M:%S")

@@ -1,6 +1,6 @@
 """adapter_model.safetensors of a PEFT folder: opened, and checked against its base.
 
-    metadata    base_fingerprint, base_sample            the base it was trained on, see identity.py
+    metadata    base_digest, base_sample, ...            the base it was trained on, see identity.py
     tensors     ...q_proj.lora_A.weight [rank, in]       exactly those that adapter_config.json asks
                 ...q_proj.lora_B.weight [out, rank]      for, in their shapes
                 ...embed_tokens.weight [V, D]            in some files, and then the base's own

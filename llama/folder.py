@@ -38,7 +38,7 @@ def read_config(folder, fields):
     check_keys(f"{path}: missing", hf, ("vocab_size", "hidden_size", "intermediate_size",
                                         "num_hidden_layers", "num_attention_heads"))
 
-    # a key that is missing or null has LlamaConfig's default, but for these
+    # a key that is missing or null has the default of transformers' LlamaConfig
     known = {}
     for key, field in fields.items():
         if hf.get(key) is not None and key not in ("rope_theta", "rope_scaling"):
@@ -47,6 +47,8 @@ def read_config(folder, fields):
     heads = known["num_attention_heads"]
     known.setdefault("num_key_value_heads", heads)
     known.setdefault("head_dim", known["hidden_size"] // heads)
+    known.setdefault("rms_norm_eps", 1e-6)
+    known.setdefault("max_position_embeddings", 2048)
     check_shape(path, known)
     theta, scaling = read_rope(path, hf)
     known["rope_theta"] = theta

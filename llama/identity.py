@@ -1,57 +1,50 @@
 """Which base an adapter or a run belongs to: recognised by its weights, not by its folder.
 
-    norm.weight            [D]         all of it -+-> sha256 of the bf16 bytes     base_fingerprint
-    embed_tokens.weight    [64 rows]  ------------+-> 320 of them, bf16, in hex    base_sample
-    layers.0 qkv_proj      [64 rows]  ------------+
+    model.norm.weight            all ---------------+--> sha256 of the bf16 bytes   base_fingerprint
+    model.embed_tokens.weight    the first 64 rows -+--> 320 of them, bf16, in hex -+
+    layers.0 q, k, v             the first 64 rows -+                               +-> base_sample
+    every tensor                 4 rows ------------+--> 8 of each -----------------+
+                                                    +--> sha256 of the bf16 bytes   base_digest
 
-Equal fingerprints mean the same base. A base that was stored in fp16 on the way has a different
-fingerprint, because it was rounded twice; its sample still lies within one step of bf16.
+Equal digests mean the same base. A base that was stored in fp16 on the way has another digest,
+because it was rounded twice; its sample still lies within one step of bf16. Adapters of before
+2026-12 know the fingerprint and the first 320 numbers alone.
 """
 import hashlib
 
 import torch
 
-from llama.weights import full_tensor, open_weights
+from llama.weights import file_tensors, full_tensor, open_weights
 
-NUMBERS = 320           # of a sample: 64 of the norm, 128 of each matrix
+FIRST_NUMBERS = 320     # of a sample: 64 of the norm, 128 of each matrix
+ROWS = 4                # of a tensor that are in the digest, evenly spaced
+NUMBERS = 8             # of a tensor's rows that are in the sample
 BF16_STEP = 2.0 ** -7   # largest distance of neighbours in bf16, as a share of the number
 FP16_STEP = 2.0 ** -24  # distance of the smallest numbers in fp16
 
 
-def known_by(model):
-    """The parameters that identify a base."""
-    return model.norm.weight, model.embed_tokens.weight, model.layers[0].self_attn.qkv_proj.weight
+# ----------------------------------------------------------------------------- of weights
+def identity_of(model):
+    """{"base_fingerprint", "base_sample", "base_digest"} of a model's weights.
 
-
-def identity_of(model, get=full_tensor):
-    """{"base_fingerprint", "base_sample"}; under FSDP all ranks must call it.
-
-    model.base_identity, if it is there, counts: then training has changed frozen weights."""
+    model.base_identity, if it is there, counts: train.py knows the base's folder, and has sharded
+    the weights or changed frozen ones. Without it all ranks must call this under FSDP."""
     if hasattr(model, "base_identity"):
         return model.base_identity
-    norm, embedding, qkv = known_by(model)
-    return describe(get(norm), get(embedding), get(qkv))
-
-
-def fingerprint(model, get=full_tensor):
-    """The sha256 of base_fingerprint alone; under FSDP all ranks must call it."""
-    return identity_of(model, get)["base_fingerprint"]
+    parameters = dict(model.named_parameters())
+    tensors = {}
+    for name, parts in file_tensors(model).items():
+        full = full_tensor(parameters[name])
+        first = 0
+        for published, rows in parts:
+            tensors[published] = full[first:first + rows]
+            first += rows
+    return describe(tensors)
 
 
 def identity_of_files(files):
     """The same of an opened model folder, {tensor name: open file}."""
-    # the embedding is tied and under the head's name in some folders
-    norm = files["model.norm.weight"].get_tensor("model.norm.weight")
-    embedding = "model.embed_tokens.weight"
-    if embedding not in files:
-        embedding = "lm_head.weight"
-
-    # q, k and v of the first block, as our model stores them together
-    parts = []
-    for module in ("q_proj", "k_proj", "v_proj"):
-        name = f"model.layers.0.self_attn.{module}.weight"
-        parts.append(files[name].get_tensor(name))
-    return describe(norm, files[embedding].get_slice(embedding), torch.cat(parts))
+    return describe({name: file.get_slice(name) for name, file in files.items()})
 
 
 def identity_of_folder(folder):
@@ -63,40 +56,91 @@ def identity_of_folder(folder):
         return None
 
 
-def describe(norm, embedding, qkv):
-    """Fingerprint and sample of the last norm and the first 64 rows of two matrices."""
+def describe(tensors):
+    """The identity of {published name: tensor, or slice of a file}."""
+    # the embedding is tied and under the head's name in some folders, and under both in others
+    tensors = dict(tensors)
+    embedding = "model.embed_tokens.weight"
+    if embedding not in tensors:
+        tensors[embedding] = tensors["lm_head.weight"]
+    embedding = tensors[embedding]
+    head = tensors.get("lm_head.weight")
+    if head is not None and torch.equal(rows_of(head), rows_of(embedding)):
+        del tensors["lm_head.weight"]
+
+    # the beginning of the model
+    q, k, v = (tensors[f"model.layers.0.self_attn.{part}.weight"][:64]
+               for part in ("q_proj", "k_proj", "v_proj"))
     digest = hashlib.sha256()
     sample = b""
-    for w, count in ((norm, 64), (embedding[:64], 128), (qkv[:64], 128)):
-        rounded = w.detach().to("cpu", torch.bfloat16).flatten()
+    for w, count in ((tensors["model.norm.weight"][:], 64), (embedding[:64], 128),
+                     (torch.cat((q, k, v))[:64], 128)):
+        rounded = rounded_numbers(w)
         digest.update(bytes_of(rounded))
-        # `count` numbers, evenly spaced
-        chosen = torch.arange(count) * len(rounded) // count
-        sample += bytes_of(rounded[chosen])
-    return {"base_fingerprint": digest.hexdigest(), "base_sample": sample.hex()}
+        sample += bytes_of(evenly_spaced(rounded, count))
+    fingerprint = digest.hexdigest()
+
+    # and something of all tensors
+    for name in sorted(tensors):
+        rounded = rounded_numbers(rows_of(tensors[name]))
+        digest.update(bytes_of(rounded))
+        sample += bytes_of(evenly_spaced(rounded, NUMBERS))
+    return {"base_fingerprint": fingerprint, "base_sample": sample.hex(),
+            "base_digest": digest.hexdigest()}
+
+
+def rows_of(w):
+    """ROWS evenly spaced rows of a matrix, or all of a vector: of a tensor, or a slice of a file."""
+    shape = w.get_shape() if hasattr(w, "get_shape") else w.shape
+    if len(shape) == 1:
+        return w[:]
+    rows = []
+    for i in range(ROWS):
+        at = i * shape[0] // ROWS
+        rows.append(w[at:at + 1])
+    return torch.cat(rows)
+
+
+def rounded_numbers(w):
+    return w.detach().to("cpu", torch.bfloat16).flatten()
+
+
+def evenly_spaced(numbers, count):
+    return numbers[torch.arange(count) * len(numbers) // count]
 
 
 def bytes_of(tensor):
     return tensor.view(torch.uint8).numpy().tobytes()
 
 
+# ----------------------------------------------------------------------------- comparing
 def is_same_base(one, other):
     """Whether two identities are of the same weights, possibly stored in different dtypes.
 
-    Of the samples' numbers each must lie within one step of bf16 and seven in eight must be equal:
-    of weights that went through fp16 one in sixteen is rounded to the other side. An identity
-    without a sample, of an older adapter, has to be equal."""
-    if one.get("base_fingerprint") == other["base_fingerprint"]:
-        return True
+    `one` may be an older adapter's; without a sample its fingerprint has to be equal."""
+    begins_alike = one.get("base_fingerprint") == other["base_fingerprint"]
     a = read_sample(one)
     b = read_sample(other)
-    if a is None or b is None:
+    if "base_digest" not in one:
+        return begins_alike or a is not None and is_close(a[:FIRST_NUMBERS], b[:FIRST_NUMBERS])
+    if one["base_digest"] == other["base_digest"]:
+        return True
+    if a is None or len(a) != len(b):
         return False
+    # equal beginnings were not rounded twice, so the rest was not either
+    return torch.allclose(a, b, rtol=0, atol=FP16_STEP) if begins_alike else is_close(a, b)
+
+
+def is_close(a, b):
+    """Whether samples can be of the same weights, one of them rounded to fp16 on the way.
+
+    Each number must lie within one step of bf16 and seven in eight must be equal: of weights that
+    went through fp16 one in sixteen is rounded to the other side."""
     # numbers smaller than fp16 has are no difference
     distance = (a - b).abs()
-    is_close = distance <= b.abs() * BF16_STEP + FP16_STEP
+    within_a_step = distance <= b.abs() * BF16_STEP + FP16_STEP
     differing = (distance > FP16_STEP).sum().item()
-    return bool(is_close.all()) and differing <= NUMBERS / 8
+    return bool(within_a_step.all()) and differing <= len(a) / 8
 
 
 def read_sample(identity):
@@ -105,6 +149,6 @@ def read_sample(identity):
         stored = bytearray.fromhex(identity.get("base_sample", ""))
     except (ValueError, TypeError):
         return None
-    if len(stored) != 2 * NUMBERS:
+    if len(stored) < 2 * FIRST_NUMBERS or len(stored) % 2:
         return None
     return torch.frombuffer(stored, dtype=torch.bfloat16).float()

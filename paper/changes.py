@@ -8,6 +8,7 @@ compared item by item. A base is a folder beside its runs, or step 0 of their lo
 """
 import glob
 import math
+import os
 import statistics
 from pathlib import Path
 from typing import NamedTuple
@@ -66,8 +67,7 @@ def measure_runs(folders, learning, forgetting):
             problems[f"{folder}: nothing was measured after step 0, left out"] += 1
             continue
         # what it learned and forgot, from its base on
-        base_name = Path(run.config.get("base", "")).name
-        base = bases.get((folder.parent, base_name), {})
+        base = base_of(folder, run, bases)
         learned = change_of(folder, run, learning, steps, base)
         forgot = change_of(folder, run, forgetting, steps, base)
         measured.append(Measured(folder, run, steps, learned, scaled(forgot, -1)))
@@ -75,16 +75,32 @@ def measure_runs(folders, learning, forgetting):
 
 
 def read_bases(found):
-    """{(parent folder, base's name): {metric: ((value, stderr), items)}} of the bases."""
+    """{(parent folder, name): {path: {metric: ((value, stderr), items)}}} of the bases."""
     bases = {}
     for folder, run in found.items():
         if run.config:
             continue
-        base = bases.setdefault((folder.parent, run.name), {})
+        path = os.path.normpath(run.judged or folder)
+        base = bases.setdefault((folder.parent, run.name), {}).setdefault(path, {})
         for metric, steps in run.metrics.items():
             last = max(steps)
             base[metric] = steps[last], run.items.get((metric, last), ())
     return bases
+
+
+def base_of(folder, run, bases):
+    """{metric: ((value, stderr), items)} of a run's base, as read_bases has it; {} for none.
+
+    Bases of one name (.../step_700) are told apart by their paths; a base that was moved is known
+    by its name. Raises ValueError where that leaves several."""
+    path = os.path.normpath(run.config.get("base", ""))
+    of_name = bases.get((folder.parent, Path(path).name), {})
+    if path in of_name:
+        return of_name[path]
+    if len(of_name) > 1:
+        raise ValueError(f"{folder}: its base is {path}; evaluated beside it are "
+                         f"{' and '.join(sorted(of_name))}")
+    return next(iter(of_name.values()), {})
 
 
 def change_of(folder, run, metric, steps, base):

@@ -27,9 +27,9 @@ from typing import NamedTuple
 
 from configurator import configure
 from paper.changes import combine, folders_of, measure_runs, spared
-from paper.results import (mean_of_seeds, problems, read_json, regularised, spectrum_fault,
-                           targets_name, trained_numbers)
-from paper.sweeps import bests_of_seeds, factor_words, mean_factor, mean_losses
+from paper.results import (REGULARISERS, mean_of_seeds, problems, read_json, regularised,
+                           setting_of, spectrum_fault, targets_name, trained_numbers)
+from paper.sweeps import bests_of_seeds, factor_words, is_inside, mean_factor, mean_losses
 from runtime import one_line_errors
 
 # -----------------------------------------------------------------------------
@@ -76,16 +76,18 @@ def read_runs(folders, learning, forgetting, fraction):
 
     Returns {(seed, method, steps): {rate: (learned, forgot)}} at each run's end, both a Change,
     {(seed, method, steps, rate): effective rank} and {method: numbers in its adapter}. Raises
-    ValueError where two runs are of one seed, method, length and learning rate, or a metric is
-    missing."""
+    ValueError where two runs are of one seed, method, length and learning rate, where a method's
+    runs differ in another knob, or a metric is missing."""
     changes = {}
     ranks = {}
     sizes = {}
+    first = {}  # {(method, steps): its first run}
     for measured in measure_runs(folders, learning, forgetting):
         folder, run, steps, learned, forgot = measured
         method = method_of(run.config)
         if method is None:
             continue  # nothing that the claims speak of
+        check_same_setting(measured, first.setdefault((method, steps), measured), method)
         # one run a seed, method, length and rate
         by_rate = changes.setdefault((measured.seed, method, steps), {})
         if measured.rate in by_rate:
@@ -100,6 +102,25 @@ def read_runs(folders, learning, forgetting, fraction):
             if size:
                 sizes[method] = size
     return changes, ranks, sizes
+
+
+def check_same_setting(measured, other, method):
+    """Raise ValueError for two runs of a method that differ in more than rate, seed and base.
+
+    Each seed may have a base of its own."""
+    mine, theirs = setting_of(measured.run), setting_of(other.run)
+    pairs = [("lora_alpha", mine.alpha, theirs.alpha)]
+    for (knob, value), (_, their_value) in zip(mine.other, theirs.other):
+        # regularisers are in the method, and off where they are too small to count
+        if knob != "learning_rate" and knob not in REGULARISERS:
+            pairs.append((knob, value, their_value))
+    if measured.seed == other.seed:
+        pairs.append(("base", measured.run.config.get("base"), other.run.config.get("base")))
+    for knob, value, their_value in pairs:
+        if value != their_value:
+            raise ValueError(f"{measured.folder} and {other.folder} are both {method}, but one has "
+                             f"{knob}={value}, the other {their_value}; name the runs of one of "
+                             "them in --runs")
 
 
 def rank_of_change(folder, steps, fraction):
@@ -173,7 +194,8 @@ def choose_rates(changes, steps):
         if not losses:
             raise ValueError(f"{method}: its seeds share no learning rate at {steps} steps")
         chosen[method] = min(losses, key=losses.get)
-        if len(losses) > 1 and bests_of_seeds(of_seeds) is None:
+        is_end = len(losses) > 1 and bests_of_seeds(of_seeds) is None
+        if is_end or not is_inside(of_seeds, chosen[method]):
             unsure.add(method)
     return chosen, unsure
 
@@ -182,10 +204,12 @@ def rate_rows(changes, steps):
     """[(method, best rate, its ratio to full finetuning's)] in words, of what was swept."""
     bests = {}  # {method: {seed: rate}}, None where it is not known
     for method in sorted({method for _, method, length in changes if length == steps}):
-        of_seeds = losses_of(changes, method, steps)
-        losses = list(of_seeds.values())
-        if len(mean_losses(losses)) > 1:
-            found = bests_of_seeds(losses)
+        of_seeds = {}
+        for seed, losses in losses_of(changes, method, steps).items():
+            if len(losses) > 1:
+                of_seeds[seed] = losses
+        if of_seeds:
+            found = bests_of_seeds(list(of_seeds.values()))
             bests[method] = found and {seed: best.rate for seed, best in zip(of_seeds, found)}
     full = bests.get(Method(0, ""))
     rows = []

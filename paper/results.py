@@ -207,6 +207,7 @@ class Run(NamedTuple):
     log: list      # the lines of log.jsonl
     places: dict   # {step: {"step", "tokens", "epoch"}} of the steps with a metric
     items: dict    # {(metric, step): the values of the evaluation's items}
+    judged: str    # the model folder that was evaluated, of a base; '' = not known
 
 
 def read_run(folder):
@@ -253,8 +254,9 @@ def read_run(folder):
         values = line.get("values") or []
         if isinstance(values, list) and None not in [number(value) for value in values]:
             items[line.get("metric"), line.get("step")] = values
-    name = folder.name if config else base_name(folder.name, results)
-    return Run(name, config, dict(metrics), log, places, items)
+    judged = "" if config else judged_model(results)
+    name = Path(judged).name if judged else folder.name
+    return Run(name, config, dict(metrics), log, places, items, judged)
 
 
 def epochs_of_step(log):
@@ -265,15 +267,16 @@ def epochs_of_step(log):
     return 0
 
 
-def base_name(name, results):
-    """The name of a base as its runs have it: that of the model folder which was evaluated."""
+def judged_model(results):
+    """The model folder that results are of, whose name its runs know it by; '' for none."""
+    model = ""
     for line in results:
         judged = line.get("settings")
         if not isinstance(judged, dict) or judged.get("adapter"):
             continue
         if judged.get("model") and isinstance(judged["model"], str):
-            name = Path(judged["model"]).name
-    return name
+            model = judged["model"]
+    return model
 
 
 # ----------------------------------------------------------------------------- runs become points

@@ -67,6 +67,22 @@ def bests_of_seeds(of_seeds):
     return found
 
 
+def swept(of_seeds):
+    """Those of [{rate: loss}], one a seed, with several rates; a seed of one repeats what others
+    have found."""
+    return [losses for losses in of_seeds if len(losses) > 1]
+
+
+def is_inside(of_seeds, rate):
+    """Whether every seed of [{rate: loss}] that was swept has its lowest loss inside, at the rate
+    or beside it; as is so where none was swept."""
+    for losses in swept(of_seeds):
+        around = around_lowest(losses)
+        if around is None or rate not in around:
+            return False
+    return True
+
+
 def mean_losses(of_seeds):
     """{rate: mean loss} of [{rate: loss}], one a seed, of those rates that every seed has."""
     shared = set.intersection(*map(set, of_seeds))
@@ -81,10 +97,10 @@ def next_rate(of_seeds):
 
     The lowest mean comes first, then the seeds in order; as far beyond as the end's neighbour is
     inside. None where all lie inside, or where a single rate is no sweep."""
-    means = mean_losses(of_seeds)
-    if len(means) < 2:
+    of_seeds = swept(of_seeds)
+    if not of_seeds:
         return None
-    for losses in (means, *of_seeds):
+    for losses in swept([mean_losses(of_seeds), *of_seeds]):
         if around_lowest(losses) is None:
             rates = sorted(losses)
             lowest = min(rates, key=losses.get)

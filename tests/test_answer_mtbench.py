@@ -14,8 +14,8 @@ KEYS = ["question_id", "answer_id", "model_id", "choices", "tstamp"]
 CHOICE_KEYS = ["index", "turns"]
 
 
-def run(tmp_path, name="a", **knobs):
-    knobs = {"model": need("data/stories260k"), "out_dir": tmp_path / name, "max_new_tokens": 20,
+def run(tmp_path, folder="a", **knobs):
+    knobs = {"model": need("data/stories260k"), "out_dir": tmp_path / folder, "max_new_tokens": 20,
              "questions": mtbench_questions(tmp_path / "q.jsonl"), **knobs}
     return run_here("evaluation/answer_mtbench.py", *(f"--{knob}={value}" for knob, value in knobs.items()))
 
@@ -37,6 +37,15 @@ def test_the_file_is_fastchats_and_the_same_whatever_the_batch(tmp_path):
     drop = lambda lines: [{k: v for k, v in line.items() if k != "tstamp"} for line in lines]
     assert drop(answers["a"]) == drop(answers["b"])
     assert len({line["answer_id"] for line in answers["a"]}) == len(asked)
+
+
+def test_answers_under_another_name_have_a_file_of_their_own(tmp_path):
+    file = mtbench_questions(tmp_path / "q.jsonl")
+    for name in ("mtbench", "plain"):
+        done = run(tmp_path, "a", questions=file, limit=1, name=name)
+        assert done.returncode == 0, done.stderr
+    written = {path.name for path in (tmp_path / "a/mt_bench/model_answer").iterdir()}
+    assert written == {"stories260k-0.jsonl", "stories260k-0-plain.jsonl"}
 
 
 def test_started_again_it_answers_what_is_left(tmp_path):

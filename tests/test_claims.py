@@ -1,13 +1,14 @@
 """claims.py: run folders with known numbers, and what is said of them."""
 import json
 import math
+import shutil
 import statistics
 
 import numpy as np
 import pytest
 from conftest import run_here
 
-from paper.changes import Change, combine, spared
+from paper.changes import Change, combine, measure_runs, spared
 from paper.claims import Method, claims, method_of, verdict
 from paper.results import mean_of_seeds, problems
 
@@ -202,6 +203,26 @@ def test_values_of_items_are_read_from_the_runs(evaluated):
                                              "holds")
 
 
+def test_bases_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    """Each seed has a base of its own, .../step_700; they are 5 and 7 before training, 4 and 6 after it."""
+    out = tmp_path / "a"
+    for seed in (1, 2):
+        for name, step, value, config in ((f"base{seed}", 0, 3 + 2 * seed, None), (f"full{seed}", 10, 2 + 2 * seed, {})):
+            if config is not None:
+                write_run(out / name, 1.0, 0.1, seed, base=f"out/./{seed}/step_700")
+            (out / name).mkdir(parents=True, exist_ok=True)
+            line = {"metric": "a_loss", "step": step, "value": value, "stderr": 0.1, "settings": {"model": f"out/{seed}/step_700"}}
+            (out / name / "results.jsonl").write_text(json.dumps(line) + "\n")
+    found = {m.seed: m.learned.value for m in measure_runs(sorted(out.iterdir()), "a_loss", "loss source")}
+    assert found == {1: 1.0, 2: 1.0}
+    # moved, a base is known by its name alone, which two have
+    (out / "full2/config.json").write_text(json.dumps({"config": {"seed": 2, "base": "elsewhere/step_700"}}))
+    with pytest.raises(ValueError, match="its base is elsewhere/step_700; evaluated beside it are out/1/step_700 and out/2/step_700"):
+        measure_runs(sorted(out.iterdir()), "a_loss", "loss source")
+    shutil.rmtree(out / "base1")
+    assert {m.seed: m.learned.value for m in measure_runs([out / "base2", out / "full2"], "a_loss", "loss source")} == {2: 1.0}
+
+
 def test_runs_with_other_items_than_the_base_are_refused(evaluated):
     path = evaluated / "a/r4/values.jsonl"
     path.write_text(path.read_text().replace("[0.4, 0.6, 0.8]", "[0.4, 0.6]"))
@@ -236,7 +257,15 @@ def test_methods():
      "no 'loss source'"),
     (lambda out: (out / "full/log.jsonl").write_text('{"step": 3, "tokens": 3, "val": {"target": 1.0, "source": 1}}\n'),
      "evaluate the base into a folder beside it and list it in --runs"),
-    (lambda out: (out / "full/config.json").unlink(), "no finished run")])
+    (lambda out: (out / "full/config.json").unlink(), "no finished run"),
+    # which would be taken for a sweep of the learning rate, or for another seed
+    (lambda out: [write_run(out / f"r4{dora}", 1.0, 1.0, learning_rate=2e-4 + dora, dora=dora, lora_rank=4) for dora in (False, True)],
+     "one has dora=True, the other False"),
+    (lambda out: [write_run(out / f"r4-{a}", 1.0, 1.0, learning_rate=a, lora_alpha=a, lora_rank=4) for a in (4, 8)],
+     "one has lora_alpha=8, the other 4"),
+    (lambda out: write_run(out / "other", 1.0, 1.0, learning_rate=2e-4, optimizer="adamw"), "one has optimizer=adamw, the other lionw"),
+    (lambda out: write_run(out / "other", 1.0, 1.0, seed=2, global_batch=64), "one has global_batch=64, the other 32"),
+    (lambda out: write_run(out / "other", 1.0, 1.0, learning_rate=2e-4, base="c"), "one has base=c, the other b")])
 def test_runs_that_cannot_be_compared(tmp_path, break_it, message):
     write_run(tmp_path / "a/full", 2.0, 1.0)
     break_it(tmp_path / "a")

@@ -268,6 +268,15 @@ def test_script(whole):
     assert 0 < cut < 12 and f"arc_challenge, gauntlet: {cut} of 12 items" in stdout
 
 
+def test_another_name_has_metrics_of_its_own(whole, argv, tmp_path):
+    """So that results with other shots do not take the place of the first in results.jsonl."""
+    ran = run_here(*argv(tmp_path, "--name=noshots", "--limit=2", "--arc_challenge_shots=0", "--winogrande_shots=0"))
+    assert ran.returncode == 0, ran.stderr
+    named = [json.loads(line)["metric"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    plain = [json.loads(line)["metric"] for line in (whole[0] / "results.jsonl").read_text().splitlines()]
+    assert named == [f"noshots_{metric}" for metric in plain]
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 700])
 def test_batch_size_does_not_matter(whole, argv, tmp_path, batch_tokens):
     assert run_here(*argv(tmp_path, f"--batch_tokens={batch_tokens}")).returncode == 0

@@ -224,6 +224,32 @@ def test_samples_made_elsewhere_are_run_and_a_kill_loses_nothing(tmp_path):
     assert other.returncode == 2 and "is of another sample" in other.stderr and other.stderr.count("\n") == 1
 
 
+def test_other_problems_have_samples_and_verdicts_of_their_own(tmp_path):
+    """As HumanEval+ after HumanEval: the same problems, other tests. With fewer of the same ones, those that are there serve."""
+    problems = program_records()[:3]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"task_id": p["task_id"], "completion": "\n" + p["canonical_solution"]}) + "\n"
+                                                 for p in problems))
+    hard = [{**p, "test": "def check(candidate):\n    assert False\n"} for p in problems]
+    for name, records in (("easy", problems), ("hard", hard), ("renamed", [{**p, "task_id": f"x/{i}"} for i, p in enumerate(problems)])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in records))
+    judge = [f"--samples={tmp_path / 'mine.jsonl'}", "--k=1", "--allow_code_execution=True", "--workers=1"]
+    done = run(tmp_path, *judge, f"--data={tmp_path / 'easy.jsonl'}")
+    if "cannot be had here" in done.stderr:
+        pytest.skip(done.stderr)
+    assert results(tmp_path / "a")["mine_pass@1"]["value"] == 1
+    done = run(tmp_path, *judge, f"--data={tmp_path / 'hard.jsonl'}")
+    assert done.returncode == 2 and "eval_mine_run.jsonl was made with data=" in done.stderr, done.stderr
+    done = run(tmp_path, *judge, f"--data={tmp_path / 'hard.jsonl'}", name="b")
+    assert results(tmp_path / "b")["mine_pass@1"]["value"] == 0, done.stderr
+    # and samples of a model
+    draw = ["--n_samples=1", "--temperature=0", "--max_length=240"]
+    assert run(tmp_path, *draw, f"--data={tmp_path / 'easy.jsonl'}", name="c").returncode == 0
+    done = run(tmp_path, *draw, f"--data={tmp_path / 'renamed.jsonl'}", name="c")
+    assert done.returncode == 2 and "eval_humaneval.jsonl was made with data=" in done.stderr, done.stderr
+    done = run(tmp_path, *draw, f"--data={tmp_path / 'easy.jsonl'}", "--limit=2", name="c")
+    assert done.returncode == 0 and "2 of 2 items are there already" in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--k=6", "--n_samples=5"], "k=6: expected numbers from 1 to n_samples=5"),
     (["--n_samples=4", "--temperature=0"], "gives 4 times the same sample"),

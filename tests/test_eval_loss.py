@@ -90,6 +90,18 @@ def test_another_name_is_another_metric_of_which_less_is_better(studied, tmp_pat
     assert found["loss a"]["value"] != found["loss nomask a"]["value"] and not falls("lossy_strict_match")
 
 
+def test_the_same_tokens_with_another_mask_are_another_set(studied, tmp_path):
+    out, base, _ = studied
+    argv = [f"--model={base}", f"--out_dir={tmp_path / 'e'}", "--rows=2", "--dtype=float32"]
+    data = shutil.copytree(out / "ift", tmp_path / "ift")
+    assert run_here("eval_loss.py", *argv, f"--data=a={data}").returncode == 0
+    meta = json.loads((data / "meta.json").read_text())
+    meta["files"]["train.mask.bin"] = "another"
+    (data / "meta.json").write_text(json.dumps(meta))
+    done = run_here("eval_loss.py", *argv, f"--data=a={data}")
+    assert done.returncode == 2 and "eval_loss_a.jsonl was made with set=" in done.stderr, done.stderr
+
+
 def test_error_of_the_ratio_is_that_of_drawing_rows_anew():
     rng = np.random.default_rng(0)
     targets = rng.integers(1, 200, 300)

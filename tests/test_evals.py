@@ -2,12 +2,15 @@
 import gzip
 import json
 import math
+import os
 import random
 import re
+import shutil
 
 import pytest
 import torch
 from conftest import ROOT, need, run_here, run_warm
+from safetensors.torch import load_file, save_file
 from samples import choice_items, mtbench_questions, programs, word_problems
 
 from evaluation.evals import cut_left, load_for_eval, open_items, read_done, read_items
@@ -172,6 +175,25 @@ def test_other_settings_are_refused_in_one_line(tmp_path):
         squares(tmp_path, range(3), {"shots": 0, "stop": ("a",)})
 
 
+@pytest.mark.parametrize("change", ["weights of an MLP", "config.json", "alpha of the adapter"])
+def test_a_model_that_was_replaced_is_another(tmp_path, change):
+    """In its own folder, as after merging another adapter into it: no item of the one before counts."""
+    base = shutil.copytree(need("data/stories260k"), tmp_path / "base", copy_function=shutil.copyfile)
+    os.chmod(base, 0o755)
+    make_lora_checkpoint(tmp_path / "adapter", base)
+    judged = str(tmp_path / "adapter" if "adapter" in change else base)
+    open_items(load_for_eval(judged, out_dir=str(tmp_path / "a")), "toy", range(3), {})
+    if "MLP" in change:
+        tensors = load_file(base / "model.safetensors")
+        tensors["model.layers.3.mlp.down_proj.weight"] *= 1.01
+        save_file(tensors, base / "model.safetensors")
+    else:
+        path = base / "config.json" if "config" in change else tmp_path / "adapter/adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "rope_theta": 20000.0, "lora_alpha": 9}))
+    with pytest.raises(ValueError, match="eval_toy.jsonl was made with weights="):
+        open_items(load_for_eval(judged, out_dir=str(tmp_path / "a")), "toy", range(3), {})
+
+
 def test_items_that_were_left_out_are_noticed(tmp_path):
     items = open_items(subject_in(tmp_path), "toy", range(3), {})
     for i in items.todo[:2]:
@@ -244,6 +266,11 @@ def test_results_hold_every_field_and_no_line_twice(tmp_path):
     assert set("run step tokens epoch metric value stderr n settings seconds version".split()) <= lines[0].keys()
     assert lines[0]["value"] == 0.5 and lines[0]["seconds"] == 1.5 and lines[0]["n"] == 2
     assert lines[0]["settings"]["shots"] == 5 and lines[0]["settings"]["dtype"] == "float32"
+    # the last line counts, so one that was there before another is written again
+    write_result(subject, "acc", [1, 0, 0, 0], {"shots": 0}, 1)
+    write_result(subject, "acc", [1, 0], {"shots": 0}, 1)
+    assert [json.loads(line)["n"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == [2, 2, 4, 2]
+    assert [len(json.loads(line)["values"]) for line in (tmp_path / "values.jsonl").read_text().splitlines()] == [2, 4, 2]
 
 
 def test_every_evaluation_says_the_same_of_what_it_judged(tmp_path):

@@ -307,6 +307,16 @@ def test_rope_that_no_tool_computes_is_one_line(tmp_path, rope):
     one_line(error, "config.json", "rope|factor")
 
 
+def test_missing_keys_have_the_defaults_of_transformers(tmp_path):
+    least = {key: LEAST[key] for key in LEAST if key not in ("num_key_value_heads", "max_position_embeddings")}
+    (tmp_path / "config.json").write_text(json.dumps(least))
+    ours, theirs = LlamaConfig.from_json(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    for key in ("num_key_value_heads", "max_position_embeddings", "head_dim", "rms_norm_eps", "tie_word_embeddings", "initializer_range",
+                "bos_token_id", "eos_token_id"):
+        assert getattr(ours, key) == getattr(theirs, key), key
+    assert ours.rope_theta == getattr(theirs, "rope_theta", 10000.0) and ours.rope_scaling is None
+
+
 WRONG = ["32", [32], {"a": 1}, True, 1.5, -1, 0, 10 ** 30, math.nan, math.inf, "", [], [[1]], "x" * 10 ** 5]
 
 
@@ -381,9 +391,10 @@ def check_carried(folder, base):
     assert "_name_or_path" not in raw and "dtype" not in raw
 
 
-def test_merged_folder_carries_what_its_base_has(base, adapter, tmp_path):
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_merged_folder_carries_what_its_base_has(base, adapter, tmp_path, slash):
     dress(base)
-    merge_folders(base, adapter, tmp_path / "out", torch.float32)
+    merge_folders(base, adapter, f"{tmp_path / 'out'}{slash}", torch.float32)
     check_carried(tmp_path / "out", base)
 
 

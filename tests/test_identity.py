@@ -14,7 +14,8 @@ from test_model import one_thread  # noqa: F401 (a fixture of the whole file)
 from test_train import setting  # noqa: F401
 
 from llama.identity import identity_of, identity_of_folder, is_same_base
-from lora import apply_lora, load_adapter, save_adapter
+from llama.weights import file_tensors
+from lora import apply_lora, load_adapter, merge_lora, save_adapter
 from model import Llama
 
 ADAPTER = "adapter_model.safetensors"
@@ -91,6 +92,57 @@ def test_a_base_that_was_trained_on_is_another(change):
     assert not is_same_base(before, identity_of(model)) and not is_same_base(identity_of(model), before)
 
 
+def names_of(model):
+    return [published for parts in file_tensors(model).values() for published, _ in parts]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_change_of_any_weight_makes_another_base(tmp_path, tied, dtype):
+    """As merging an adapter of the MLP does, which leaves the beginning of a model as it was."""
+    model = tiny(initializer_range=0.02, hidden_size=128, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path, dtype)
+    before = identity_of_folder(tmp_path)
+    assert before == identity_of(Llama.from_pretrained(tmp_path)) == identity_of(Llama.from_pretrained(tmp_path, torch.float64))
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert sorted(tensors) == sorted(names_of(model))
+    for name, tensor in tensors.items():
+        if tensor.dim() == 1:
+            changed = tensor * 1.02
+        else:
+            changed = tensor + 0.002 * torch.outer(torch.randn(len(tensor)), torch.randn(tensor.shape[1])).to(dtype)
+        save_file({**tensors, name: changed}, tmp_path / "model.safetensors")
+        after = identity_of_folder(tmp_path)
+        assert not is_same_base(before, after) and not is_same_base(after, before), name
+        # and stored in fp16 on the way, it is none of the others either
+        save_file({n: t.half() for n, t in {**tensors, name: tensor * 1.02}.items()}, tmp_path / "model.safetensors")
+        assert not is_same_base(before, identity_of_folder(tmp_path)), name
+
+
+def test_an_adapter_of_a_merged_base_does_not_go_on_the_one_below(tmp_path):
+    tiny(initializer_range=0.02, hidden_size=128).save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    model = apply_lora(Llama.from_pretrained(tmp_path / "base"), 4, 8, targets="mlp")
+    for name, p in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(p, 0, 0.05)
+    merge_lora(model).save_pretrained(tmp_path / "merged")
+    with_adapter(tmp_path / "merged", tmp_path / "adapter")
+    load_adapter(Llama.from_pretrained(tmp_path / "merged"), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="another base model; its adapter_config.json names .*merged"):
+        load_adapter(Llama.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+
+
+def test_a_head_stored_beside_the_embedding_that_it_is_tied_to_changes_nothing(tmp_path):
+    tiny(tie_word_embeddings=True).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    identity = identity_of_folder(tmp_path)
+    embedding = tensors.pop("model.embed_tokens.weight")
+    for stored in ({"lm_head.weight": embedding}, {"lm_head.weight": embedding.clone(), "model.embed_tokens.weight": embedding}):
+        save_file({**tensors, **stored}, tmp_path / "model.safetensors")
+        assert identity_of_folder(tmp_path) == identity == identity_of(Llama.from_pretrained(tmp_path))
+
+
 def test_the_adapters_of_before_are_accepted_by_their_fingerprint_alone(tmp_path):
     tiny().save_pretrained(tmp_path / "base")
     tiny(seed=1).save_pretrained(tmp_path / "other")
@@ -100,6 +152,10 @@ def test_the_adapters_of_before_are_accepted_by_their_fingerprint_alone(tmp_path
         fingerprint = file.metadata()["base_fingerprint"]
     # what the commit before wrote for this base
     assert fingerprint == OLD_FINGERPRINT
+    # or by the first 320 numbers as well
+    sample = identity_of_folder(through(tmp_path / "base", [torch.float16, torch.bfloat16], tmp_path / "half"))["base_sample"][:1280]
+    old = {"base_fingerprint": "of another rounding", "base_sample": sample}
+    assert is_same_base(old, identity_of_folder(tmp_path / "base")) and not is_same_base(old, identity_of_folder(tmp_path / "other"))
     save_file(tensors, tmp_path / "adapter" / ADAPTER, {"format": "pt", "base_fingerprint": fingerprint})
     load_adapter(Llama.from_pretrained(tmp_path / "base", torch.bfloat16), tmp_path / "adapter")
     with pytest.raises(ValueError) as error:

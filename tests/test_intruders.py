@@ -53,7 +53,7 @@ def peft_softened(base, adapter, k, eps, share):
 
 
 def run_soften(base, adapter, out, **knobs):
-    return run_here("analysis/soften.py", f"--base={base}", f"--adapter={adapter}", f"--out={out}",
+    return run_here("analysis/soften.py", f"--base={base}", f"--adapter={adapter}", f"--out={out}/",
                     *(f"--{knob}={value}" for knob, value in knobs.items()))
 
 

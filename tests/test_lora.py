@@ -13,7 +13,7 @@ from test_model import one_thread  # noqa: F401 (a fixture of the whole file)
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from llama.identity import fingerprint
+from llama.identity import identity_of
 from llama.lora_matmul import LoRAMatmul, keep_mask
 from llama.weights import PROJECTIONS
 from lora import (LoRAProjection, adapter_tensors, apply_lora, init_adapters, load_adapter, merge_folders,
@@ -525,8 +525,8 @@ def test_new_adapters_are_drawn_from_the_random_state_in_the_order_of_init_adapt
 # ----------------------------------------------------------------------------- which base
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_fingerprint_is_the_bases_in_any_dtype(base, dtype):
-    assert fingerprint(Llama.from_pretrained(base, dtype)) == fingerprint(tiny())
-    assert fingerprint(with_adapters(Llama.from_pretrained(base, dtype))) == fingerprint(tiny())
+    assert identity_of(Llama.from_pretrained(base, dtype)) == identity_of(tiny())
+    assert identity_of(with_adapters(Llama.from_pretrained(base, dtype))) == identity_of(tiny())
 
 
 def test_fingerprint_tells_bases_apart(base, tmp_path):

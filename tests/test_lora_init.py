@@ -18,7 +18,7 @@ from test_train import setting  # noqa: F401
 from transformers import LlamaForCausalLM
 
 import train
-from llama.identity import fingerprint
+from llama.identity import identity_of
 from lora import LoRAProjection, apply_lora, init_adapters, load_adapter, save_adapter
 from model import Llama, Projection
 from training.checkpoint import load_trained_adapter
@@ -73,7 +73,7 @@ def test_saved_pissa_is_a_plain_adapter_of_the_base(base, tmp_path, rslora):  # 
     assert config["lora_alpha"] == pytest.approx(5 * 2 ** 0.5 if rslora else 10)
     close(peft_logits(base, tmp_path / "out"), want, 5e-4)
     close(load_adapter(Llama.from_pretrained(base), tmp_path / "out").eval()(TOKENS)[0], want, 5e-4)
-    assert fingerprint(model) == fingerprint(Llama.from_pretrained(base))  # though its weights are others
+    assert identity_of(model) == identity_of(Llama.from_pretrained(base))  # though its weights are others
 
 
 def test_resumed_pissa_is_bit_equal(base, tmp_path):  # noqa: F811

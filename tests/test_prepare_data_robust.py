@@ -351,6 +351,33 @@ def test_bad_records_are_named_in_order_by_any_worker(corpus, tmp_path):
         assert sum(entry["records"] for entry in meta["source"]) == 400
 
 
+# runs the command that follows, and kills it when all blocks are done
+KILLED_BEFORE_ROWS = """
+import os, runpy, signal, sys
+import text.shards
+
+text.shards.read_tables = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_blocks_that_skipped_a_bad_record_do_not_serve_where_it_is_an_error(corpus, tmp_path):
+    """A run that skips is killed late; then one that does not skip, and one that does."""
+    lines = (tmp_path / "a.jsonl").read_text().splitlines()
+    lines[7] = '{"text": 12}'
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    sources = ",".join(str(tmp_path / name) for name in corpus["source"].split(","))
+    knobs = {**corpus, "source": sources, "out_dir": tmp_path / "data", "workers": 1, "block_mb": 0.004}
+    killed = run_warm("-c", KILLED_BEFORE_ROWS, ROOT / "prepare_data.py", *flags(**knobs, on_bad_record="skip"))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(list((tmp_path / "data.work").glob("*.npz"))) > 16
+    done = run_here("prepare_data.py", *flags(**knobs))
+    assert done.returncode == 2 and "a.jsonl:8: expected text in field 'text', found int" in done.stderr, done.stderr
+    done = run_here("prepare_data.py", *flags(**knobs, on_bad_record="skip"))
+    assert done.returncode == 0 and "finished blocks" in done.stdout and "1 bad records skipped" in done.stdout, done.stdout
+
+
 # ---- words
 
 TEXTS = st.lists(st.sampled_from([*WORDS, "", " ", "  ", "\n", "\n\n", " \n ", "▁", "a b", "\u3000", "\x00", "\u2028"]),

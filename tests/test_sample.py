@@ -110,9 +110,13 @@ TALK = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."), ("user
 OWN = ("{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{% continue %}{% endif %}\n"
        "[{{ message.role }}] {{ message['content'] | trim | tojson }}{{ eos_token }}\n{% endfor %}"
        "{% if add_generation_prompt %}[assistant] {% endif %}")
+# what newer templates ask for: tools, which there are none of, and where the model's own words are
+TOOLS = ("{% if tools is not none %}{{ tools | tojson }}{% endif %}{% if documents %}{{ documents }}{% endif %}"
+         "{% for message in messages %}{{ message.role }}: {% if message.role == 'assistant' %}{% generation %}{{ message.content }}"
+         "{{ eos_token }}{% endgeneration %}{% else %}{{ message.content }}{% endif %}\n{% endfor %}")
 
 
-@pytest.mark.parametrize("template", ["", OWN])
+@pytest.mark.parametrize("template", ["", OWN, TOOLS])
 def test_a_conversation_has_the_ids_of_transformers(tmp_path, template):
     """The model's own template, and one with all that templates may use."""
     folder = need("data/smollm2-135m-instruct")
@@ -127,6 +131,15 @@ def test_a_conversation_has_the_ids_of_transformers(tmp_path, template):
         # return_dict: transformers 5 returns a dict of ids and masks otherwise
         expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert encode(TALK[:length]) == expected
+
+
+@pytest.mark.parametrize("template", ["{{ messages[9].content }}", "{{ strftime_now(3) }}", "{{ missing | tojson }}",
+                                      "{{ messages[0].content + 1 }}", "{{ raise_exception('roles must alternate') }}"])
+def test_a_template_that_fails_is_one_line(tmp_path, template):
+    (tmp_path / "chat_template.jinja").write_text(template)
+    encode = chat_encoder(load_tokenizer(need("data/smollm2-135m-instruct")), tmp_path)
+    with pytest.raises(ValueError, match="the chat template refuses these messages: .+"):
+        encode(TALK[:2])
 
 
 def test_a_message_cannot_end_itself():

@@ -224,6 +224,22 @@ def test_claims_are_of_each_methods_best_rate_and_of_equal_size(tmp_path):
     assert rows["C5", "mlp r=16 - attention r=27, of equal size"][0].startswith("+0.100")
 
 
+@pytest.mark.parametrize("rates, repeated, said", [
+    ((5e-5, 1e-4), 1e-4, "cannot be told"),       # the lowest loss is at the end
+    ((1e-4, 2e-4, 4e-4), 2e-4, "holds"),          # it is inside, and repeated
+    ((5e-5, 1e-4, 2e-4, 4e-4), 5e-5, "cannot be told")])  # another rate was repeated
+def test_a_sweep_of_one_seed_whose_best_rate_the_others_repeat(tmp_path, rates, repeated, said):
+    write_sweep(tmp_path, "full", 2e-4, 1.0, seeds=(1,), rates=rates)
+    write_sweep(tmp_path, "full", 2e-4, 1.0, seeds=(2, 3), rates=(repeated,))
+    write_sweep(tmp_path, "r16", 1e-3, 3.5, lora_rank=16)
+    found, rows = laws(f"{tmp_path}/*", "paper/claims.py", "--learning=loss target", "--forgetting=loss source")
+    assert rows["C1", "full - LoRA r=16"][1].startswith(said)
+    assert (found["full"][0] == "not inside the sweep") == (len(rates) == 2)
+    # and a study goes on where it is at the end
+    losses = [{rate: parabola(2e-4, 1.0)(rate) for rate in rates}, {repeated: 1.0}]
+    assert next_rate(losses) == (2e-4 if len(rates) == 2 else None)
+
+
 # ----------------------------------------------------------------------------- why
 def test_forgetting_by_kl_intruders_and_half_way_back(tmp_path):
     """All forget KL ** .5, r=4 half as much again; r=4 has one intruder a matrix more; half way back is better than a

@@ -407,8 +407,10 @@ def refused(setting, *more, wanted):
     (["--lora_targets=mlp"], "lora_rank is 0, which is full finetuning"), (["--lora_alpha=8"], "lora_rank is 0"),
     (["--lora_rank=4", "--lora_kernel=triton", "--device=cpu"], "lora_kernel=triton: the kernels need a GPU"),
     (["--global_batch=0"], "global_batch"),
-    (["--device=cuda:0"], "no GPU"),
-    (["--resume=True"], "state.json); start without --resume"),
+    (["--device=cuda:0"], "no GPU"), (["--device=gpu"], "device=gpu: expected auto, cpu, cuda or cuda:N"),
+    (["--device=mps"], "device=mps: expected auto, cpu, cuda or cuda:N"),
+    (["--resume=True"], "state.json); say --auto_resume=True"),
+    (["--keep_last=-1"], "keep_last must not be negative, found -1"), (["--eval_rows=-1"], "eval_rows must not be negative"),
     (["--seq_len=100"], "longer than the model's max_position_embeddings=64"),
     (["--adapter=nowhere"], "adapter_config.json: not found"),
     (["--data=nowhere"], "meta.json"),
@@ -462,9 +464,82 @@ def test_foreign_checkpoint_and_existing_run_are_refused(setting):
     branch = without([f"--out_dir={folder / 'branch'}"], knobs + out)
     result = run_here("train.py", *branch, f"--out_dir={folder / 'branch'}", f"--resume_from={folder / 'run'}", "--max_steps=3")
     assert result.returncode == 2 and "is a run; give one of its checkpoints: step_1" in result.stderr, result.stderr
+    # as many steps as it has done already
+    result = run_here("train.py", *branch, f"--out_dir={folder / 'branch'}", f"--resume_from={folder / 'run/step_1'}", "--max_steps=1")
+    assert result.returncode == 2 and "step_1 has done 1 steps, and the run has 1 in all" in result.stderr, result.stderr
+    assert not (folder / "branch").exists()
     (folder / "run/step_1/state/state.json").write_text("{}")
     result = run_here("train.py", *knobs, *out, "--resume=True", "--max_steps=3")
     assert result.returncode == 2 and "not written by train.py" in result.stderr
+
+
+@pytest.mark.parametrize("change", ["mask", "documents", "row length"])
+def test_the_same_tokens_with_other_targets_are_other_data(setting, change):
+    """train.bin alone does not say what is learned; a checkpoint of before knew no more."""
+    folder, knobs = setting
+    tokens = np.random.default_rng(1).integers(3, 61, (8, 16))
+    given = {"tokens": tokens, "targets": tokens, "starts": [0], "files": {"train.mask.bin": "a", "train.docs.bin": "b"}}
+    other = dict(given)
+    if change == "row length":
+        given["targets"] = other["targets"] = None
+        other["tokens"] = tokens.reshape(16, 8)
+    else:
+        name = "train.mask.bin" if change == "mask" else "train.docs.bin"
+        other["files"] = {**given["files"], name: "c"}
+    write_tokens(folder / "data", **given)
+    run = [f"--out_dir={folder / 'run'}", "--lora_rank=2"]
+    assert run_here("train.py", *knobs, *run, "--max_steps=1").returncode == 0
+    write_tokens(folder / "data", **other)
+    gc.collect()
+    done = run_here("train.py", *knobs, *run, "--max_steps=2", "--resume=True")
+    assert done.returncode == 2 and "was trained on other data than" in done.stderr, done.stderr
+    # a checkpoint that knows the sha256 of train.bin alone
+    path = folder / "run/step_1/state/state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({**state, "data": f"{tokens.sum()}"}))
+    gc.collect()
+    done = run_here("train.py", *knobs, *run, "--max_steps=2", "--resume=True")
+    assert done.returncode == 0, done.stderr
+
+
+def test_checkpoints_that_were_to_be_kept_stay_when_the_resumed_run_keeps_others(setting):
+    folder, knobs = setting
+    run = [f"--out_dir={folder / 'run'}", "--keep_last=1"]
+    assert run_here("train.py", *knobs, *run, "--max_steps=4", "--checkpoint_at=1,2").returncode == 0
+    gc.collect()
+    done = run_here("train.py", *knobs, *run, "--max_steps=6", "--checkpoint_at=5", "--resume=True")
+    assert done.returncode == 0, done.stderr
+    assert [step for step, _ in checkpoints(folder / "run")] == [1, 2, 5, 6]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_says_how_to_go_on(setting):
+    folder, knobs = setting
+    run = [f"--out_dir={folder / 'run'}", "--max_steps=1"]
+    assert run_here("train.py", *knobs, *run).returncode == 0
+    shutil.rmtree(folder / "run/step_1")
+    gc.collect()
+    done = run_here("train.py", *knobs, *run)
+    assert done.returncode == 2 and "no checkpoint yet: start it anew with --auto_resume=True" in done.stderr, done.stderr
+    done = run_here("train.py", *knobs, *run, "--auto_resume=True")
+    assert done.returncode == 0 and (folder / "run/step_1").is_dir(), done.stderr
+
+
+def test_an_adapter_brings_its_dropout(setting):
+    folder, knobs = setting
+    run = ["--max_steps=1", f"--out_dir={folder / 'run'}"]
+    assert run_here("train.py", *knobs, *run, "--lora_rank=2", "--lora_dropout=0.25").returncode == 0
+    adapter = f"--adapter={folder / 'run/step_1'}"
+    refused(setting, adapter, "--lora_dropout=0.5", wanted="step_1 brings its own, 0.25")
+    for more in ([], ["--lora_dropout=0.25"]):
+        done = run_here("train.py", *knobs, adapter, *more, "--max_steps=1", f"--out_dir={folder / f'run{len(more)}'}")
+        assert done.returncode == 0 and "r=2 alpha=4 dropout=0.25 on" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_compiler_is_asked_for_on_any_cpu(setting, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("auto", "cpu"):
+        refused(setting, "--compile=True", f"--device={device}", wanted="needs a C++ compiler (g++)")
 
 
 def test_adapter_for_another_base_is_refused(setting):

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import jinja2
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from text.templates import CHATS
@@ -75,10 +75,19 @@ def template_source(folder):
     return found
 
 
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %}, in which templates put what the model says."""
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def environment():
     """Jinja as transformers sets it up for chat templates."""
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                         extensions=[loopcontrols])
+                                         extensions=[loopcontrols, Generation])
     made.filters["tojson"] = to_json
     made.globals["raise_exception"] = refuse
     made.globals["strftime_now"] = now
@@ -112,10 +121,11 @@ def encode_rendered(tokenizer, compiled, messages):
         said.append({"role": role, "content": pattern.sub(guarded, content)})
     name_of = {i: name for name, i in ids_of.items()}
     try:
-        text = compiled.render(messages=said, add_generation_prompt=True,
+        text = compiled.render(messages=said, tools=None, documents=None,
+                               add_generation_prompt=True,
                                bos_token=name_of.get(tokenizer.bos_id, ""),
                                eos_token=name_of.get(tokenizer.eos_id, ""))
-    except jinja2.TemplateError as e:
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
         raise ValueError(f"the chat template refuses these messages: {e}") from None
 
     # the ids of special tokens, and of the texts between them

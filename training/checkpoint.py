@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from llama.adapter_files import open_adapter_weights
 from llama.folder import carry_files
-from llama.identity import identity_of, identity_of_folder, is_same_base, known_by
+from llama.identity import identity_of, identity_of_folder, is_same_base
 from llama.pissa import halves, start_from
 from llama.weights import check_finite, fill, full_tensor, local_part, write_safetensors
 from lora import LoRAProjection, adapter_tensors, load_adapter_weights, save_adapter
@@ -47,7 +47,8 @@ def newest_checkpoint(out_dir):
     found = checkpoints(out_dir)
     if not found:
         raise ValueError(f"resume: {out_dir} holds no complete checkpoint "
-                         "(step_N/state/state.json); start without --resume")
+                         "(step_N/state/state.json); say --auto_resume=True, which starts anew "
+                         "where there is none")
     _, path = found[-1]
     return path
 
@@ -97,14 +98,15 @@ def dcp():
 def save_checkpoint(model, optim, out_dir, state, base, keep_last, keep=(), pool=None):
     """Write out_dir/step_N whole or not at all, then delete the oldest beyond keep_last.
 
-    state: what state.json shall hold, "step" included. keep: steps never to delete. All ranks must
-    call it. With `pool`, a thread, only copies in the CPU's memory are made here and the thread
-    writes them: returns a Future, to be waited for before the next call. Raises OSError (the Future
-    too) when it could not be written; earlier checkpoints are then untouched."""
+    state: what state.json shall hold, "step" included. keep: steps never to delete, which their
+    state.json says as well. All ranks must call it. With `pool`, a thread, only copies in the CPU's
+    memory are made here and the thread writes them: returns a Future, to be waited for before the
+    next call. Raises OSError (the Future too) when it could not be written; earlier checkpoints are
+    then untouched."""
     final = Path(out_dir) / f"step_{state['step']}"
     partial = final.with_suffix(".tmp")
     # now: training changes `state` while the thread writes
-    text = json.dumps({**state, "base": identity_of_folder(base)}, indent=1)
+    text = json.dumps({**state, "kept": state["step"] in keep}, indent=1)
     momenta = named_state(model, optim)
 
     # an empty folder
@@ -187,11 +189,8 @@ def save_weights(model, folder, base, get=full_tensor):
 def copies_of(model):
     """{parameter: whole of it in the CPU's memory}, on rank 0, of what training changes."""
     copies = {}
-    fingerprinted = known_by(model)
     for p in model.parameters():
-        # and of the frozen ones whose fingerprint is saved: a thread cannot gather from other ranks
-        is_read = is_sharded(model) and any(p is other for other in fingerprinted)
-        if p.requires_grad or is_read:
+        if p.requires_grad:
             full = full_tensor(p)
             if RANK == 0:
                 copies[p] = full.to("cpu", copy=True)
@@ -220,7 +219,7 @@ def delete_oldest(out_dir, keep_last, keep):
     if RANK != 0 or not keep_last:
         return
     for step, folder in checkpoints(out_dir)[:-keep_last]:
-        if step not in keep:
+        if step not in keep and not read_state(folder).get("kept"):
             delete_checkpoint(folder)
 
 
@@ -236,11 +235,11 @@ def read_state(folder):
     return read_object(path) if path.is_file() else {}
 
 
-def checkpoint_state(folder, config, defaults, fingerprint, free):
+def checkpoint_state(folder, config, defaults, rows, free):
     """state.json of a checkpoint to resume from.
 
-    Raises ValueError when it is of a run with other data than `fingerprint` (sha256), or with
-    other knobs than `config`, those of `free` aside. A knob that is newer had its default then.
+    Raises ValueError when it is of a run with other data than `rows`, TokenRows, or with other
+    knobs than `config`, those of `free` aside. A knob that is newer had its default then.
     Folders are compared by what they hold: a run goes on where its base and data were moved."""
     folder = Path(folder)
     steps = ", ".join(path.name for _, path in checkpoints(folder))
@@ -260,8 +259,6 @@ def checkpoint_state(folder, config, defaults, fingerprint, free):
         if type(value) is not int or value < 0:
             raise ValueError(f"{folder}/state/state.json: {key}: expected a count, found "
                              f"{str(value)[:40]!r}")
-    if data != fingerprint:
-        raise ValueError(f"resume: {folder} was trained on other data than {config['data']}")
     # what makes another run of it
     changed = []
     for knob, value in config.items():
@@ -272,13 +269,16 @@ def checkpoint_state(folder, config, defaults, fingerprint, free):
     if changed:
         raise ValueError(f"resume: {folder} was trained with {', '.join(changed)}; repeat the "
                          "first command, or start another out_dir")
+    # a checkpoint of before 2026-12 knows the sha256 of train.bin alone
+    if data not in (rows.identity, rows.sha256):
+        raise ValueError(f"resume: {folder} was trained on other data than {config['data']}")
     return state
 
 
 def means_the_same(knob, before, value, state, config):
     """Whether a knob with another value leaves the run of a checkpoint what it was."""
     if knob == "data":
-        return True  # its sha256 has been compared
+        return True  # what it holds is compared
     # the masks of dropout are drawn for each microbatch; losses are the same sum
     if knob == "microbatch" and config["loss_norm"] == "token":
         print0(f"note: microbatch was {before}, and is {value} from here on: the same loss, other "

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 
+from llama.adapter_config import read_adapter_config
 from llama.weights import file_tensors, full_tensor
 from lora import adapter_tensors
-from runtime import print0
+from runtime import pick_device, print0
+from training.checkpoint import checkpoints
 from training.loggers import check_loggers
 
 
@@ -37,10 +39,15 @@ def check_knobs(knobs, ranks):
                          "say one of them")
     is_new = not (knobs.resume or knobs.auto_resume or knobs.dry_run)
     if is_new and (Path(knobs.out_dir) / "log.jsonl").exists():
-        raise ValueError(f"out_dir: {knobs.out_dir} holds a run; go on with --resume=True or "
-                         "choose another folder")
+        go_on = "go on with --resume=True"
+        if not checkpoints(knobs.out_dir):
+            go_on = "it has no checkpoint yet: start it anew with --auto_resume=True"
+        raise ValueError(f"out_dir: {knobs.out_dir} holds a run; {go_on}, or choose another folder")
 
     # ranges
+    for name in ("keep_last", "eval_rows", "eval_interval", "save_interval"):
+        if getattr(knobs, name) < 0:
+            raise ValueError(f"{name} must not be negative, found {getattr(knobs, name)}")
     if not 0 <= knobs.attention_dropout < 1:
         raise ValueError("attention_dropout must be at least 0 and below 1, "
                          f"found {knobs.attention_dropout}")
@@ -49,7 +56,8 @@ def check_knobs(knobs, ranks):
                          "learning_rate must be positive")
 
     # the compiler
-    if knobs.compile and knobs.device == "cpu" and not shutil.which("g++"):
+    on_cpu = not knobs.dry_run and pick_device(knobs.device).type == "cpu"
+    if knobs.compile and on_cpu and not shutil.which("g++"):
         raise ValueError("compile=True on a CPU needs a C++ compiler (g++); say --compile=False")
 
 
@@ -75,6 +83,12 @@ def check_lora(knobs):
         why = ": an adapter brings them" if knobs.adapter else ", which is full finetuning"
         raise ValueError("lora_alpha, lora_targets, rslora, dora and lora_init say how LoRA is "
                          "made, but lora_rank is 0" + why)
+    if knobs.adapter:
+        brought = read_adapter_config(knobs.adapter).dropout
+        # 0.05, the default, may be nobody's wish
+        if knobs.lora_dropout not in (brought, 0.05):
+            raise ValueError(f"lora_dropout={knobs.lora_dropout:g}: {knobs.adapter} brings its "
+                             f"own, {brought:g}")
     if not 0 < knobs.lora_plus < math.inf:
         raise ValueError("lora_plus is a ratio of rates; it must be positive, "
                          f"found {knobs.lora_plus}")

@@ -318,7 +318,8 @@ def print_plan(knobs, model, rows, steps, first_step, machine, ranks, how, memor
     if hasattr(model, "lora"):
         targets = " ".join(model.lora["targets"])
         kind = "DoRA" if model.lora["dora"] else "LoRA"
-        method = f"{kind} r={model.lora['rank']} alpha={model.lora['alpha']} on {targets}"
+        method = (f"{kind} r={model.lora['rank']} alpha={model.lora['alpha']} "
+                  f"dropout={model.lora['dropout']:g} on {targets}")
     print0(f"{knobs.base}: {count(model):,} parameters, {count_trained(model):,} trained, {method}")
 
     # the data

@@ -9,6 +9,7 @@ What train.py reads: rows of the token files that prepare_data.py wrote, and the
     step      0     1     2     3     4     10 rows, global_batch = 4: every epoch has a permutation
     rows   3805  9614  72|19  6083  4527    of its own; epochs follow each other without a gap
 """
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,15 @@ class TokenRows:
         self.packed = (counts["epochs"], counts["steps"]) if "epochs" in counts else None
         self.n = rows // counts.get("epochs", 1)
         self.sha256 = counts["sha256"]
+        self.identity = self.hash_of_rows(split)
+
+    def hash_of_rows(self, split):
+        """A sha256 of all that decides what is learned: tokens, masks, documents, row length."""
+        digest = hashlib.sha256(f"{self.sha256} {self.seq_len}".encode())
+        of_files = self.meta.get("files", {})
+        for name in (f"{split}.mask.bin", f"{split}.docs.bin"):
+            digest.update(f" {of_files.get(name)}".encode())
+        return digest.hexdigest()
 
     def __len__(self):
         return self.n
@@ -126,8 +136,9 @@ def check_meta(meta, counts):
     for content, name in ((meta, "tokenizer_sha256"), (meta, "tokenizer_name"), (counts, "sha256")):
         if not isinstance(content[name], str):
             raise ValueError(f"{name}: found {content[name]!r}, expected text")
-    if not isinstance(meta.get("settings", {}), dict):
-        raise ValueError(f"settings: found {meta['settings']!r}, expected an object")
+    for name in ("settings", "files"):
+        if not isinstance(meta.get(name, {}), dict):
+            raise ValueError(f"{name}: found {meta[name]!r}, expected an object")
     if meta["eos_id"] is not None and type(meta["eos_id"]) is not int:
         raise ValueError(f"eos_id: found {meta['eos_id']!r}, expected a token id")
 
