@@ -90,7 +90,7 @@ def describe(tensors):
 
 
 def rows_of(w):
-    """ROWS evenly spaced rows of a matrix, or all of a vector: of a tensor, or a slice of a file."""
+    """ROWS rows of a matrix, evenly spaced, or all of a vector; of a tensor or a slice of a file."""
     shape = w.get_shape() if hasattr(w, "get_shape") else w.shape
     if len(shape) == 1:
         return w[:]

@@ -391,8 +391,9 @@ def points_of_trained(runs):
     # what belongs to one point: one value of a metric for each seed
     groups = defaultdict(lambda: defaultdict(list))  # {(setting, step, last): {metric: values}}
     places = {}
-    seen = set()
+    seen = {}  # {measurement: base of its run}
     for run in runs:
+        base = run.config.get("base")
         setting = setting_of(run)
         last_step = max(run.places, default=0)
         for metric, steps in run.metrics.items():
@@ -402,12 +403,14 @@ def points_of_trained(runs):
                 if step == 0:
                     continue
                 if measurement not in seen:
-                    seen.add(measurement)
+                    seen[measurement] = base
                     groups[key][metric].append(value)
                     places.setdefault(key, run.places[step])
                 elif step == last_step:
-                    which = f"{run.name}: a second run of one setting, seed and length, left out"
-                    problems[which] = 1
+                    which = "a second run of one setting, seed and length"
+                    if base != seen[measurement]:
+                        which = f"its base {base} has the name of {seen[measurement]}"
+                    problems[f"{run.name}: {which}, left out"] = 1
 
     # means over the seeds
     points = []

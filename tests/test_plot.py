@@ -135,6 +135,14 @@ def test_colours_are_told_apart(matrix):
     assert all(lab[0] < 75 for lab in labs)  # dark enough on white
 
 
+def test_runs_that_are_left_out_are_named_with_the_reason(tmp_path):
+    for name, base in (("a", "one/step_7"), ("b", "one/step_7"), ("c", "other/step_7")):
+        write_run(tmp_path / name, ((10, LEARN, 0.5),), ({"step": 0},), base=base, max_steps=10)
+    points, _ = load(tmp_path)
+    assert len(points) == 1 and set(problems) == {"b: a second run of one setting, seed and length, left out",
+                                                  "c: its base other/step_7 has the name of one/step_7, left out"}
+
+
 # ----------------------------------------------------------------------------- what is drawn
 def test_learning_curve_shows_the_files_numbers(tmp_path):
     points, bases = load(study(tmp_path / "runs"))
