@@ -217,7 +217,8 @@ def rows_of_curves(sweeps, ranks, metric):
                 behind.append(gaps[-1] - gaps[0])
                 first = steps[0]
         if behind:
-            what = f"{family}: gap to full, step {family.steps} - {first}"
+            name = short_name(family, ranks, sweeps)
+            what = f"{name}: gap to full, step {family.steps} - {first}"
             rows.append(difference_row(what, behind))
     return rows
 
@@ -229,12 +230,22 @@ def rows_of_regret(sweeps, metric):
     smallest = min((family.batch for family in sweeps), default=0)
     ranks = [family for family in plain if family.batch == smallest]
 
+    of_full = []
+    for family in ranks:
+        name = short_name(family, ranks, sweeps)
+        of_full.append(factor_row(name, sweeps, family, family.full, 5, 20))
+
+    # ranks whose alpha goes by one rule
     between = []
-    for lower, higher in zip(ranks, ranks[1:]):
-        between.append(loss_row(f"{lower} - {higher}", sweeps, [(1, lower), (-1, higher)]))
-    of_full = [factor_row(str(family), sweeps, family, family.full, 5, 20) for family in ranks]
-    drift = [factor_row(f"{family} / {ranks[0]}", sweeps, family, ranks[0], 0.5, 2)
-             for family in ranks[1:]]
+    drift = []
+    rules = rules_of(ranks)
+    for rule, group in rules.items():
+        words = f" ({words_of(rule)})" if len(rules) > 1 else ""
+        first = group[0]
+        for lower, higher in zip(group, group[1:]):
+            what = f"{lower} - {higher}{words}"
+            between.append(loss_row(what, sweeps, [(1, lower), (-1, higher)]))
+            drift.append(factor_row(f"{higher} / {first}{words}", sweeps, higher, first, 0.5, 2))
 
     # W3: the gap at a batch, less that at the smallest one
     by_batch = []
@@ -288,26 +299,44 @@ def size_of(sweep):
 
 
 # ----------------------------------------------------------------------------- muA
+class Rule(NamedTuple):
+    """What several ranks share: all but rank and alpha, and alpha or alpha / r."""
+    rest: Family
+    fixed: str      # 'alpha' | 'alpha / r'
+    value: float    # of that
+
+
+def rules_of(families):
+    """{Rule: its families} of those that several of the families go by; they stay in order."""
+    groups = {}
+    for family in families:
+        rest = family._replace(rank=0, alpha=0)
+        scale = family.alpha / family.rank
+        groups.setdefault(Rule(rest, "alpha", family.alpha), []).append(family)
+        groups.setdefault(Rule(rest, "alpha / r", scale), []).append(family)
+    return {rule: group for rule, group in groups.items() if len(group) > 1}
+
+
+def words_of(rule):
+    """A Rule in words: 'alpha / r = 1, A zero'."""
+    lora = dict(rule.rest.lora)
+    words = f"{rule.fixed} = {rule.value:g}"
+    words += ", rslora" if lora.get("rslora") == "True" else ""
+    words += ", A zero" if lora.get("lora_init") == "zero_a" else ""
+    return words
+
+
 def rows_of_exponents(sweeps):
     """[(what, exponent of the rank in the best rate, verdict)] of each rule with three ranks."""
-    groups = {}
-    for family in sorted_families(sweeps, lambda family: family.rank):
-        lora = dict(family.lora)
-        rule = lora.get("rslora"), lora.get("lora_init")
-        rest = family._replace(rank=0, alpha=0)
-        groups.setdefault((rest, *rule, "alpha", family.alpha), []).append(family)
-        scale = family.alpha / family.rank
-        groups.setdefault((rest, *rule, "alpha / r", scale), []).append(family)
     rows = []
-    for (_, *rule, fixed, value), families in groups.items():
-        theory = EXPONENTS.get((*rule, fixed))
+    loras = sorted_families(sweeps, lambda family: family.rank)
+    for rule, families in rules_of(loras).items():
+        lora = dict(rule.rest.lora)
+        theory = EXPONENTS.get((lora.get("rslora"), lora.get("lora_init"), rule.fixed))
         if len(families) < 3 or theory is None:
             continue
-        rslora, init = rule
-        what = f"{fixed} = {value:g}"
-        what += ", rslora" if rslora == "True" else ""
-        what += ", A zero" if init == "zero_a" else ""
-        rows.append(exponent_row(f"{what}; theory {theory:+.2f}", sweeps, families, theory))
+        what = f"{words_of(rule)}; theory {theory:+.2f}"
+        rows.append(exponent_row(what, sweeps, families, theory))
     return rows
 
 
@@ -398,6 +427,12 @@ def rate_table(sweeps):
         rate = factor_words(*mean_factor([best.rate for best in bests]))
         rows.append((name, rate, f"{mean:.3f}{interval}"))
     return rows
+
+
+def short_name(family, families, sweeps):
+    """The name of one of the families: 'r=16' where that tells it from the others."""
+    alike = [other for other in families if str(other) == str(family)]
+    return str(family) if len(alike) == 1 else full_name(family, sweeps)
 
 
 def full_name(family, sweeps):

@@ -179,6 +179,20 @@ def test_powers_of_the_rank(tmp_path, knobs, what, power, said):
         assert rows["mu", "r=16"] == ("0.667 (0.667 to 0.667)", "holds")
 
 
+def test_ranks_are_compared_where_alpha_goes_by_one_rule(tmp_path):
+    """Two rules over two ranks each; a rank of the one is not compared with a rank of the other."""
+    write_sweep(tmp_path, "full", 2e-4, 1.0)
+    for name, moved, knobs in (("a", 0.0, lambda r: {"lora_alpha": 8, "rslora": True}), ("b", 0.5, lambda r: {"lora_alpha": 2 * r})):
+        for rank in (1, 4):
+            write_sweep(tmp_path, f"r{rank}-{name}", 2e-3, 2.0 + moved - 0.1 * rank, lora_rank=rank, **knobs(rank))
+    _, rows = laws(f"{tmp_path}/*")
+    assert {what for claim, what in rows if claim == "W1" and what} == {"r=1 - r=4 (alpha = 8, rslora)", "r=1 - r=4 (alpha / r = 2)"}
+    assert rows["W1", "r=1 - r=4 (alpha / r = 2)"][0].startswith("+0.300")
+    assert {what for claim, what in rows if claim == "W2"} == {
+        "r=1, alpha 8, rslora True", "r=4, alpha 8, rslora True", "r=1, alpha 2", "r=4, alpha 8", "r=4 / r=1 (alpha = 8, rslora)",
+        "r=4 / r=1 (alpha / r = 2)"}
+
+
 def test_the_other_optimizer_forgets_more(tmp_path):
     """Its base is a checkpoint of a pretraining with AdamW; at equal learning Lion has forgotten twice as much."""
     pretraining = tmp_path / "pretraining"
