@@ -26,5 +26,9 @@ for _rank in (16, 4, 64):
 # adapters on the MLP and on attention, of the same size
 runs += _swept('r16-mlp', f'{_length} --lora_alpha=32 --lora_rank=16 --lora_targets=mlp', 5e-4)
 runs += _swept('r27-attention', f'{_length} --lora_alpha=32 --lora_rank=27 --lora_targets=attention', 5e-4)
+# five times the rows a step, the same rows in all
+_length = '--schedule=constant --global_batch=10 --max_steps=40'
+runs += _swept('full-b10', _length, 2e-4)
+runs += _swept('r16-b10', f'{_length} --lora_alpha=32 --lora_rank=16', 1e-3)
 evals = _moved
 spectrum = '--subspaces= --device=cpu'
