@@ -443,7 +443,8 @@ def test_config_defaults_and_forms_of_rope(tmp_path, rope):
                                    "num_attention_heads")}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": [2, 7], **least, **rope}))
     assert LlamaConfig.from_json(tmp_path) == LlamaConfig(
-        **least, num_key_value_heads=4, head_dim=8, rope_theta=5e5, eos_token_id=[2, 7])
+        **least, num_key_value_heads=4, head_dim=8, rope_theta=5e5, eos_token_id=[2, 7], max_position_embeddings=2048,
+        rms_norm_eps=1e-6)
 
 
 # ----------------------------------------------------------------------------- bad folders
