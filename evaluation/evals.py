@@ -44,6 +44,7 @@ from text.tokenizer import Tokenizer, load_tokenizer
 from training.checkpoint import checkpoints, read_state
 
 UNTIL_CUT = "until cut"  # a BOS, but not in front of a prompt that was cut
+WHOLE_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a weight
 
 
 class Subject(NamedTuple):
@@ -124,10 +125,15 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
 
 
 def hash_of(llama):
-    """A sha256 that tells a model, as it is judged, from others: its shape, rows of each weight."""
+    """A sha256 that tells a model, as it is judged, from others: by its shape and all weights.
+
+    Of each weight the sum of its bits as whole numbers, which any change moves and a GPU has at
+    once, and some rows, which tell those whose rows stand in another order."""
     digest = hashlib.sha256(repr(llama.config).encode())
     for p in llama.parameters():
-        digest.update(bytes_of(rows_of(p.detach()).cpu().contiguous()))
+        bits = p.detach().view(WHOLE_NUMBERS[p.itemsize])
+        digest.update(str(bits.sum(dtype=torch.int64).item()).encode())
+        digest.update(bytes_of(rows_of(bits).cpu()))
     return digest.hexdigest()
 
 

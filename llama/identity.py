@@ -7,8 +7,8 @@
                                                     +--> sha256 of the bf16 bytes   base_digest
 
 Equal digests mean the same base. A base that was stored in fp16 on the way has another digest,
-because it was rounded twice; its sample still lies within one step of bf16. Adapters of before
-2026-12 know the fingerprint and the first 320 numbers alone.
+because it was rounded twice; its sample still lies within one step of bf16. Older adapters know the
+fingerprint and the first 320 numbers alone.
 """
 import hashlib
 
@@ -60,10 +60,9 @@ def describe(tensors):
     """The identity of {published name: tensor, or slice of a file}."""
     # the embedding is tied and under the head's name in some folders, and under both in others
     tensors = dict(tensors)
-    embedding = "model.embed_tokens.weight"
-    if embedding not in tensors:
-        tensors[embedding] = tensors["lm_head.weight"]
-    embedding = tensors[embedding]
+    if "model.embed_tokens.weight" not in tensors:
+        tensors["model.embed_tokens.weight"] = tensors["lm_head.weight"]
+    embedding = tensors["model.embed_tokens.weight"]
     head = tensors.get("lm_head.weight")
     if head is not None and torch.equal(rows_of(head), rows_of(embedding)):
         del tensors["lm_head.weight"]
@@ -77,36 +76,33 @@ def describe(tensors):
                      (torch.cat((q, k, v))[:64], 128)):
         rounded = rounded_numbers(w)
         digest.update(bytes_of(rounded))
-        sample += bytes_of(evenly_spaced(rounded, count))
+        sample += bytes_of(rounded[places(len(rounded), count)])
     fingerprint = digest.hexdigest()
 
     # and something of all tensors
     for name in sorted(tensors):
         rounded = rounded_numbers(rows_of(tensors[name]))
         digest.update(bytes_of(rounded))
-        sample += bytes_of(evenly_spaced(rounded, NUMBERS))
+        sample += bytes_of(rounded[places(len(rounded), NUMBERS)])
     return {"base_fingerprint": fingerprint, "base_sample": sample.hex(),
             "base_digest": digest.hexdigest()}
 
 
 def rows_of(w):
-    """ROWS rows of a matrix, evenly spaced, or all of a vector; of a tensor or a slice of a file."""
+    """ROWS rows of a matrix, evenly spaced, or all of a vector; w: a tensor or a slice of a file."""
     shape = w.get_shape() if hasattr(w, "get_shape") else w.shape
     if len(shape) == 1:
         return w[:]
-    rows = []
-    for i in range(ROWS):
-        at = i * shape[0] // ROWS
-        rows.append(w[at:at + 1])
-    return torch.cat(rows)
+    return torch.cat([w[row:row + 1] for row in places(shape[0], ROWS)])
 
 
 def rounded_numbers(w):
     return w.detach().to("cpu", torch.bfloat16).flatten()
 
 
-def evenly_spaced(numbers, count):
-    return numbers[torch.arange(count) * len(numbers) // count]
+def places(length, count):
+    """`count` indices below length, evenly spaced; some twice where there are fewer."""
+    return [i * length // count for i in range(count)]
 
 
 def bytes_of(tensor):

@@ -175,7 +175,7 @@ def test_other_settings_are_refused_in_one_line(tmp_path):
         squares(tmp_path, range(3), {"shots": 0, "stop": ("a",)})
 
 
-@pytest.mark.parametrize("change", ["weights of an MLP", "config.json", "alpha of the adapter"])
+@pytest.mark.parametrize("change", ["weights of an MLP", "one number of the embedding", "order of rows", "config.json", "alpha of the adapter"])
 def test_a_model_that_was_replaced_is_another(tmp_path, change):
     """In its own folder, as after merging another adapter into it: no item of the one before counts."""
     base = shutil.copytree(need("data/stories260k"), tmp_path / "base", copy_function=shutil.copyfile)
@@ -183,9 +183,14 @@ def test_a_model_that_was_replaced_is_another(tmp_path, change):
     make_lora_checkpoint(tmp_path / "adapter", base)
     judged = str(tmp_path / "adapter" if "adapter" in change else base)
     open_items(load_for_eval(judged, out_dir=str(tmp_path / "a")), "toy", range(3), {})
-    if "MLP" in change:
+    if not change.endswith(("json", "adapter")):
         tensors = load_file(base / "model.safetensors")
-        tensors["model.layers.3.mlp.down_proj.weight"] *= 1.01
+        if "MLP" in change:
+            tensors["model.layers.3.mlp.down_proj.weight"] *= 1.01
+        elif "order" in change:
+            tensors["model.layers.2.self_attn.k_proj.weight"] = tensors["model.layers.2.self_attn.k_proj.weight"].roll(1, 0)
+        else:
+            tensors["model.embed_tokens.weight"][77, 5] += 0.01
         save_file(tensors, base / "model.safetensors")
     else:
         path = base / "config.json" if "config" in change else tmp_path / "adapter/adapter_config.json"

@@ -269,7 +269,7 @@ def checkpoint_state(folder, config, defaults, rows, free):
     if changed:
         raise ValueError(f"resume: {folder} was trained with {', '.join(changed)}; repeat the "
                          "first command, or start another out_dir")
-    # a checkpoint of before 2026-12 knows the sha256 of train.bin alone
+    # an older checkpoint knows the sha256 of train.bin alone
     if data not in (rows.identity, rows.sha256):
         raise ValueError(f"resume: {folder} was trained on other data than {config['data']}")
     return state
