@@ -6,7 +6,7 @@ For paper/study.py: as regret.py, of twice the width and with real text: the bas
         --seq_len=256 --template='Question: {question}\nAnswer:' --response_field=answer --val_fraction=0 --out_dir=data/gsm8k_docs/$s
     done
     python -m paper.study config/regret_docs.py
-    python -m paper.claims --runs='out/regret_docs/*' --learning='loss target' --forgetting='loss source'
+    python -m paper.claims --runs='out/regret_docs/[fr]*' --learning='loss target' --forgetting='loss source'
     python -m paper.laws --runs='out/regret_docs/*'
     python -m paper.why --runs='out/regret_docs/*' --out_dir=out/why_docs
 
@@ -27,8 +27,8 @@ for _rank in (16, 4, 64):
 runs += _swept('r16-mlp', f'{_length} --lora_alpha=32 --lora_rank=16 --lora_targets=mlp', 5e-4)
 runs += _swept('r27-attention', f'{_length} --lora_alpha=32 --lora_rank=27 --lora_targets=attention', 5e-4)
 # five times the rows a step, the same rows in all
-_length = '--schedule=constant --global_batch=10 --max_steps=40'
-runs += _swept('full-b10', _length, 2e-4)
-runs += _swept('r16-b10', f'{_length} --lora_alpha=32 --lora_rank=16', 1e-3)
+_large = '--schedule=constant --global_batch=10 --max_steps=40'
+runs += _swept('b10-full', _large, 2e-4)
+runs += _swept('b10-r16', f'{_large} --lora_alpha=32 --lora_rank=16', 1e-3)
 evals = _moved
 spectrum = '--subspaces= --device=cpu'

@@ -29,7 +29,7 @@ from configurator import configure
 from paper.changes import combine, folders_of, measure_runs, spared
 from paper.results import (REGULARISERS, mean_of_seeds, problems, read_json, regularised,
                            setting_of, spectrum_fault, targets_name, trained_numbers)
-from paper.sweeps import bests_of_seeds, factor_words, is_inside, mean_factor, mean_losses
+from paper.sweeps import bests_of_seeds, factor_words, is_best, mean_factor, mean_losses
 from runtime import one_line_errors
 
 # -----------------------------------------------------------------------------
@@ -81,13 +81,13 @@ def read_runs(folders, learning, forgetting, fraction):
     changes = {}
     ranks = {}
     sizes = {}
-    first = {}  # {(method, steps): its first run}
+    first = {}  # {method: its first run}
     for measured in measure_runs(folders, learning, forgetting):
         folder, run, steps, learned, forgot = measured
         method = method_of(run.config)
         if method is None:
             continue  # nothing that the claims speak of
-        check_same_setting(measured, first.setdefault((method, steps), measured), method)
+        check_same_setting(measured, first.setdefault(method, measured), method)
         # one run a seed, method, length and rate
         by_rate = changes.setdefault((measured.seed, method, steps), {})
         if measured.rate in by_rate:
@@ -105,7 +105,7 @@ def read_runs(folders, learning, forgetting, fraction):
 
 
 def check_same_setting(measured, other, method):
-    """Raise ValueError for two runs of a method that differ in more than rate, seed and base.
+    """Raise ValueError for two runs of a method that differ in more than rate, length, seed and base.
 
     Each seed may have a base of its own."""
     mine, theirs = setting_of(measured.run), setting_of(other.run)
@@ -194,8 +194,7 @@ def choose_rates(changes, steps):
         if not losses:
             raise ValueError(f"{method}: its seeds share no learning rate at {steps} steps")
         chosen[method] = min(losses, key=losses.get)
-        is_end = len(losses) > 1 and bests_of_seeds(of_seeds) is None
-        if is_end or not is_inside(of_seeds, chosen[method]):
+        if not is_best(chosen[method], of_seeds):
             unsure.add(method)
     return chosen, unsure
 

@@ -73,14 +73,14 @@ def swept(of_seeds):
     return [losses for losses in of_seeds if len(losses) > 1]
 
 
-def is_inside(of_seeds, rate):
-    """Whether every seed of [{rate: loss}] that was swept has its lowest loss inside, at the rate
-    or beside it; as is so where none was swept."""
-    for losses in swept(of_seeds):
-        around = around_lowest(losses)
-        if around is None or rate not in around:
-            return False
-    return True
+def is_best(rate, of_seeds):
+    """Whether a rate is what the sweeps of [{rate: loss}] found, and lies inside them; also where
+    no seed was swept."""
+    tried = swept(of_seeds)
+    if not tried:
+        return True
+    means = mean_losses(tried)
+    return bests_of_seeds(tried) is not None and rate == min(means, key=means.get)
 
 
 def mean_losses(of_seeds):

@@ -265,6 +265,7 @@ def test_methods():
      "one has lora_alpha=8, the other 4"),
     (lambda out: write_run(out / "other", 1.0, 1.0, learning_rate=2e-4, optimizer="adamw"), "one has optimizer=adamw, the other lionw"),
     (lambda out: write_run(out / "other", 1.0, 1.0, seed=2, global_batch=64), "one has global_batch=64, the other 32"),
+    (lambda out: write_run(out / "other", 1.0, 1.0, steps=5, global_batch=64), "one has global_batch=64, the other 32"),
     (lambda out: write_run(out / "other", 1.0, 1.0, learning_rate=2e-4, base="c"), "one has base=c, the other b")])
 def test_runs_that_cannot_be_compared(tmp_path, break_it, message):
     write_run(tmp_path / "a/full", 2.0, 1.0)
