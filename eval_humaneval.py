@@ -254,11 +254,10 @@ if __name__ == "__main__":
         problems = all_problems[:limit or None]
         device = start_ranks(device)
         started = time.perf_counter()
-        asked = [itemgetter(*FIELDS)(problem) for problem in problems]
-        settings = {"strip_prompt": strip_prompt, "data": digest(asked)}
-        # of all, whatever --limit says: what the samples are of, and what judges them
-        prompts = digest([(problem["task_id"], problem["prompt"]) for problem in all_problems])
-        tests = digest([itemgetter(*FIELDS)(problem) for problem in all_problems])
+        # of all, whatever --limit says: what judges the samples, and what they are of
+        data_hash = digest([itemgetter(*FIELDS)(problem) for problem in all_problems])
+        prompts_hash = digest([itemgetter("task_id", "prompt")(problem) for problem in all_problems])
+        settings = {"strip_prompt": strip_prompt, "data": data_hash}
 
         # their samples, {problem: completions}: of a file
         if samples:
@@ -282,7 +281,7 @@ if __name__ == "__main__":
             print0(f"{len(problems)} problems, {n_samples} samples each, T={temperature}, "
                    f"top_p={top_p}, {begin_and_end(tok, bos)}")
             sampling = Sampling(n_samples, temperature, top_p, seed, bos, max_length, strip_prompt)
-            drawn = {**sampling._asdict(), "data": prompts}
+            drawn = {**sampling._asdict(), "data": prompts_hash}
             items = open_items(subject, name, range(len(problems)), drawn)
             records = sample_problems(items, subject, problems, sampling, batch_size)
             found = {i: record["completions"] for i, record in records.items()}
@@ -296,7 +295,7 @@ if __name__ == "__main__":
             programs = [(problems[i], text) for i, texts in found.items() for text in texts]
             print0(f"running {len(programs)} programs")
             judged = {"timeout": timeout, "memory_mb": memory_mb, "sandbox": sandbox,
-                      "strip_prompt": strip_prompt, "data": tests}
+                      "strip_prompt": strip_prompt, "data": data_hash}
             items = open_items(subject, f"{name}_run", range(len(programs)), judged,
                                itemgetter("passed"))
             for i, verdict in run_programs(programs, items.todo, strip_prompt, timeout, sandbox,

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource, compile as triton_compile
 from triton.knobs import nvidia
 
 from configurator import configure
-from llama import lora_kernels
+from llama import lora_kernels as kernels
 from llama.lora_operators import COLUMNS, FUSED_RANK, ROWS, padded_rank, piece_of
 from runtime import one_line_errors
 
@@ -39,7 +39,7 @@ SHARED_KB = {80: 163, 90: 227, 100: 227}  # of a block, at most
 # instructions, the chip's own first: of tensor cores, or of none; and those that fetch a tile
 PRODUCTS = {"tcgen05.mma": "tcgen05", "wgmma.mma_async": "wgmma", "mma.sync": "mma.sync",
             "fma.rn.f32": "fma"}
-COPIES = {"cp.async.bulk.tensor": "TMA", "cp.async.c": "cp.async"}
+COPIES = {"cp.async.bulk.tensor": "TMA", "cp.async.cg": "cp.async", "cp.async.ca": "cp.async"}
 TRITON_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # of the kernels' arguments, the others being integers or of the dtype
 TYPES = {"left": "*fp32", "seeds": "*i32", "strips": "*i32", "scale": "fp32"}
@@ -69,7 +69,6 @@ def kernel_calls(rank, dtype, arch):
     chunk = piece_of(chunk, dtype)
     half = dtype != torch.float32
     group = {"G": 3, "R": R}
-    kernels = lora_kernels
     calls = []
     for masks in (True, False):
         if masks or R <= FUSED_RANK:  # else cuBLAS makes them
@@ -103,7 +102,7 @@ def compile_for(call, config, dtype, arch):
     types = dict(TYPES)
     for name in ("out", "x", "a", "u", "v", "w"):
         types[name] = f"*{TRITON_NAMES[dtype]}"
-    if call.kernel is lora_kernels.reduce_kernel:
+    if call.kernel is kernels.reduce_kernel:
         types["out"] = "*fp32"
     signature = {}
     attributes = {}

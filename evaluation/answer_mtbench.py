@@ -218,5 +218,8 @@ if __name__ == "__main__":
         if RANK == 0:
             if not model_id:
                 model_id = f"{subject.run}-{subject.step}"
-                model_id += f"-{name}" * (name != "mtbench") + f"-t{t:g}" * (t != 1)
+                if name != "mtbench":
+                    model_id += f"-{name}"
+                if t != 1:
+                    model_id += f"-t{t:g}"
             write_answers(subject.folder, records, model_id)
