@@ -256,7 +256,7 @@ if __name__ == "__main__":
         started = time.perf_counter()
         # of all, whatever --limit says: what judges the samples, and what they are of
         data_hash = digest([itemgetter(*FIELDS)(problem) for problem in all_problems])
-        prompts_hash = digest([itemgetter("task_id", "prompt")(problem) for problem in all_problems])
+        prompts = [(problem["task_id"], problem["prompt"]) for problem in all_problems]
         settings = {"strip_prompt": strip_prompt, "data": data_hash}
 
         # their samples, {problem: completions}: of a file
@@ -281,7 +281,7 @@ if __name__ == "__main__":
             print0(f"{len(problems)} problems, {n_samples} samples each, T={temperature}, "
                    f"top_p={top_p}, {begin_and_end(tok, bos)}")
             sampling = Sampling(n_samples, temperature, top_p, seed, bos, max_length, strip_prompt)
-            drawn = {**sampling._asdict(), "data": prompts_hash}
+            drawn = {**sampling._asdict(), "data": digest(prompts)}
             items = open_items(subject, name, range(len(problems)), drawn)
             records = sample_problems(items, subject, problems, sampling, batch_size)
             found = {i: record["completions"] for i, record in records.items()}

@@ -89,7 +89,7 @@ def describe(tensors):
 
 
 def rows_of(w):
-    """ROWS rows of a matrix, evenly spaced, or all of a vector; w: a tensor or a slice of a file."""
+    """ROWS rows of a matrix, or all of a vector, which is a tensor or a slice of a file."""
     shape = w.get_shape() if hasattr(w, "get_shape") else w.shape
     if len(shape) == 1:
         return w[:]

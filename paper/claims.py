@@ -105,7 +105,7 @@ def read_runs(folders, learning, forgetting, fraction):
 
 
 def check_same_setting(measured, other, method):
-    """Raise ValueError for two runs of a method that differ in more than rate, length, seed and base.
+    """Raise ValueError for two runs of a method that differ in more than rate, length and seed.
 
     Each seed may have a base of its own."""
     mine, theirs = setting_of(measured.run), setting_of(other.run)
