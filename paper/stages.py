@@ -110,26 +110,43 @@ def commands(study, name, download=True):
 
 
 # ----------------------------------------------------------------------------- doing it
+def writes(record):
+    """What the results of a step in study.jsonl are known by: its script, and --name if given."""
+    words = shlex.split(record["command"])
+    return record["stage"], [word for word in words if word.startswith("--name=")]
+
+
 def done_before(study):
     """{command line: seconds} of study.jsonl.
 
-    Without what was done to a run that is deleted, is not complete, or was trained again since."""
+    Without what was done to a run that is deleted, is not complete, or was trained again since, and
+    without an evaluation whose results were written over by one that the study no longer has."""
+    asked = set()
+    for name in [*study.models, *study.runs]:
+        asked.update(shlex.join(command) for _, command in commands(study, name, download=False))
+
     # in the order in which it was done: training makes what came before it void
     path = study.out_dir / "study.jsonl"
     lines = path.read_text().splitlines() if path.is_file() else []
-    done = {}  # {run: {command line: seconds}}
+    done = {}  # {run: {command line: record}}
     for line in lines:
         record = json.loads(line)
+        of_run = done.setdefault(record["run"], {})
         if record["stage"] == "train":
-            done[record["run"]] = {}
-        done.setdefault(record["run"], {})[record["command"]] = record["seconds"]
+            of_run.clear()
+        elif record["command"] not in asked:
+            for command, earlier in list(of_run.items()):
+                if writes(earlier) == writes(record):
+                    del of_run[command]
+        of_run[record["command"]] = record
 
     # only of what is still there
     still_done = {}
     for name, of_run in done.items():
         folder = study.out_dir / name
         if is_complete(folder) if name in study.runs else folder.is_dir():
-            still_done.update(of_run)
+            for command, record in of_run.items():
+                still_done[command] = record["seconds"]
     return still_done
 
 

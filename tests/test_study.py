@@ -243,6 +243,28 @@ def test_what_was_done_to_a_run_that_is_gone_or_trained_anew_does_not_count(tmp_
     assert set(done_before(study_of(tmp_path, runs={"a": [], "b": []}))) == {"train b", "eval b", "eval base"}
 
 
+def test_an_evaluation_whose_results_were_written_over_is_done_again(tmp_path):
+    def evals_of(*words):
+        study = study_of(tmp_path, models={"base": []}, evals=[["eval_loss.py", *word.split()] for word in words])
+        return study, [shlex.join(command) for _, command in commands(study, "base")]
+
+    def did(command):
+        with open(tmp_path / "study.jsonl", "a") as file:
+            file.write(json.dumps({"run": "base", "stage": "eval_loss.py", "command": command, "seconds": 1.0}) + "\n")
+
+    (tmp_path / "base").mkdir()
+    first, (few, half) = evals_of("--rows=1", "--name=half")
+    second, (many,) = evals_of("--rows=2")
+    did(few), did(half)
+    assert set(done_before(first)) == {few, half}
+    # results of --rows=2 take the place of those of --rows=1, but not of those with a name of their own
+    did(many)
+    assert set(done_before(first)) - {many} == {half}
+    assert many in done_before(second)
+    did(few)
+    assert {few, half} <= set(done_before(first)) and many not in done_before(second)
+
+
 def test_an_impossible_run_is_refused_before_the_first_one_starts(tmp_path, tokens):
     text = (f"out_dir={str(tmp_path / 'out')!r}\nbase={str(need('data/stories260k'))!r}\nspectrum=plot='none'\n"
             f"train='--data={tokens}/cpt --max_steps=1 --global_batch=2 --microbatch=2'\n"
