@@ -220,8 +220,10 @@ def scores_of_problems(found, verdicts, ks):
 
 
 # ----------------------------------------------------------------------------- the run
-def check_sampling(n_samples, temperature, k, samples, allow_code_execution):
-    """Raises ValueError for knobs that do not go together."""
+def check_knobs(n_samples, temperature, k, samples, allow_code_execution, limit, batch_size):
+    """Raises ValueError for impossible knobs, and for those that do not go together."""
+    if batch_size < 1 or limit < 0:
+        raise ValueError("batch_size: at least 1; limit: at least 0")
     if samples and not allow_code_execution:
         raise ValueError("samples: running them needs --allow_code_execution=True; read "
                          "evaluation/sandbox.py on what that means")
@@ -245,7 +247,7 @@ if __name__ == "__main__":
             k = tuple(value for value in all_ks if samples or value <= n_samples)
         config.update(n_samples=n_samples, temperature=temperature, k=k)
         print0(knob_table(globals()))
-        check_sampling(n_samples, temperature, k, samples, allow_code_execution)
+        check_knobs(n_samples, temperature, k, samples, allow_code_execution, limit, batch_size)
         if not samples:
             find_model(model, adapter)
 
@@ -263,7 +265,8 @@ if __name__ == "__main__":
         if samples:
             path = Path(samples)
             subject = subject_of_samples(path, out_dir)
-            name = path.stem.removeprefix("eval_")
+            if name == "humaneval":
+                name = path.stem.removeprefix("eval_")
             found, form = read_samples(path, all_problems, samples_form, limit)
             strip_prompt = form == "stripped"
             settings["strip_prompt"] = strip_prompt

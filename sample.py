@@ -92,6 +92,9 @@ if __name__ == "__main__":
         pairs = pairs_of(model, adapter)
         if chat and n > 1:
             raise ValueError("n: a conversation has one answer to each message; say n=1")
+        own_template = chat and not template
+        if own_template and bos is not None:
+            raise ValueError("bos: a model's own chat template says whether it stands in front")
         width = column_width(shutil.get_terminal_size().columns, len(pairs))
 
         # the models; the error stream says how a text begins and ends, the other has texts alone
@@ -106,7 +109,8 @@ if __name__ == "__main__":
             if chat:
                 holds_template = tokenizer or subject.identity["model"]
                 encoders.append(chat_encoder(tok, holds_template, template, begins[-1]))
-            print(f"[{put_on or folder}: {begin_and_end(tok, begins[-1])}]", file=sys.stderr)
+            how = "its own chat template" if own_template else begin_and_end(tok, begins[-1])
+            print(f"[{put_on or folder}: {how}]", file=sys.stderr)
             subjects.append(subject)
 
         # one prompt n times, or a message after the other

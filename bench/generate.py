@@ -44,9 +44,12 @@ _choices = {'parts': ('greedy', 'samples'), 'sides': SIDES, 'dtype': ('float32',
 
 
 # ----------------------------------------------------------------------------- one part
-def random_prompts(lengths, generator):
+def random_prompts(lengths, vocab_size, generator):
     """A list of random ids for each length."""
-    return [torch.randint(3, 49000, (length,), generator=generator).tolist() for length in lengths]
+    prompts = []
+    for length in lengths:
+        prompts.append(torch.randint(3, vocab_size, (length,), generator=generator).tolist())
+    return prompts
 
 
 def generate_rows(side, llama, ids, new_tokens, drawing):
@@ -163,7 +166,8 @@ if __name__ == "__main__":
                 lengths = [128]
                 drawing = {"n": samples, "temperature": 0.8, "top_p": 0.95}
                 rows = samples
-            ids = random_prompts(lengths, generator)
+            vocab_size = LlamaConfig.from_json(folder).vocab_size
+            ids = random_prompts(lengths, vocab_size, generator)
 
             seconds = generation_rounds(folder, sides, ids, new_tokens, drawing, repeats,
                                         getattr(torch, dtype), device)

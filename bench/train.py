@@ -153,8 +153,8 @@ def training_rounds(folder, sides, rank, rows, seq_len, settings):
     """Seconds of each round of a training step, {side: [...]}, after two steps to warm up.
 
     Beside several sides their floor is timed, as "products"."""
-    # ids that any SmolLM2 vocabulary holds
-    tokens, targets = random_batch(rows, seq_len, 49000, settings.device)
+    vocab_size = LlamaConfig.from_json(folder).vocab_size
+    tokens, targets = random_batch(rows, seq_len, vocab_size, settings.device)
 
     # both models in memory, warmed up
     models = {}

@@ -179,6 +179,8 @@ if __name__ == "__main__":
         stop = tuple(unescape(text) for text in stop)
         if "{message}" not in template:
             raise ValueError(f"template: expected {{message}} in it, found {template!r}")
+        if min(batch_size, max_new_tokens) < 1 or limit < 0:
+            raise ValueError("batch_size, max_new_tokens: at least 1; limit: at least 0")
         find_model(model, adapter)
         asked = read_questions(questions)
         data = digest(asked)

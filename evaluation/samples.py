@@ -145,8 +145,9 @@ def subject_of_samples(path, out_dir):
         raise FileNotFoundError(f"samples: {path}: no such file")
     # beside samples that were made here stands what made them
     identity = settings_beside(path)
-    # how prompt and completion are put together is up to the run that puts them together
+    # how prompt and completion are put together, and what judges them, is up to the run that judges
     identity.pop("strip_prompt", None)
+    identity.pop("data", None)
     identity["samples"] = str(path)
     subject = place(path.parent, out_dir or path.parent, bool(out_dir))
     return subject._replace(identity=identity)

@@ -6,9 +6,11 @@
            +-1---4---16 samples
 """
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 
-from paper.looks import BASE, PAGE, draw_line, grid_of, method_name, name_end, powers_axis, style_of
+from paper.looks import (BASE, OTHERS, PAGE, draw_line, grid_of, method_name, name_end,
+                         powers_axis, style_of)
+from paper.results import is_base
 
 PARTS = {"unique_passed": "that pass", "unique_failed": "that fail"}
 
@@ -23,33 +25,42 @@ def order_of(run):
 
 
 def subjects_of(all_runs, pattern):
-    """[(name, style, {what the pattern found: (value, stderr)})] of runs with two such metrics.
+    """[(name, style, {what the pattern found: (value, stderr)})] of evaluations with two such
+    metrics, those that `--name` sets apart each for itself.
 
     Bases first, then by rank. A rank with several runs has their folders' names."""
-    # runs with such metrics, and what the pattern found in each
-    matching = []  # (run, {metric: what the pattern found})
+    # evaluations with such metrics, and what the pattern found in each
+    matching = []  # (run, evaluation, {metric: what the pattern found})
+    count = Counter()  # runs that have some, by rank
     for run in sorted(all_runs, key=order_of):
-        found = {}
+        by_name = defaultdict(dict)
         for metric in run.metrics:
-            match = re.search(pattern, metric)
+            match = re.fullmatch(f"(.*?)_?{pattern}", metric)
             if match:
-                found[metric] = match[1]
-        if len(found) > 1:
-            matching.append((run, found))
+                by_name[match[1]][metric] = match[2]
+        several = {name: found for name, found in by_name.items() if len(found) > 1}
+        matching += [(run, name, found) for name, found in several.items()]
+        if run.config and several:
+            count[rank_of(run)] += 1
 
     # their names, styles and values at the last step
-    count = Counter(rank_of(run) for run, _ in matching if run.config)
     ranks = {rank_of(run) for run in all_runs if run.config}
+    evaluations = {evaluation for _, evaluation, _ in matching}
     subjects = []
-    for run, found in matching:
+    for run, evaluation, found in matching:
         last = max(max(run.metrics[metric]) for metric in found)
         rank = rank_of(run)
-        if not run.config or last == 0:
+        if is_base(run, all_runs) or (run.config and last == 0):
             name = "base"
             style = {"color": BASE, "marker": "*"}
+        elif not run.config:
+            name = run.name
+            style = {"color": OTHERS[len(subjects) % 7], "marker": "D"}
         else:
             name = method_name(rank) if count[rank] == 1 else run.name
             style = style_of(rank, ranks)
+        if len(evaluations) > 1:
+            name += f", {evaluation}"
         values = {}
         for metric, what in found.items():
             if last in run.metrics[metric]:
@@ -60,7 +71,7 @@ def subjects_of(all_runs, pattern):
 
 def draw_pass_at_k(all_runs):
     """Figure of appendix F: pass@k by k."""
-    subjects = subjects_of(all_runs, r"pass@(\d+)$")
+    subjects = subjects_of(all_runs, r"pass@(\d+)")
     if not subjects:
         return None
     fig, (ax,) = grid_of(1, height=2.4)
@@ -73,7 +84,7 @@ def draw_pass_at_k(all_runs):
         for k in ks:
             value, stderr = values[str(k)]
             pairs.append((value, 1.96 * stderr if stderr else None))
-        dashes = "--" if name == "base" else "-"
+        dashes = "--" if style["color"] == BASE else "-"
         draw_line(ax, ks, pairs, ls=dashes, **style)
         last, _ = pairs[-1]
         name_end(ax, ks[-1], last, name, style["color"])
@@ -85,7 +96,7 @@ def draw_pass_at_k(all_runs):
 def draw_diversity(all_runs):
     """Figure 5: unique outputs a problem, those that pass and those that fail."""
     # those that have both parts
-    pattern = f"({'|'.join(PARTS)})$"
+    pattern = f"({'|'.join(PARTS)})"
     subjects = []
     for name, style, values in subjects_of(all_runs, pattern):
         if len(values) == len(PARTS):

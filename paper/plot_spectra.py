@@ -15,6 +15,7 @@ import numpy as np
 
 from paper.looks import (BASE, CHANCE, FULL, OTHERS, draw_chance_line, grid_of, legend_entry,
                          method_name, name_end, powers_axis, shades_of, short, style_of)
+from paper.results import problems
 
 DOTTED = (0, (1, 1.5))
 
@@ -77,6 +78,9 @@ def ranks_of_changes(loaded, settings):
         for i, made in enumerate(spectrum["checkpoints"]):
             # means over all matrices of this checkpoint
             rows = [row for row in changed if row["checkpoint"] == i]
+            if not rows:
+                problems[f"{path}: checkpoint {i} changes none of its matrices, left out"] = 1
+                continue
             effective = statistics.fmean(row["effective_rank"][share] for row in rows)
             random = statistics.fmean(row["random_rank"][share] for row in rows)
             # whose they are

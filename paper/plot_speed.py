@@ -101,6 +101,9 @@ def bench_bars(tables):
             if not isinstance(sides, dict):
                 continue
             for side, found in sides.items():
+                if not isinstance(found, dict):
+                    problems["parts of benches without speed and memory"] += 1
+                    continue
                 ours = side == "ours"
                 name = "ours" if ours else "transformers + peft"
                 if side == "compiled":

@@ -154,6 +154,23 @@ def draw_learning_rates(points, bases, metrics):
     return draw_sweep(lines_of, points, bases, metrics, "learning rate")
 
 
+def with_differences(names, knobs):
+    """The names; those that are equal get what sets them apart behind them: 'r=16, dora True'.
+
+    knobs: of each name, {knob: value}."""
+    alike = defaultdict(list)
+    for name, own in zip(names, knobs):
+        alike[name].append(own)
+    longer = []
+    for name, own in zip(names, knobs):
+        words = [name]
+        for knob, value in own.items():
+            if any(other.get(knob) != value for other in alike[name]):
+                words.append(f"{knob.replace('_', ' ')} {value}")
+        longer.append(", ".join(words))
+    return longer
+
+
 def rate_lines(points):
     """[(method, style, [(rate, point)])] of runs that differ in their learning rate alone."""
     # points of the paper's form, by what they have in common but for the rate
@@ -170,14 +187,17 @@ def rate_lines(points):
         if len({rate for rate, _ in line}) > 1:
             several[family] = line
 
-    # a rank that has two families is named with its optimizer
-    count = Counter(rank for rank, _ in several)
+    # families of one rank share its colour
+    names = [method_name(rank) for rank, _ in several]
+    names = with_differences(names, [dict(knobs) for _, knobs in several])
     lines = []
-    for (rank, knobs), line in several.items():
-        name = method_name(rank)
-        if count[rank] > 1:
-            name += f", {dict(knobs)['optimizer']}"
-        lines.append((name, style_of(rank, ranks_in(points)), line))
+    drawn = Counter()
+    for name, ((rank, _), line) in zip(names, several.items()):
+        style = style_of(rank, ranks_in(points))
+        if drawn[rank]:
+            style = {**style, "marker": MARKERS[-drawn[rank] % 6]}
+        drawn[rank] += 1
+        lines.append((name, style, line))
     return lines
 
 
@@ -209,18 +229,25 @@ def has_two_rates(points):
 def alpha_lines(points, by_rate):
     """[(name, style, [(x, point)])]: a line an alpha with rates on x, or a line a rate."""
     # lines by what is not on the x axis
-    families = defaultdict(list)
+    families = defaultdict(list)  # {(alpha or rate, other knobs): line}
     for point in points:
         alpha = point.alpha
         rate = rate_of(point)
+        knobs = dict(point.other)
+        del knobs["learning_rate"]
         if by_rate:
-            families[alpha].append((rate, point))
+            families[alpha, tuple(knobs.items())].append((rate, point))
         else:
-            families[rate].append((alpha, point))
-    lines = []
-    for i, (value, line) in enumerate(sorted(families.items())):
+            families[rate, tuple(knobs.items())].append((alpha, point))
+    families = dict(sorted(families.items()))
+
+    names = []
+    for (value, _), line in families.items():
         rank = line[0][1].rank
-        name = f"alpha={value:g} ({value / rank:g} r)" if by_rate else f"rate {value:g}"
+        names.append(f"alpha={value:g} ({value / rank:g} r)" if by_rate else f"rate {value:g}")
+    names = with_differences(names, [dict(knobs) for _, knobs in families])
+    lines = []
+    for i, (name, line) in enumerate(zip(names, families.values())):
         style = {"color": OTHERS[i % 7], "marker": MARKERS[i % 6]}
         lines.append((name, style, line))
     return lines

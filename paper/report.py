@@ -33,7 +33,7 @@ from paper.plot_curves import Metrics, draw_curves, draw_pareto, draw_story
 from paper.plot_samples import draw_diversity, draw_pass_at_k
 from paper.plot_spectra import ranks_of_changes
 from paper.plot_speed import draw_training
-from paper.results import KNOBS, mean_of_seeds, points_of, problems, setting_of
+from paper.results import KNOBS, is_base, mean_of_seeds, points_of, problems, setting_of
 from runtime import one_line_errors, write_whole
 
 # -----------------------------------------------------------------------------
@@ -98,19 +98,21 @@ def names_of(folders):
     return names
 
 
-def method_of(run):
+def method_of(run, all_runs):
     """What was trained, in words."""
-    if not run.config:
+    if is_base(run, all_runs):
         return "base"
+    if not run.config:
+        return "not trained here"
     if run.config.get("scratch"):
         return "pretraining"
     return method_name(run.config.get("lora_rank"))
 
 
-def place_of(folder, run):
+def place_of(folder, run, all_runs):
     """Where a run stands among others: bases, pretraining, full, LoRA from the lowest rank on."""
     kinds = ("base", "pretraining", "full")
-    method = method_of(run)
+    method = method_of(run, all_runs)
     kind = kinds.index(method) if method in kinds else len(kinds)
     return kind, run.config.get("lora_rank") or 0, str(folder)
 
@@ -127,7 +129,7 @@ def results_table(found, names, first):
     rows = []
     for folder, run in found.items():
         last = max(run.places, default=0)
-        cells = [names[folder], method_of(run), str(last)]
+        cells = [names[folder], method_of(run, found.values()), str(last)]
         for metric in columns:
             value = run.metrics.get(metric, {}).get(last)
             cells.append(value_in_words(value))
@@ -227,7 +229,8 @@ if __name__ == "__main__":
         found = read_runs_in(folders)
         if not found:
             raise ValueError(f"runs: no folder with results or a log is named {', '.join(runs)}")
-        found = dict(sorted(found.items(), key=lambda pair: place_of(*pair)))
+        every_run = list(found.values())
+        found = dict(sorted(found.items(), key=lambda pair: place_of(*pair, every_run)))
         beside = [folder / "spectrum.json" for folder in found]
         loaded = []
         for path, content in read_spectra([path for path in beside if path.is_file()]):
@@ -251,7 +254,10 @@ if __name__ == "__main__":
 
         # the page
         notes = [f"{count} × {problem}" for problem, count in noted.items()]
-        columns = [{"name": names[folder], "method": method_of(found[folder])} for folder in asked]
+        columns = []
+        for folder in asked:
+            method = method_of(found[folder], every_run)
+            columns.append({"name": names[folder], "method": method})
         text = render(title=title, n_runs=len(found), figures=figures, claims=claimed,
                       no_claims=no_claims, learned=learned, forgotten=forgotten, notes=notes,
                       results=results_table(found, names, (*learning, *forgetting)),

@@ -279,6 +279,14 @@ def judged_model(results):
     return model
 
 
+def is_base(run, all_runs):
+    """Whether a run is of a model that was only evaluated, and that the others began with."""
+    if run.config:
+        return False
+    begun_with = {Path(other.config["base"]).name for other in all_runs if other.config.get("base")}
+    return run.name in begun_with if begun_with else bool(run.judged)
+
+
 # ----------------------------------------------------------------------------- runs become points
 class Setting(NamedTuple):
     """What the seeds and the lengths of one series share."""
@@ -373,16 +381,17 @@ def points_of(all_runs):
 
     # a base that was evaluated goes with every dataset that it was trained on
     panels = {(point.dataset, point.base) for point in points}
-    evaluated = {}
+    evaluated = defaultdict(dict)  # {(name, metric): {model folder: value}}
     for run in all_runs:
         if not run.config:
             for metric, steps in run.metrics.items():
                 first_measured = next(iter(steps.values()))
-                evaluated.setdefault((run.name, metric), first_measured)
-    for (name, metric), value in evaluated.items():
+                evaluated[run.name, metric].setdefault(run.judged, first_measured)
+    # each seed may have a base of its own
+    for (name, metric), of_folders in evaluated.items():
         for dataset, base in panels:
             if base == name:
-                bases[dataset, base, metric] = mean_of_seeds([value])
+                bases[dataset, base, metric] = mean_of_seeds(list(of_folders.values()))
     return points, bases
 
 

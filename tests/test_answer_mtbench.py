@@ -78,6 +78,7 @@ def test_backslashes_are_read_as_prepare_data_reads_them(tmp_path):
 
 @pytest.mark.parametrize("knob, value, message", [
     ("template", "hello", "template: expected {message} in it"), ("max_new_tokens", 512, "leaves no room"),
+    ("limit", -1, "limit: at least 0"), ("batch_size", 0, "batch_size, max_new_tokens: at least 1"),
     ("questions", "", "questions is not set"), ("questions", "word problems", "expected question_id, category, turns"),
 ])
 def test_mistakes_are_one_line(tmp_path, knob, value, message):

@@ -70,6 +70,7 @@ def test_continued_pretraining_on_stories_in_full(tmp_path):
 
 @pytest.mark.parametrize("knobs, wanted", [
     (dict(), "model is not set"), (dict(model="nowhere"), "nowhere"), (dict(model="{base}", max_new_tokens=600), "max_position"),
+    (dict(model="{base}", temperature=-1), "temperature=-1"), (dict(model="{base}", max_new_tokens=-1), "max_new_tokens=-1"),
     (dict(model="{base}", adapter="nowhere"), "nowhere: no such folder"), (dict(model="{base}", tokenizer="nowhere"), "nowhere")])
 def test_sample_refuses_in_one_line(knobs, wanted):
     base = need("data/stories260k")

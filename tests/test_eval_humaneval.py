@@ -248,6 +248,13 @@ def test_other_problems_have_samples_and_verdicts_of_their_own(tmp_path):
     assert done.returncode == 2 and "eval_humaneval.jsonl was made with data=" in done.stderr, done.stderr
     done = run(tmp_path, *draw, f"--data={tmp_path / 'easy.jsonl'}", "--limit=2", name="c")
     assert done.returncode == 0 and "2 of 2 items are there already" in done.stdout, done.stderr
+    # whose settings lie beside them: tests that are not those they were judged by are still others
+    judge = [f"--samples={tmp_path / 'c/eval_humaneval.jsonl'}", "--k=1", "--allow_code_execution=True", "--workers=1"]
+    assert run(tmp_path, *judge, f"--data={tmp_path / 'easy.jsonl'}", name="d").returncode == 0
+    done = run(tmp_path, *judge, f"--data={tmp_path / 'hard.jsonl'}", name="d")
+    assert done.returncode == 2 and "eval_humaneval_run.jsonl was made with data=" in done.stderr, done.stderr
+    done = run(tmp_path, *judge, f"--data={tmp_path / 'hard.jsonl'}", "--name=hard", name="d")
+    assert done.returncode == 0 and {"hard_pass@1", "humaneval_pass@1"} <= results(tmp_path / "d").keys(), done.stderr
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -256,6 +263,7 @@ def test_other_problems_have_samples_and_verdicts_of_their_own(tmp_path):
     (["--samples=x.jsonl"], "needs --allow_code_execution=True"),
     (["--samples=absent.jsonl", "--allow_code_execution=True"], "absent.jsonl: no such file"),
     (["--data=problems.jsonl"], "expected task_id, prompt, entry_point, test; found question, answer"),
+    (["--limit=-1"], "limit: at least 0"), (["--batch_size=0"], "batch_size: at least 1"),
     (["--mode=pass2"], "expected a str out of 'pass1', 'passk'"),
 ])
 def test_mistakes_are_one_line(tmp_path, argv, message):

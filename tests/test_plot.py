@@ -21,7 +21,7 @@ from paper.plot_spectra import draw_directions, draw_effective_ranks, draw_spect
 from paper.plot_speed import draw_throughput, draw_training
 from paper.plot_sweeps import draw_alphas, draw_learning_rates, draw_ranks, draw_targets
 from paper import results
-from paper.results import (SETTING, ends_of, main_settings, mean_of_seeds, points_of, problems, read_run,
+from paper.results import (SETTING, ends_of, is_base, main_settings, mean_of_seeds, points_of, problems, read_run,
                            targets_name)
 
 BASE_CONFIG = {"base": "models/base", "data": "data/gsm8k", "lora_rank": 0, "lora_alpha": None, "lora_targets": "all",
@@ -271,6 +271,66 @@ def test_pass_at_k_and_diversity(tmp_path):
     assert draw_diversity(none).axes[0].get_xlim() == (0, 1)
 
 
+def test_evaluations_of_one_model_under_two_names_stay_apart(tmp_path):
+    """The paper's two protocols, whose samples differ in temperature and number, in one results.jsonl."""
+    protocols = {"humaneval": {1: 0.18, 10: 0.21}, "passk": {1: 0.1, 10: 0.3, 100: 0.5}}
+    values = [(20, f"{name}_pass@{k}", value, 0.01) for name, of_name in protocols.items() for k, value in of_name.items()]
+    values += [(20, f"{name}_unique_{part}", n, 0.1) for name, n in (("humaneval", 2.0), ("passk", 9.0)) for part in ("passed", "failed")]
+    write_run(tmp_path / "r16", values, lora_rank=16)
+    runs = [read_run(tmp_path / "r16")]
+    ax, = draw_pass_at_k(runs).axes
+    lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in ax.lines]
+    lines = [(xs, ys) for xs, ys in lines if len(set(xs)) > 1]  # the others are error bars
+    assert lines == [(list(of_name), pytest.approx(list(of_name.values()))) for of_name in protocols.values()]
+    assert [text for _, _, text, _ in ax.ends] == ["LoRA r=16, humaneval", "LoRA r=16, passk"]
+    assert [bar.get_width() for bar in draw_diversity(runs).axes[0].patches] == [2, 9]
+
+
+def test_only_a_model_that_others_began_with_is_called_base(tmp_path):
+    for name, settings in (("llama", {"model": "models/llama"}), ("magicoder-r16", {"model": "models/llama", "adapter": "a"}),
+                           ("other", {"model": "models/other"})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.jsonl").write_text("".join(json.dumps(
+            {"step": 0, "metric": f"humaneval_pass@{k}", "value": 0.1, "stderr": 0.01, "settings": settings}) + "\n" for k in (1, 10)))
+    write_run(tmp_path / "r4", [(20, f"humaneval_pass@{k}", 0.1, 0.01) for k in (1, 10)], lora_rank=4, base="models/llama")
+    runs = [read_run(f) for f in sorted(tmp_path.iterdir())]
+    assert [text for _, _, text, _ in draw_pass_at_k(runs).axes[0].ends] == ["base", "magicoder-r16", "other", "LoRA r=4"]
+    assert [is_base(run, runs) for run in runs] == [True, False, False, False]
+    # without a run of our own
+    alone = [run for run in runs if not run.config]
+    assert [is_base(run, alone) for run in alone] == [True, False, True]
+
+
+def test_a_base_for_each_seed_is_their_mean(tmp_path):
+    for seed, value in ((1, 0.05), (2, 0.40)):
+        write_run(tmp_path / f"r4-{seed}", [(20, LEARN, value + 0.1)], lora_rank=4, seed=seed, base=f"out/{seed}/step_700")
+        (tmp_path / f"base-{seed}").mkdir()
+        (tmp_path / f"base-{seed}/results.jsonl").write_text(json.dumps(
+            {"step": 0, "metric": LEARN, "value": value, "stderr": 0.01, "settings": {"model": f"out/{seed}/step_700"}}))
+    points, bases = load(tmp_path)
+    assert bases["gsm8k", "step_700", LEARN][0] == pytest.approx(0.225)
+    assert points[0].values[LEARN][0] == pytest.approx(0.325)
+
+
+def test_sweeps_of_other_knobs_are_other_lines(tmp_path):
+    """A rank trained plainly, with rslora and with DoRA, at each of two alphas: names say which is which."""
+    number = 0
+    for knobs, value in (({}, 0.1), ({"rslora": True}, 0.5), ({"dora": True}, 0.7)):
+        for alpha in (8.0, 16.0):
+            for rate in (1e-3, 2e-3):
+                number += 1
+                write_run(tmp_path / f"x{number}", ((20, LEARN, value + 100 * rate), (20, FORGET, 0.5)), lora_rank=8, lora_alpha=alpha,
+                          learning_rate=rate, **knobs)
+    points, bases = load(tmp_path)
+    learn, _ = draw_alphas(points, bases, METRICS).axes
+    names = [text for _, _, text, _ in learn.ends]
+    assert len(set(names)) == 6 and "alpha=8 (1 r), dora False, rslora True" in names
+    learn, _ = draw_learning_rates(points, bases, METRICS).axes
+    names = [text for _, _, text, _ in learn.ends]
+    assert len(names) == 3 and "LoRA r=8, dora True, rslora False" in names
+    assert len({line.get_marker() for line in learn.lines if len(set(line.get_xdata())) > 1}) == 3
+
+
 def spectrum_json(layers=3, checkpoints=((None, 100), (16, 100))):
     def record(matrix, i, layer, module):
         rank = 16 if i == 1 and matrix == "D" else 40
@@ -320,6 +380,10 @@ def test_ranks_of_changes_belong_to_the_run_they_were_taken_of():
     for where, expected in (("out/a/spectrum.json", {"A": [41, 17]}), ("x.json", {None: [41, 17]})):
         found = ranks_of_changes([(Path(where), content)], settings)
         assert {s: [mean for _, mean, _, _ in rows] for s, rows in found.items()} == expected
+    # none of the modules that were asked for has changed
+    none = {**content, "matrices": [row for row in content["matrices"] if row["checkpoint"] != 1 or row["matrix"] != "D"]}
+    assert list(ranks_of_changes([(Path("out/a/spectrum.json"), none)], settings)) == ["A"]
+    assert "changes none of its matrices" in "".join(problems)
     content["checkpoints"][0]["folder"] = "f/step_1"
     found = ranks_of_changes([(Path("x.json"), content)], settings)
     assert found["F"] == [(100, 41, 33, "0.9")] and found[None] == [(100, 17, 33, "0.9")]

@@ -169,6 +169,8 @@ def test_a_conversation_goes_on_and_ends_with_its_context(monkeypatch):
     knobs = [f"--model={stories}", "--chat=True", "--device=cpu", "--dtype=float32", "--max_new_tokens=20"]
     refused = run_here("sample.py", *knobs)
     assert refused.returncode == 2 and "has no chat template; say --template=tulu or llama2" in refused.stderr
+    refused = run_here("sample.py", *knobs, "--bos=True")
+    assert refused.returncode == 2 and "bos: a model's own chat template says" in refused.stderr
     monkeypatch.setattr("sys.stdin", io.StringIO("Tell me of a dog.\n\nAnd then?\n"))
     done = run_here("sample.py", *knobs, "--template=tulu", "--prompt=Hello")
     assert done.returncode == 0, done.stderr
