@@ -13,9 +13,10 @@ Two optional dicts in the head say more:
     _types = {'resume': str}                        type of a knob that is None, of the items of ()
     _choices = {'dtype': ('float32', 'bfloat16')}   the only values of a knob, or of a tuple's items
 
-A config file is Python that sees the knobs, command line included, and assigns to them. Its own
-helpers are modules, functions, classes and names that start with `_`. include('shared.py') runs
-another file there first, as if its lines stood in this one; what is assigned later wins.
+A config file is Python that sees the knobs, command line included, and assigns to them. What it
+assigns to a knob of the command line changes nothing, for the lines below it too. Its own helpers
+are modules, functions, classes and names that start with `_`. include('shared.py') runs another
+file there first, as if its lines stood in this one; what is assigned later wins.
 Every mistake is one line on stderr and exit status 2.
 """
 import ast
@@ -56,7 +57,7 @@ def configure(namespace, argv=None):
 
     # files in order, each of which sees the command line's values; then the command line wins
     for path in files:
-        for name, (value, places) in run_file(path, {**config, **given}, knobs).items():
+        for name, (value, places) in run_file(path, config, given, knobs).items():
             config[name] = value
             origins[name] += places
     for name, value in given.items():
@@ -198,9 +199,10 @@ def read(text, knob):
 class FileNames(UserDict):
     """The names of a running config file (`data`), and where each was assigned (`places`)."""
 
-    def __init__(self, path, seen):
+    def __init__(self, path, seen, given):
         self.files = [path]  # this one, and those that it includes
         self.places = {}  # {name: [(file, line), ...]}
+        self.overruled = dict.fromkeys(given)  # {knob of the command line: value in the files}
         self.data = {**seen, "__file__": path, "include": self.include}
 
     def __setitem__(self, name, value):
@@ -210,7 +212,9 @@ class FileNames(UserDict):
             frame = frame.f_back
         place = (frame.f_code.co_filename, frame.f_lineno)
         self.places.setdefault(name, []).append(place)
-        self.data[name] = value
+        # what follows from a knob of the command line follows from its value there
+        values = self.overruled if name in self.overruled else self.data
+        values[name] = value
 
     def run(self, path, source):
         exec(compile(source, path, "exec"), self.data, self)
@@ -226,14 +230,16 @@ class FileNames(UserDict):
         raise FileNotFoundError(f"include({name!r}): no such file beside this one or above it")
 
 
-def run_file(path, seen, knobs):
-    """Run a config file that sees the values `seen`; {knob: (value, files that assigned it)}."""
+def run_file(path, config, given, knobs):
+    """Run a config file that sees the values of `config`, and before them those of the command line
+    in `given`; {knob: (value, files that assigned it)}."""
     try:
         source = Path(path).read_bytes()
     except OSError as error:
         likely = [*map(str, Path(path).parent.glob("*.py")), *(f"--{name}" for name in knobs)]
         fail(f"config file {path}: {error.strerror}{nearest(path, likely)}")
-    names = FileNames(path, seen)
+    seen = {**config, **given}
+    names = FileNames(path, seen, given)
     try:
         names.run(path, source)
     except Exception as error:
@@ -252,6 +258,7 @@ def run_file(path, seen, knobs):
         if name in knobs:
             was_assigned = bool(places) or value is not seen[name]
             if was_assigned:
+                value = names.overruled.get(name, value)
                 value = check(value, knobs[name], f"{place}: {name} = {value!r}")
                 files = dict.fromkeys(file for file, _ in places)
                 assigned[name] = (value, list(files) or [path])

@@ -33,6 +33,7 @@ microbatch = 6
 learning_rate = 1e-4 if lora_rank else 5e-6
 max_epochs = max_epochs or (0.0 if max_steps or max_tokens else 6.0)
 if (Path(data) / 'meta.json').is_file():
-    _rows = json.loads((Path(data) / 'meta.json').read_text())['splits']['train']['rows']
+    _train = json.loads((Path(data) / 'meta.json').read_text())['splits']['train']
+    _rows = _train['rows'] // _train.get('epochs', 1)    # packed epochs lie one behind the other
     checkpoint_at = checkpoint_at or tuple(_epochs * _rows // global_batch for _epochs in (2, 4))  # those two are kept
 out_dir = out_dir or f'out/{_run_name()}'

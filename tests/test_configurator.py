@@ -1,4 +1,5 @@
 """configurator.py: precedence, types, choices, every mistake as one line and status 2, help and table."""
+import json
 import re
 import shutil
 import sys
@@ -238,6 +239,21 @@ def test_file_sees_the_command_line_and_the_command_line_wins(here):
     config = configure(namespace(), ["a.py", "--lora_rank=0"])
     assert (config["learning_rate"], config["max_iters"], config["lora_rank"]) == (1e-5, 1, 0)
     assert configure(namespace(), ["--lora_rank=0", "a.py", "--max_iters=7"])["max_iters"] == 7
+
+
+def test_what_follows_from_a_knob_follows_from_the_command_line(here):
+    """Also where the file sets that knob itself, before the line that depends on it, or in a file that it includes."""
+    here("rank.py", "lora_rank = 16\n")
+    for first in ("lora_rank = 16\n", "include('rank.py')\n"):
+        here("a.py", first + "learning_rate = 2e-4 if lora_rank else 1e-5\nbase = f'r{lora_rank}'\n")
+        assert configure(namespace(), ["a.py"])["learning_rate"] == 2e-4
+        config = configure(namespace(), ["a.py", "--lora_rank=0"])
+        assert (config["lora_rank"], config["learning_rate"], config["base"]) == (0, 1e-5, "r0")
+
+
+def test_what_a_file_says_of_a_knob_is_checked_beside_the_command_line(here, refused):
+    here("a.py", "lora_rank = 'x'\n")
+    assert refused("a.py", "--lora_rank=4").startswith("a.py:1: lora_rank = 'x'")
 
 
 def test_files_run_in_order_each_in_a_fresh_namespace(here):
@@ -573,6 +589,15 @@ def test_what_follows_from_other_knobs_is_right_after_an_edit(tmp_path, name):
     shutil.copy(ROOT / f"config/{name}.py", tmp_path / "config/mine/try_1.py")
     copied = configure(dict(vars(train)), [str(tmp_path / "config/mine/try_1.py")])
     assert copied == {**plain, "out_dir": f"out/try_1_full{epochs}"}
+
+
+def test_checkpoints_of_packed_epochs_are_after_two_and_four(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for train_split in ({"rows": 19200}, {"rows": 6 * 19200, "epochs": 6}):
+        (tmp_path / "data/meta.json").write_text(json.dumps({"splits": {"train": train_split}}))
+        config = configure(dict(vars(train)), [str(ROOT / "config/tulu_ift.py"), "--data=data"])
+        assert config["checkpoint_at"] == (200, 400) and config["max_epochs"] == 6
 
 
 def test_an_included_file_that_is_not_there_or_is_wrong(here, refused):

@@ -1,7 +1,7 @@
 r"""
 Code IFT: Magicoder-Evol-Instruct-110K, from the hub.
 
-    python prepare_data.py config/data/magicoder.py --packing=paper --paper_epochs=8 \
+    python prepare_data.py config/data/magicoder.py --packing=paper --paper_epochs=16 \
         --tokenizer=models/Llama-2-7b-hf --out_dir=data/magicoder
 
 Licence: Apache-2.0.

@@ -1,7 +1,7 @@
 r"""
 Math IFT: MetaMathQA, from the hub.
 
-    python prepare_data.py config/data/metamathqa.py --packing=paper --paper_epochs=8 \
+    python prepare_data.py config/data/metamathqa.py --packing=paper --paper_epochs=16 \
         --tokenizer=models/Llama-2-7b-hf --out_dir=data/metamathqa
 
 Licence: MIT.
