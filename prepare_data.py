@@ -1,6 +1,7 @@
 r"""Stage 1: text, prompt/response records or conversations -> token files that train.py maps.
 
-    python prepare_data.py --source=notes.txt --tokenizer=models/llama2 --out_dir=data/notes
+    python prepare_data.py --source=notes.txt --txt_split='\n\n' --tokenizer=models/llama2 \
+        --out_dir=data/notes
     python prepare_data.py --kind=ift --source=gsm8k/train.jsonl --tokenizer=models/llama2 \
         --template='Question: {question}\nAnswer:' --response_field=answer --out_dir=data/gsm8k
     python prepare_data.py config/data/magicoder.py --tokenizer=models/llama2 --out_dir=data/code
@@ -139,6 +140,13 @@ def check_knobs(config):
         refuse("double_bos", "kind=cpt with --bos=True")
     if k.no_wrap and k.kind != "cpt":
         refuse("no_wrap", "kind=cpt")
+    of_responses = k.response_prefix or k.train_on_prompt or k.packing == "paper"
+    if k.kind == "cpt" and (of_responses or k.response_field != "response"):
+        refuse("kind", "ift, with response_field, response_prefix, train_on_prompt or packing=paper")
+    if k.paper_epochs > 1 and k.packing != "paper":
+        refuse("paper_epochs", "packing=paper, or 1")
+    if k.train_on_prompt_from and not k.train_on_prompt:
+        refuse("train_on_prompt_from", "--train_on_prompt=True, or 0")
     if k.template in CHATS and k.kind != "ift":
         refuse("template", "kind=ift with messages")
     if k.template == "" and (k.kind != "ift" or k.val_fraction):
@@ -172,6 +180,8 @@ def plan_job(config, tok):
         job.template_text, job.template_fields = read_template(job.template, prompt)
         job.fields = list(job.template_fields.values())
         if job.kind == "ift":
+            if job.response_field in job.fields:
+                raise ValueError(f"template: it holds {{{job.response_field}}}, the response_field")
             job.fields.append(job.response_field)
     if job.id_field:
         job.fields.append(job.id_field)

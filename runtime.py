@@ -45,23 +45,34 @@ def print0(*args, **kwargs):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Mistakes of the user (ValueError, OSError) end the script with one line and status 2.
+    """Mistakes of the user (ValueError, OSError), and memory that does not suffice, end the script
+    with one line and status 2.
 
     TRACEBACK=1 in the environment shows where they were raised as well."""
     try:
         yield
         sys.stdout.flush()
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
         if isinstance(e, BrokenPipeError):
             end_if_nobody_reads()
+        if isinstance(e, RuntimeError) and not is_out_of_memory(e):
+            raise
         if os.environ.get("TRACEBACK"):
             traceback.print_exc()
         # one line, whatever the message has
         message = " ".join(str(e).split())
         if len(message) > 580:  # a library's error can hold a whole file
             message = f"{message[:400]} ... {message[-150:]}"
+        if isinstance(e, RuntimeError):
+            message = ("out of memory: try a smaller microbatch or batch_size, in training also "
+                       f"--activation_checkpointing=block or --shard=full. {message}")
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def is_out_of_memory(error):
+    """Whether a RuntimeError says that a GPU or the CPU has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def end_if_nobody_reads():
@@ -106,7 +117,17 @@ def pick_device(device):
         found = None
     if found is None or found.type not in ("cpu", "cuda"):
         raise ValueError(f"device={device}: expected auto, cpu, cuda or cuda:N")
+    if found.type == "cuda":
+        check_gpu(found.index or 0)
     return found
+
+
+def check_gpu(index):
+    """ValueError for a GPU that is not there."""
+    there = torch.cuda.device_count()
+    if index >= there:
+        raise ValueError(f"device: no GPU {index}; {there} visible, cuda:0 to cuda:{there - 1}; "
+                         "torchrun starts a rank a GPU with --nproc_per_node=gpu")
 
 
 def available_cores():
@@ -121,6 +142,7 @@ def join_ranks(device, backend="", **how):
     # each rank of a node has a GPU of its own
     if device.type == "cuda":
         index = LOCAL_RANK if device.index is None else device.index
+        check_gpu(index)
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     if WORLD > 1:

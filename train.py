@@ -40,7 +40,8 @@ from runtime import (LOCAL_WORLD, RANK, WORLD, catch_stop_signals, device_memory
                      pick_device, pick_dtype, print0, versions)
 from training.checkpoint import (checkpoint_state, checkpoints, load_optimizer,
                                  load_trained_adapter, lock, newest_checkpoint, save_checkpoint)
-from training.checks import check_first_step, check_knobs, check_optimizer_state
+from training.checks import (check_first_step, check_knobs, check_optimizer_state,
+                             warn_of_lengths)
 from training.loggers import start_files
 from training.parallel import (all_reduce, all_reduce_gradients, check_replicas,
                                destroy_process_group, is_sharded, shard_model)
@@ -70,7 +71,7 @@ lora_kernel = 'auto'         # torch: plain products | triton: fused | auto: the
 adapter = ''                 # train this PEFT folder (its rank, alpha, dropout), not a new one
 # batch and duration (exactly one of the three max_)
 global_batch = 32            # rows a step
-microbatch = 4               # rows at once; memory grows with it, the result does not change
+microbatch = 4               # rows at once; memory grows with it, and only masks of dropout change
 seq_len = 0                  # tokens a row; 0 = the data's (only cpt data can be cut otherwise)
 max_steps = 0
 max_epochs = 0.0
@@ -372,6 +373,7 @@ if __name__ == "__main__":
         # ---- the run's files
         log = start_files(knobs, config, first_step if started_from else -1)
         keep = {step_at(at, tokens_a_step) if at >= 1e6 else int(at) for at in checkpoint_at}
+        warn_of_lengths(knobs, steps, keep)
         pool = ThreadPoolExecutor(1) if async_save else None  # writes while training goes on
         saving = None  # a checkpoint that the pool has not written yet
         stop_signals = catch_stop_signals()

@@ -14,7 +14,7 @@ import math
 import shutil
 from pathlib import Path
 
-from runtime import read_object
+from runtime import named_below, read_object
 
 # files of a base that hold for every model made from it
 CARRIED = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -33,7 +33,13 @@ def read_config(folder, fields):
     fields: LlamaConfig's, {name: with its .type}. Raises FileNotFoundError without the file,
     ValueError for what this model does not compute and for values of the wrong type."""
     path = Path(folder) / "config.json"
+    if not path.is_file() and (path.parent / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} is an adapter: name its base here, and this with --adapter")
     hf = read_object(path, "a model folder holds config.json and *.safetensors")
+    if "model_type" not in hf and "config" in hf:
+        below = named_below(path.parent, "config.json")
+        below = below or named_below(path.parent, "adapter_config.json")
+        raise ValueError(f"{folder} is a run, {below or 'without a checkpoint'}")
     check_computed(path, hf)
     check_keys(f"{path}: missing", hf, ("vocab_size", "hidden_size", "intermediate_size",
                                         "num_hidden_layers", "num_attention_heads"))

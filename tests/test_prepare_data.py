@@ -493,6 +493,12 @@ MISTAKES = {  # name: (knobs, what the message says)
     "work folder of others": ({"source": "a.txt", "out_dir": "other"}, "other.work is not of this script"),
     "BOS twice": ({"source": "a.txt", "double_bos": True, "bos": False}, "double_bos: expected kind=cpt with --bos=True"),
     "no wrapping of ift": ({"source": "ift.jsonl", "kind": "ift", "no_wrap": True}, "no_wrap: expected kind=cpt"),
+    "responses of documents": ({"source": "a.jsonl", "response_field": "answer"}, "kind: expected ift, with response_field"),
+    "masks of documents": ({"source": "a.txt", "packing": "paper"}, "kind: expected ift, with response_field"),
+    "epochs of rows once": ({"source": "ift.jsonl", "kind": "ift", "paper_epochs": 2}, "paper_epochs: expected packing=paper"),
+    "prompts from where": ({"source": "ift.jsonl", "kind": "ift", "train_on_prompt_from": 2}, "expected --train_on_prompt=True"),
+    "response in the prompt": ({"source": "ift.jsonl", "kind": "ift", "template": "{prompt} {response}"},
+                               "template: it holds {response}, the response_field"),
     "no epochs": ({"source": "a.txt", "paper_epochs": 0}, "paper_epochs: expected 1 or more, found 0"),
 }
 

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, need, run_here, run_stage, run_warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from samples import byte_tokenizer
 from test_prepare_data import documents_of, prepare, tokenizer_file, write_jsonl  # noqa: F401 (fixtures)
 
 from quickstart import pystdlib, toy_math
+from runtime import join_ranks, pick_device
 from text.encode import WordCache, make_encoder, word_by_word
 from text.records import ngrams
 from text.shards import DOCUMENT, WHY, leave_out_unsampled
@@ -209,6 +211,28 @@ def test_another_broken_pipe_is_an_error_where_the_output_is_read():
     code = "from runtime import one_line_errors\nwith one_line_errors():\n    raise BrokenPipeError(32, 'Broken pipe')"
     done = run_warm("-c", code)
     assert done.returncode == 2 and done.stderr == "-c: error: [Errno 32] Broken pipe\n"
+
+
+@pytest.mark.parametrize("error, said", [
+    ("torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')", "out of memory: try a smaller microbatch"),
+    ("RuntimeError(\"DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes\")", "you tried to allocate 9 bytes"),
+    ("RuntimeError('another')", "Traceback")])
+def test_memory_that_does_not_suffice_is_one_line(error, said):
+    done = run_warm("-c", f"import torch\nfrom runtime import one_line_errors\nwith one_line_errors():\n    raise {error}")
+    assert said in done.stderr and (done.stderr.count("\n") == 1) == (said != "Traceback"), done.stderr
+    assert done.returncode == (1 if said == "Traceback" else 2)
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1").index == 1
+    with pytest.raises(ValueError, match="no GPU 9; 2 visible, cuda:0 to cuda:1"):
+        pick_device("cuda:9")
+    # the third rank of a node with two
+    monkeypatch.setattr("runtime.LOCAL_RANK", 2)
+    with pytest.raises(ValueError, match="no GPU 2; 2 visible"):
+        join_ranks(torch.device("cuda"))
 
 
 # ---- inspect

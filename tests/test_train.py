@@ -411,6 +411,10 @@ def refused(setting, *more, wanted):
     (["--device=mps"], "device=mps: expected auto, cpu, cuda or cuda:N"),
     (["--resume=True"], "state.json); say --auto_resume=True"),
     (["--keep_last=-1"], "keep_last must not be negative, found -1"), (["--eval_rows=-1"], "eval_rows must not be negative"),
+    (["--seed=-1"], "seed must not be negative, found -1"), (["--warmup_steps=-5"], "warmup_steps must not be negative"),
+    (["--seq_len=-5"], "seq_len must not be negative"),
+    (["--schedule=inv_sqrt", "--t_scale=0"], "t_scale must be positive"), (["--mfu=0"], "mfu must be positive"),
+    (["--out_dir={base}"], "is a model's folder, whose config.json would be lost"),
     (["--seq_len=100"], "longer than the model's max_position_embeddings=64"),
     (["--adapter=nowhere"], "adapter_config.json: not found"),
     (["--data=nowhere"], "meta.json"),
@@ -421,9 +425,28 @@ def refused(setting, *more, wanted):
 def test_bad_command_lines(setting, more, wanted):
     if more == ["--device=cuda:0"] and torch.cuda.is_available():
         pytest.skip("there is a GPU")
+    more = [word.format(base=setting[0] / "base") for word in more]
     if "--seq_len=100" in more:  # as cpt data may be cut anywhere, only the model sets the bound
         write_tokens(setting[0] / "data", np.ones((3, 100)))
     refused(setting, *more, wanted=wanted)
+
+
+def test_what_does_not_fit_into_a_run_is_said(setting):
+    folder, knobs = setting
+    more = ["--max_steps=4", "--warmup_steps=3", "--cooldown_steps=2", "--checkpoint_at=2,9,0.5", f"--out_dir={folder}/out"]
+    result = run_here("train.py", *without(more, knobs), *more)
+    assert result.returncode == 0, result.stderr
+    assert "WARNING: warmup_steps and cooldown_steps are 5 together, of 4 steps" in result.stdout
+    assert "WARNING: checkpoint_at: no step 0, 9 in 1 to 4" in result.stdout
+    assert (folder / "out/step_2").is_dir()
+    # a run, and an adapter, are no models to start from
+    (folder / "adapter").mkdir()
+    (folder / "adapter/adapter_config.json").write_text("{}")
+    for base, message in ((folder / "out", "is a run, but in step_2, step_4 below it; name one of these"),
+                          (folder / "adapter", "is an adapter: name its base here, and this with --adapter")):
+        more = [f"--base={base}", f"--out_dir={folder}/other", "--max_steps=2"]
+        result = run_here("train.py", *without(more, knobs), *more)
+        assert result.returncode == 2 and message in result.stderr, result.stderr
 
 
 def break_data(folder, how):

@@ -13,7 +13,7 @@ import torch
 from llama.adapter_config import read_adapter_config
 from llama.weights import file_tensors, full_tensor
 from lora import adapter_tensors
-from runtime import pick_device, print0
+from runtime import pick_device, print0, read_object
 from training.checkpoint import checkpoints
 from training.loggers import check_loggers
 
@@ -33,7 +33,11 @@ def check_knobs(knobs, ranks):
     check_lora(knobs)
     check_loggers(knobs)
 
-    # a new run must not overwrite another
+    # a run must not overwrite a model, nor a new one another
+    described = Path(knobs.out_dir) / "config.json"
+    if not knobs.dry_run and described.exists() and "config" not in read_object(described):
+        raise ValueError(f"out_dir: {knobs.out_dir} is a model's folder, whose config.json would "
+                         "be lost; choose another folder")
     if knobs.resume and knobs.resume_from:
         raise ValueError("resume goes on in out_dir, resume_from starts a new out_dir: "
                          "say one of them")
@@ -45,9 +49,13 @@ def check_knobs(knobs, ranks):
         raise ValueError(f"out_dir: {knobs.out_dir} holds a run; {go_on}, or choose another folder")
 
     # ranges
-    for name in ("keep_last", "eval_rows", "eval_interval", "save_interval"):
-        if getattr(knobs, name) < 0:
+    for name in ("keep_last", "eval_rows", "eval_interval", "save_interval", "seed", "seq_len",
+                 "warmup_steps", "cooldown_steps", "memory_gb"):
+        if (getattr(knobs, name) or 0) < 0:
             raise ValueError(f"{name} must not be negative, found {getattr(knobs, name)}")
+    for name in ("t_scale", "mfu"):
+        if getattr(knobs, name) <= 0:
+            raise ValueError(f"{name} must be positive, found {getattr(knobs, name)}")
     if not 0 <= knobs.attention_dropout < 1:
         raise ValueError("attention_dropout must be at least 0 and below 1, "
                          f"found {knobs.attention_dropout}")
@@ -59,6 +67,16 @@ def check_knobs(knobs, ranks):
     on_cpu = not knobs.dry_run and pick_device(knobs.device).type == "cpu"
     if knobs.compile and on_cpu and not shutil.which("g++"):
         raise ValueError("compile=True on a CPU needs a C++ compiler (g++); say --compile=False")
+
+
+def warn_of_lengths(knobs, steps, keep):
+    """Say what of a schedule does not fit into a run of `steps`; keep: steps of checkpoint_at."""
+    shaped = (knobs.warmup_steps or 0) + (knobs.cooldown_steps or 0)
+    if shaped > steps:
+        print0(f"WARNING: warmup_steps and cooldown_steps are {shaped} together, of {steps} steps")
+    never = sorted(at for at in keep if not 0 < at <= steps)
+    if never:
+        print0(f"WARNING: checkpoint_at: no step {', '.join(map(str, never))} in 1 to {steps}")
 
 
 def check_batch(knobs, ranks):
