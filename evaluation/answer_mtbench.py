@@ -25,6 +25,7 @@ from evaluation.evals import (begin_and_end, cut_left, digest, find_model, gener
                               load_for_eval, open_items, read_items, start_ranks, without_eos)
 from evaluation.scores import write_result
 from runtime import RANK, one_line_errors, pick_dtype, print0, write_whole
+from text.chat import special_names
 from text.records import unescape
 from text.tokenizer import text_stopper
 
@@ -198,6 +199,10 @@ if __name__ == "__main__":
         tok = subject.tokenizer
         bos = tok.adds_bos if bos is None else bos
         form = Form(template, unescape(separator), bos)
+        special = [name for name in special_names(tok) if name in form.template + form.separator]
+        if special:
+            print0(f"WARNING: template: {', '.join(special)} are special tokens of this model; "
+                   "here they are read as plain text, as prepare_data.py does")
         first = next_prompt(tok, [], asked[0]["turns"][0], form)
         print0(f"{len(asked)} questions, {begin_and_end(tok, bos)}; the first begins {first[:8]}")
 

@@ -116,6 +116,13 @@ def writes(record):
     return record["stage"], [word for word in words if word.startswith("--name=")]
 
 
+def records_of(study):
+    """The objects of study.jsonl, in the order in which it was done."""
+    path = study.out_dir / "study.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines]
+
+
 def done_before(study):
     """{command line: seconds} of study.jsonl.
 
@@ -125,12 +132,9 @@ def done_before(study):
     for name in [*study.models, *study.runs]:
         asked.update(shlex.join(command) for _, command in commands(study, name, download=False))
 
-    # in the order in which it was done: training makes what came before it void
-    path = study.out_dir / "study.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
+    # training makes what came before it void
     done = {}  # {run: {command line: record}}
-    for line in lines:
-        record = json.loads(line)
+    for record in records_of(study):
         of_run = done.setdefault(record["run"], {})
         if record["stage"] == "train":
             of_run.clear()
@@ -229,9 +233,21 @@ def log_of(study, name):
     return study.out_dir / "logs" / f"{name}.log"
 
 
+def remove_other_spectrum(study, name, command):
+    """Remove a run's spectrum.json that another command line made: spectrum.py would keep it."""
+    made_by = shlex.join(command)
+    for record in records_of(study):
+        if record["run"] == name and record["stage"] == "spectrum.py":
+            made_by = record["command"]
+    if made_by != shlex.join(command):
+        (study.out_dir / name / "spectrum.json").unlink(missing_ok=True)
+
+
 def begin(study, name, command):
     """Start a step; returns its process."""
     study.out_dir.mkdir(parents=True, exist_ok=True)
+    if command[0] == "spectrum.py":
+        remove_other_spectrum(study, name, command)
     if study.jobs == 1:
         return start(command, study.launch)
     path = log_of(study, name)

@@ -67,6 +67,9 @@ def read_list(entries, knob):
         name, *words = shlex.split(entry) or [""]
         if not name or "/" in name or name.startswith("-") or name in named:
             raise ValueError(f"{knob}: {entry!r} should begin with a name that no other one has")
+        for word in words:
+            if word.startswith("--") and "=" not in word:
+                raise ValueError(f"{knob}: {name}: write {word}=VALUE, without a blank")
         named[name] = words
     return named
 

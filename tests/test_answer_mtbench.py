@@ -66,6 +66,11 @@ def test_second_prompt_holds_the_first_turn_and_one_eos():
     assert second.count(tok.bos_id) == second.count(tok.eos_id) == 1
 
 
+def test_special_tokens_in_a_template_are_said_to_be_text(tmp_path):
+    done = run(tmp_path, limit=1, template="<s>{message}</s>")
+    assert done.returncode == 0 and "WARNING: template: <s>, </s> are special tokens of this model" in done.stdout, done.stderr
+
+
 def test_backslashes_are_read_as_prepare_data_reads_them(tmp_path):
     r"""\n, \t and \\ in the template, the separator and the stop texts are a newline, a tab and a backslash."""
     done = run(tmp_path, limit=1, template=r"a\tb\\n{message}\n", separator=r"\t\\t", stop=r"\n\n,\\n")

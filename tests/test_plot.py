@@ -482,11 +482,12 @@ def test_figures_survive_bad_input(tmp_path):
         (runs / "zero" / name).write_bytes(b"")
     (runs / "odd").mkdir()
     (runs / "odd" / "config.json").write_text("[]")
-    (tmp_path / "b.json").write_text(json.dumps({"results": {"full": None, "lora": {"ours": {"tok_per_s": "NaN"}}}}))
+    (tmp_path / "b.json").write_text(json.dumps({"results": {"full": None, "lora": {"ours": {"tok_per_s": "NaN"}}, "hellaswag": {"ours": [1.5]}}}))
     process = run_plot(tmp_path / "fig", runs=f"{runs}/*,{tmp_path}/absent", benches=f"{tmp_path}/b.json,{tmp_path}/none.json")
     assert process.returncode == 0, process.stderr
     assert {p.name for p in (tmp_path / "fig").iterdir()} >= {"learning.png", "pareto.png"}
-    for word in ("absent: no such folder", "none.json", "not JSON", "no finite numbers", "empty files", "zero: neither"):
+    for word in ("absent: no such folder", "none.json", "not JSON", "no finite numbers", "empty files", "zero: neither",
+                 "parts of benches without speed"):
         assert word in process.stdout, word
 
 

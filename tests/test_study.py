@@ -265,6 +265,19 @@ def test_an_evaluation_whose_results_were_written_over_is_done_again(tmp_path):
     assert {few, half} <= set(done_before(first)) and many not in done_before(second)
 
 
+def test_a_spectrum_with_other_knobs_takes_the_place_of_the_one_before(tmp_path, tokens):
+    text = (f"out_dir={str(tmp_path / 'out')!r}\nbase={str(need('data/stories260k'))!r}\nplot='none'\n"
+            f"train='--data={tokens}/cpt --max_steps=1 --global_batch=2 --microbatch=2'\nruns=('a --lora_rank=1',)\n")
+    for k in ("1", "2"):
+        done = run_study(tmp_path / "x.py", f"{text}spectrum='--modules=q_proj --layers=0 --subspaces={k}'")
+        assert done.returncode == 0, done.stderr
+        spectrum = json.loads((tmp_path / "out/a/spectrum.json").read_text())
+        assert spectrum["made_with"]["subspaces"] == [int(k)]
+    before = (tmp_path / "out/a/spectrum.json").stat()
+    assert run_study(tmp_path / "x.py", f"{text}spectrum='--modules=q_proj --layers=0 --subspaces=2'").returncode == 0
+    assert (tmp_path / "out/a/spectrum.json").stat() == before
+
+
 def test_an_impossible_run_is_refused_before_the_first_one_starts(tmp_path, tokens):
     text = (f"out_dir={str(tmp_path / 'out')!r}\nbase={str(need('data/stories260k'))!r}\nspectrum=plot='none'\n"
             f"train='--data={tokens}/cpt --max_steps=1 --global_batch=2 --microbatch=2'\n"
@@ -276,6 +289,7 @@ def test_an_impossible_run_is_refused_before_the_first_one_starts(tmp_path, toke
 
 @pytest.mark.parametrize("text, message", [
     ("models=('far nowhere',)", "models: far: nowhere holds neither config.json nor adapter_config.json"),
+    ("runs=('a --learning_rate 1e-3',)", "runs: a: write --learning_rate=VALUE, without a blank"),
     ("models=('base',)\nbase='nowhere'", "base: nowhere holds neither"),
     ("models=('base',)\nevals=('eval_gsm8.py',)", "evals: no script named eval_gsm8.py")])
 def test_what_is_not_there_is_refused_before_the_first_run(tmp_path, text, message):
