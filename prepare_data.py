@@ -142,7 +142,7 @@ def check_knobs(config):
         refuse("no_wrap", "kind=cpt")
     of_responses = k.response_prefix or k.train_on_prompt or k.packing == "paper"
     if k.kind == "cpt" and (of_responses or k.response_field != "response"):
-        refuse("kind", "ift, with response_field, response_prefix, train_on_prompt or packing=paper")
+        refuse("kind", "ift, for response_field, response_prefix, train_on_prompt, packing=paper")
     if k.paper_epochs > 1 and k.packing != "paper":
         refuse("paper_epochs", "packing=paper, or 1")
     if k.train_on_prompt_from and not k.train_on_prompt:

@@ -140,13 +140,10 @@ def generate_tokens(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     or one a prompt. Random numbers belong to (seed, prompt, sample, position), so that a row's text
     does not depend on its neighbours; a prompt with a seed of its own draws what it draws alone.
     vocab_size: only ids below it are drawn; a model may have more rows than the tokenizer has ids.
-    Raises ValueError for negative numbers, an empty prompt, ids out of vocabulary, or no room for
-    max_new_tokens, and NotFinite where logits are NaN or infinite."""
+    Raises ValueError for numbers and prompts that cannot be, and NotFinite where logits are not."""
     most = one_each(max_new_tokens, prompts)
     keys = random_keys(seed, len(prompts))
-    if batch_size < 1 or temperature < 0 or min(most, default=0) < 0:
-        raise ValueError(f"batch_size={batch_size}, temperature={temperature}, "
-                         f"max_new_tokens={max_new_tokens}: expected at least 1, 0 and 0")
+    check_numbers(batch_size, temperature, most)
     length = check_prompts(model.config, prompts, most, keys)
     stops = stop if callable(stop) else frozenset(stop or ())
     device = model.device
@@ -204,6 +201,14 @@ def random_keys(seed, count):
     if isinstance(seed, int):
         return [(seed, prompt) for prompt in range(count)]
     return [(own, 0) for own in seed]
+
+
+def check_numbers(batch_size, temperature, most):
+    """Raises ValueError for numbers that cannot be; most: max_new_tokens of each prompt."""
+    fewest = min(most, default=0)
+    if batch_size < 1 or temperature < 0 or fewest < 0:
+        raise ValueError(f"batch_size={batch_size}, temperature={temperature}, "
+                         f"max_new_tokens={fewest}: expected at least 1, 0 and 0")
 
 
 def check_prompts(config, prompts, most, keys):
