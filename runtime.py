@@ -1,8 +1,8 @@
 """
 What every stage needs from the machine: device, ranks, printing, errors in one line, safe files.
 
-    $ python train.py --device=cuda:0
-    train.py: error: device=cuda:0: no GPU is visible to PyTorch 2.13.0; try --device=cpu
+    $ python sample.py --device=cuda:0
+    sample.py: error: device=cuda:0: no GPU is visible to PyTorch 2.13.0; try --device=cpu
     $ echo $?
     2
     write_whole("config.json", text)     config.json.tmp -> fsync -> config.json: whole or not there

@@ -4,7 +4,7 @@ For paper/study.py: the paper's comparison on a real model, at a size for two CP
     for s in train test; do python prepare_data.py --kind=ift --source=data/raw/gsm8k/$s.jsonl --tokenizer=models/smollm2 \
         --template='Question: {question}\nAnswer:' --response_field=answer --response_prefix=' ' --val_fraction=0 \
         --out_dir=data/gsm8k_smollm2_$s; done
-    python -m paper.study config/study_smollm2.py          # six hours of one core; --only=NAME runs two at a time
+    python -m paper.study config/study_smollm2.py          # six hours of one core; --jobs=2 works on two runs at a time
     python -m paper.claims --runs='out/smollm2/*' --learning='loss gsm8k_test' --forgetting=hellaswag_loss
     python -m paper.claims --runs='out/smollm2/base,out/smollm2/*-75*' --learning='loss gsm8k_test' --forgetting=hellaswag_loss
 

@@ -2,7 +2,7 @@
 # # 1 · From records to rows
 #
 # A language model is trained on rows: `seq_len` token ids each, and for every token the id that
-# should come next. Data come as records: a question and its answer. This lesson follows two dozen
+# should come next. Data come as records: a question and its answer. This lesson follows thirty
 # word problems from one to the other, and asks what a boundary between two of them is.
 #
 #     record  {"question": ..., "answer": ...}

@@ -140,7 +140,7 @@ def generate_tokens(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     or one a prompt. Random numbers belong to (seed, prompt, sample, position), so that a row's text
     does not depend on its neighbours; a prompt with a seed of its own draws what it draws alone.
     vocab_size: only ids below it are drawn; a model may have more rows than the tokenizer has ids.
-    Raises ValueError for numbers and prompts that cannot be, and NotFinite where logits are not."""
+    Raises ValueError for impossible numbers and prompts, and NotFinite for logits that are not."""
     most = one_each(max_new_tokens, prompts)
     keys = random_keys(seed, len(prompts))
     check_numbers(batch_size, temperature, most)

@@ -1,8 +1,8 @@
 """
 Stage 4: figures, as .png and .pdf, from what the other stages left.
 
-    python -m paper.plot --runs=out/llama2-7b,out/gsm8k-*     # every figure that there is data for
-    python -m paper.plot --runs=out/* --figures=learning,pareto --learning=gsm8k_strict_match
+    python -m paper.plot --runs='out/llama2-7b,out/gsm8k-*'   # every figure that there is data for
+    python -m paper.plot --runs='out/*' --figures=learning,pareto --learning=gsm8k_strict_match
     python -m paper.plot --spectra=out/noise.json --benches=bench.json
 
     results.jsonl, log.jsonl --> plot_curves, plot_sweeps, plot_samples --.
@@ -36,7 +36,7 @@ from runtime import one_line_errors
 # -----------------------------------------------------------------------------
 runs = ()                # run folders, or globs of them
 spectra = ()             # JSON of spectrum.py; none = the spectrum.json of the runs
-benches = ()             # JSON of bench/train.py
+benches = ()             # JSON of bench/train.py, generate.py or throughput.py
 out_dir = 'figures'
 figures = ()             # some of the names below; none = all that there is data for
 # metrics, the first that a dataset has; 'loss NAME' is eval_loss.py's or train.py's val_data

@@ -12,11 +12,11 @@ A study: train, evaluate, take spectra and draw, for a list of runs.
     base      -           2.1 min       -
     r16-75    11.0 min    running       to do
 
-Finished steps are skipped, and what was stopped is resumed. Every run is tried with train.py
---dry_run=True before the first one starts. out_dir/NAME is the run of train.py with its
-results.jsonl and spectrum.json, out_dir/figures what paper/plot.py draws, out_dir/study.jsonl what
-was done and how long it took. A finished step is known by its whole command line: change it, and it
-is done again; delete out_dir/NAME, and all of its steps are.
+Finished steps are skipped, and what was stopped is resumed. Each kind of run is tried with train.py
+--dry_run=True before the first one starts, and the knobs of all other steps are read. out_dir/NAME
+is the run of train.py with its results.jsonl and spectrum.json, out_dir/figures what paper/plot.py
+draws, out_dir/study.jsonl what was done and how long it took. A finished step is known by its whole
+command line: change it, and it is done again; delete out_dir/NAME, and all of its steps are.
 
 Of --jobs=N each has its share of the CPU's cores, and what it prints goes to out_dir/logs/NAME.log.
 
