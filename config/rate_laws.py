@@ -14,12 +14,12 @@ include('swept.py')
 out_dir = out_dir or 'out/rate_laws'
 _length = '--schedule=constant --global_batch=2 --max_steps=100'
 # a rule's knobs at a rank, and the rate in the middle of its sweep
-_rules = {
+_rules = globals().get('_rules') or {
     'fixed': lambda rank: (f'--lora_alpha={2 * rank}', 3e-3 / rank ** 0.5),
     'alpha32': lambda rank: ('--lora_alpha=32', 6e-4),
     'rslora': lambda rank: ('--lora_alpha=8 --rslora=True', 1.5e-3 / rank ** 0.25),
     'zero_a': lambda rank: (f'--lora_alpha={rank} --lora_init=zero_a', 4e-4)}
-runs = _swept('full', _length, 2e-4)
+runs = _swept('full', _length, globals().get('_full', 2e-4))
 for _rule in globals().get('_only', _rules):
     for _rank in (1, 4, 16, 64):
         _knobs, _middle = _rules[_rule](_rank)

@@ -12,11 +12,7 @@ For paper/study.py: as regret.py, of twice the width and with real text: the bas
 
 A row of 256 tokens is all that the base knows, and cuts the answer of every second problem.
 """
-base = base or 'out/study_base/pretraining/step_800'
-_data = 'data/study_base'
-_target = 'data/gsm8k_docs/train'
-_held_out = 'data/gsm8k_docs/test'
-include('swept.py')
+include('swept_docs.py')
 
 out_dir = out_dir or 'out/regret_docs'
 _length = '--schedule=constant --global_batch=2 --max_steps=200'
