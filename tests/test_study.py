@@ -156,14 +156,14 @@ def test_a_study_adds_the_rates_itself_and_again_when_it_is_repeated(tmp_path, t
 def several(tmp_path, tokens):
     """The text of a study of three runs that take a while, and of one evaluation of each."""
     return (f"out_dir={str(tmp_path / 'out')!r}\nbase={str(need('data/stories260k'))!r}\nspectrum=plot='none'\n"
-            f"train='--data={tokens}/cpt --max_steps=40 --save_interval=2 --global_batch=4 --microbatch=2 --device=cpu "
+            f"train='--data={tokens}/cpt --max_steps=16 --save_interval=2 --global_batch=4 --microbatch=2 --device=cpu "
             "--dtype=float32'\n"
             f"evals=('eval_loss.py --data=held_out={tokens}/cpt --rows=2 --device=cpu',)\n"
             "runs=('a --lora_rank=1', 'b --lora_rank=2', 'c --lora_rank=3')\n")
 
 
 def test_several_runs_at_a_time_are_the_runs_of_one(tmp_path, several):
-    several = several.replace("max_steps=40", "max_steps=2")
+    several = several.replace("max_steps=16", "max_steps=2")
     done = run_study(tmp_path / "x.py", several, "--jobs=2")
     assert done.returncode == 0, done.stderr
     # two began before one had ended, and a run is evaluated before the next one begins
@@ -202,7 +202,7 @@ def test_stopped_with_several_at_work_it_resumes(tmp_path, several, number):
 
 
 def test_a_run_that_fails_beside_others_is_named_with_its_log(tmp_path, several):
-    several = several.replace("max_steps=40", "max_steps=2")
+    several = several.replace("max_steps=16", "max_steps=2")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/b").write_text("in the way")
     done = run_study(tmp_path / "x.py", several, "--jobs=2")
@@ -380,7 +380,7 @@ def test_a_model_that_cannot_be_fetched_is_one_short_line(monkeypatch, kind, tex
                                                   ("peft_metamath", "r32-dora-s1", 3)])
 def test_lists_of_the_sweeps_are_possible(tmp_path, tokens, config, only, stages):
     more = " --max_steps=5 --optimizer=adamw" if config == "peft_metamath" else ""
-    result = run_here("paper/study.py", ROOT / f"config/{config}.py", f"--base={need('data/stories260k')}", f"--only={only}",
+    result = run_warm("-m", "paper.study", ROOT / f"config/{config}.py", f"--base={need('data/stories260k')}", f"--only={only}",
                       f"--train=--data={tokens}/cpt --microbatch=1{more}", "--dry_run=True", f"--out_dir={tmp_path}")
     assert result.returncode == 0 and result.stdout.count("to do") == stages, result.stderr
 
@@ -388,7 +388,7 @@ def test_lists_of_the_sweeps_are_possible(tmp_path, tokens, config, only, stages
 @pytest.mark.parametrize("config, only, stages", [("study_smollm2_code", "r16-75", 5),
                                                   ("study_smollm2_full", "r16-attention-s3-4ep", 6)])
 def test_lists_of_the_replication_are_possible(tmp_path, tokens, config, only, stages):
-    result = run_here("paper/study.py", ROOT / f"config/{config}.py", f"--base={need('data/stories260k')}", f"--only={only}",
+    result = run_warm("-m", "paper.study", ROOT / f"config/{config}.py", f"--base={need('data/stories260k')}", f"--only={only}",
                       f"--train=--data={tokens}/cpt --global_batch=4", "--dry_run=True", f"--out_dir={tmp_path}")
     assert result.returncode == 0 and result.stdout.count("to do") == stages, result.stderr
 
