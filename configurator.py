@@ -202,7 +202,8 @@ class FileNames(UserDict):
     def __init__(self, path, seen, given):
         self.files = [path]  # this one, and those that it includes
         self.places = {}  # {name: [(file, line), ...]}
-        self.overruled = dict.fromkeys(given)  # {knob of the command line: value in the files}
+        self.given = given
+        self.overruled = {}  # {knob of the command line: value in the files}
         self.data = {**seen, "__file__": path, "include": self.include}
 
     def __setitem__(self, name, value):
@@ -213,7 +214,7 @@ class FileNames(UserDict):
         place = (frame.f_code.co_filename, frame.f_lineno)
         self.places.setdefault(name, []).append(place)
         # what follows from a knob of the command line follows from its value there
-        values = self.overruled if name in self.overruled else self.data
+        values = self.overruled if name in self.given else self.data
         values[name] = value
 
     def run(self, path, source):

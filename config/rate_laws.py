@@ -20,7 +20,7 @@ _rules = globals().get('_rules') or {
     'rslora': lambda rank: ('--lora_alpha=8 --rslora=True', 1.5e-3 / rank ** 0.25),
     'zero_a': lambda rank: (f'--lora_alpha={rank} --lora_init=zero_a', 4e-4)}
 runs = _swept('full', _length, globals().get('_full', 2e-4))
-for _rule in globals().get('_only', _rules):
+for _rule in _rules:
     for _rank in (1, 4, 16, 64):
         _knobs, _middle = _rules[_rule](_rank)
         runs += _swept(f'r{_rank}-{_rule}', f'{_length} --lora_rank={_rank} {_knobs}', _middle)

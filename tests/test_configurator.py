@@ -251,6 +251,11 @@ def test_what_follows_from_a_knob_follows_from_the_command_line(here):
         assert (config["lora_rank"], config["learning_rate"], config["base"]) == (0, 1e-5, "r0")
 
 
+def test_a_file_may_assign_by_globals_beside_the_command_line(here):
+    here("a.py", "globals()['lora_rank'] = 16\n")
+    assert configure(namespace(), ["a.py", "--lora_rank=4"])["lora_rank"] == 4
+
+
 def test_what_a_file_says_of_a_knob_is_checked_beside_the_command_line(here, refused):
     here("a.py", "lora_rank = 'x'\n")
     assert refused("a.py", "--lora_rank=4").startswith("a.py:1: lora_rank = 'x'")
