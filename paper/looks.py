@@ -199,9 +199,11 @@ def powers_axis(ax, values):
     if span < 4:
         return
 
-    # from the largest value down, each tick an eighth of the axis away from the last
+    # from the largest value down, each tick an eighth of the axis away from the last, or further
+    # where its label is long: names at the right may leave a narrow axis
     ax.set_xscale("log", base=2)
-    least_ratio = span ** 0.12
+    longest = max(len(tick_label(value)) for value in values)
+    least_ratio = span ** max(0.12, 0.035 * longest)
     ticks = [values[-1]]
     for value in reversed(values[:-1]):
         if ticks[-1] / value >= least_ratio:
