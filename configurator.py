@@ -1,4 +1,4 @@
-"""Knobs: the plain assignments at a script's head, changed by config files and --knob=value.
+"""Knobs: plain assignments at the top of a script, overridden by config files and --knob=value.
 
     train.py               config/math_cpt.py                            command line     the run
     lora_rank = 0                                                        --lora_rank=64   64
@@ -13,10 +13,10 @@ Two optional dicts in the head say more:
     _types = {'resume': str}                        type of a knob that is None, of the items of ()
     _choices = {'dtype': ('float32', 'bfloat16')}   the only values of a knob, or of a tuple's items
 
-A config file is Python that sees the knobs, command line included, and assigns to them. What it
-assigns to a knob of the command line changes nothing, for the lines below it too. Its own helpers
-are modules, functions, classes and names that start with `_`. include('shared.py') runs another
-file there first, as if its lines stood in this one; what is assigned later wins.
+A config file is Python that sees the knobs, with the command line's values, and assigns to them.
+Assigning to a knob that the command line sets has no effect, not even on the lines below. Its
+helpers are modules, functions, classes and names that start with `_`. include('shared.py') runs
+another file at that point, as if its lines were in this one; later assignments win.
 Every mistake is one line on stderr and exit status 2.
 """
 import ast
@@ -78,7 +78,7 @@ def configure(namespace, argv=None):
 
 
 def default_values(namespace):
-    """{knob: value} of a script's globals, to be asked for before configure() changes them."""
+    """{knob: default} of a script's globals; call it before configure() changes them."""
     return {name: knob.default for name, knob in find_knobs(namespace).items()}
 
 
@@ -110,7 +110,7 @@ def fail(message):
 
 
 def nearest(name, names):
-    """The end of a message about a name that is not among `names`."""
+    """The end of an error about a name that is not among `names`: the closest one."""
     matches = difflib.get_close_matches(name, names, n=1, cutoff=0)
     return f", nearest is {matches[0]}" if matches else ""
 
@@ -132,7 +132,7 @@ def find_knobs(namespace):
             continue
         element = element_of(value, types.get(name, str)) if kind is tuple else str
         knobs[name] = Knob(value, kind, element, choices.get(name, ()))
-    # a slip in the script itself
+    # a mistake in the script itself
     for name in (*types, *choices):
         if name not in knobs:
             fail(f"_types or _choices: {name}: no such knob{nearest(name, knobs)}")
@@ -140,7 +140,7 @@ def find_knobs(namespace):
 
 
 def element_of(items, type_if_empty):
-    """Type of the items of a tuple knob, by its default; str where they are mixed."""
+    """Type of a tuple knob's items, inferred from its default; str if they are mixed."""
     if items == ():
         return type_if_empty
     kinds = {type(item) for item in items or ()}
@@ -151,7 +151,7 @@ def element_of(items, type_if_empty):
 
 # ----------------------------------------------------------------------------- the command line
 def split_argv(argv, knobs):
-    """The config files, {knob: value} and whether help is asked for, from a command line."""
+    """A command line -> (config files, {knob: value}, whether help was asked for)."""
     files, given, help_asked = [], {}, False
     args = iter(argv)
     for arg in args:
@@ -170,17 +170,17 @@ def split_argv(argv, knobs):
             if text.startswith("--"):
                 fail(f"--{name}: found no value, expected {expected(knobs[name])}")
         if name in given:
-            fail(f"--{name}={text}: found a second time, expected once")
+            fail(f"--{name}={text}: given twice, expected once")
         given[name] = check(read(text, knobs[name]), knobs[name], f"--{name}={text}")
     return files, given, help_asked
 
 
 def read(text, knob):
-    """The value that `text` on the command line spells; other text stays, for check() to refuse."""
+    """Parse a command-line value; text that does not parse is returned for check() to refuse."""
     if text == "None" and knob.default is None:
         return None
     if knob.kind is tuple:
-        # items with commas; text with an empty one stays text
+        # comma-separated items; text with an empty item is left as it is
         parts = [part.strip() for part in text.split(",")] if text else []
         item = Knob((), knob.element, None, ())
         return tuple(read(part, item) for part in parts) if all(parts) else text
@@ -207,13 +207,13 @@ class FileNames(UserDict):
         self.data = {**seen, "__file__": path, "include": self.include}
 
     def __setitem__(self, name, value):
-        # the line of a config file that assigns: the innermost frame that is in one of the files
+        # the line that assigns: the innermost frame that is in one of the config files
         frame = sys._getframe(1)
         while frame.f_code.co_filename not in self.files:
             frame = frame.f_back
         place = (frame.f_code.co_filename, frame.f_lineno)
         self.places.setdefault(name, []).append(place)
-        # what follows from a knob of the command line follows from its value there
+        # a knob set on the command line keeps that value for the lines below
         values = self.overruled if name in self.given else self.data
         values[name] = value
 
@@ -232,8 +232,8 @@ class FileNames(UserDict):
 
 
 def run_file(path, config, given, knobs):
-    """Run a config file that sees the values of `config`, and before them those of the command line
-    in `given`; {knob: (value, files that assigned it)}."""
+    """Run a config file, which sees `config` overridden by the command line's `given`; returns
+    {knob: (value, files that assigned it)}."""
     try:
         source = Path(path).read_bytes()
     except OSError as error:
@@ -244,7 +244,7 @@ def run_file(path, config, given, knobs):
     try:
         names.run(path, source)
     except Exception as error:
-        # the innermost line that stands in a config file; bad syntax leaves no frame
+        # the innermost line in a config file; a SyntaxError leaves no frame
         place = f"{path}:{getattr(error, 'lineno', None) or 1}"
         for frame in traceback.extract_tb(error.__traceback__):
             if frame.filename in names.files:
@@ -271,7 +271,7 @@ def run_file(path, config, given, knobs):
 
 # ----------------------------------------------------------------------------- values
 def check(value, knob, place):
-    """`value` in the knob's type; fails with a message that begins with `place` if it is not."""
+    """`value` converted to the knob's type; else fail with a message that starts with `place`."""
     if value is None and knob.default is None:
         return None
     try:
@@ -316,7 +316,7 @@ def help_text(namespace, knobs, config, provenance):
     source = Path(namespace["__file__"]).read_text(encoding="utf-8")
     lines = source.split("\n")
     rows = [(namespace.get("__doc__") or "").strip(), ""]
-    end = 0  # of the last statement: remarks between it and a knob are headings
+    end = 0  # of the last statement: comments between it and a knob are headings
     for node in ast.parse(source).body:
         name = assigned_name(node)
         if name in knobs:

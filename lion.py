@@ -1,4 +1,4 @@
-"""DecoupledLionW and DecoupledAdamW, with the rule and the order of the libraries the paper used.
+"""DecoupledLionW and DecoupledAdamW, as computed by the libraries that the paper used.
 
     a step of Lion      p *= 1 - (lr / initial_lr) * weight_decay
                         p -= lr * sign(beta1 m + (1 - beta1) g)      m: momentum, g: gradient
@@ -6,7 +6,7 @@
 
 Decoupled means: weight decay follows the schedule but not the learning rate itself (llm-foundry
 llmfoundry/optim/lion.py; composer composer/optim/decoupled_weight_decay.py). Parameters without a
-gradient stay as they are; state is made at a parameter's first step, in its dtype.
+gradient are skipped; state is created at a parameter's first step, in its dtype.
 """
 import math
 import warnings
@@ -16,15 +16,15 @@ import torch
 
 
 def local(tensors):
-    """What this rank holds of FSDP's tensors: an update is elementwise, so that is enough."""
+    """This rank's shards of FSDP tensors: an update is elementwise, so they are enough."""
     return [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
 
 
 def buckets(columns):
-    """Columns (p, grad, state tensors ...) of all parameters -> lists of bounded size of each kind.
+    """Yield buckets of bounded size; columns: (p, grad, state tensors ...) of each parameter.
 
-    All operations of an update run on one list before the next: on a CPU a list fits the cache, so
-    memory is read and written once an update; on a GPU it bounds the temporaries."""
+    A bucket is a list of flat pieces of each kind, and an update runs on one before the next: on a
+    CPU it fits in cache, so memory is read and written once; on a GPU it bounds temporaries."""
     pieces = []
     size = 0
     for tensors in columns:
@@ -42,7 +42,7 @@ def buckets(columns):
 
 
 class Decoupled(torch.optim.Optimizer):
-    """What the two share: arguments, initial_lr, and the decay factor of a step."""
+    """What both optimizers share: arguments, initial_lr and each step's decay factor."""
 
     def __init__(self, params, lr, betas, weight_decay):
         if not lr > 0:
@@ -50,8 +50,8 @@ class Decoupled(torch.optim.Optimizer):
         if not all(0 <= beta <= 1 for beta in betas):
             raise ValueError(f"betas must lie in [0, 1], found {betas}")
         if weight_decay >= 1e-3:
-            warnings.warn(f"weight_decay={weight_decay} shrinks weights by that share a step, "
-                          "whatever the learning rate; values far below 1e-3 are usual")
+            warnings.warn(f"weight_decay={weight_decay} shrinks weights by that share every step, "
+                          "at any learning rate; values far below 1e-3 are usual")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), weight_decay=weight_decay))
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
@@ -73,7 +73,7 @@ class Decoupled(torch.optim.Optimizer):
 class DecoupledLionW(Decoupled):
     """Lion (Chen et al. 2023). sign(0) = 0: p stays where its gradient and momentum are zero."""
 
-    numbers_per_parameter = 1  # of its state, for training/plan.py's prediction of memory
+    numbers_per_parameter = 1  # of optimizer state, for training/plan.py's memory prediction
 
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
         super().__init__(params, lr, betas, weight_decay)
@@ -88,7 +88,7 @@ class DecoupledLionW(Decoupled):
                 state["exp_avg"] = torch.zeros_like(p)
             columns.append((p, p.grad, state["exp_avg"]))
 
-        # one Triton kernel a parameter
+        # one Triton kernel per parameter
         on_gpu = params and params[0].is_cuda and params[0].dtype != torch.float64
         if on_gpu and find_spec("triton"):
             from llama.lion_kernel import lion_step
@@ -96,7 +96,7 @@ class DecoupledLionW(Decoupled):
                 lion_step(*local(tensors), decay, lr, (beta1, beta2))
             return
 
-        # else the whole update of one bucket after the other
+        # otherwise the whole update, bucket by bucket
         for p, g, m in buckets(columns):
             if decay != 1:
                 torch._foreach_mul_(p, decay)
@@ -119,7 +119,7 @@ class DecoupledAdamW(Decoupled):
     def update(self, params, decay, group):
         lr = group["lr"]
         beta1, beta2 = group["betas"]
-        # by the number of their steps, which sets the bias correction and is almost always one
+        # grouped by step count, which sets the bias correction; there is almost always one group
         columns_at = {}
         for p in params:
             state = self.state[p]
@@ -140,12 +140,12 @@ class DecoupledAdamW(Decoupled):
                 torch._foreach_add_(m, g, alpha=1 - beta1)
                 torch._foreach_mul_(v, beta2)
                 torch._foreach_addcmul_(v, g, g, value=1 - beta2)
-                # p -= lr * m / (sqrt(v) + eps), both without their start at zero
+                # p -= lr * m / (sqrt(v) + eps), m and v bias-corrected
                 scale = torch._foreach_sqrt(v)
                 torch._foreach_div_(scale, math.sqrt(1 - beta2 ** step))
                 torch._foreach_add_(scale, group["eps"])
                 torch._foreach_addcdiv_(p, m, scale, value=-lr / (1 - beta1 ** step))
 
 
-# train.py's knob `optimizer`: a new one needs its class and a line here
+# train.py's knob `optimizer`: a new one needs a class and a line here
 OPTIMIZERS = {"lionw": DecoupledLionW, "adamw": DecoupledAdamW}

@@ -1,4 +1,4 @@
-"""LoRA on Llama's projections; PEFT adapters in and out; merging, as functions and as a script.
+"""LoRA on Llama's projections; PEFT adapters read and written; merging, also as a script.
 
         x [.., K] -----> W [N, K], frozen -----------------------> + ---> y [.., N]
            |                                                       ^
@@ -6,11 +6,11 @@
 
     python lora.py --base=FOLDER --adapter=FOLDER --out=FOLDER      # writes a merged model folder
 
-Projections that read the same input are one matrix W (GROUPS in llama/weights.py); their adapters
-act on row slices of it, so x is read once. A and B are fp32 and are rounded to x's dtype where they
-are used. The product, its backward pass and what that keeps are in llama/lora_matmul.py; which
-projections an adapter folder is for, and of which rank, in llama/adapter_config.py; DoRA, whose
-rows have trained lengths, in llama/dora.py.
+Projections with the same input are one matrix W (GROUPS in llama/weights.py); their adapters act on
+row slices of it, so x is read once. A and B are fp32 and are cast to x's dtype where they are used.
+The matmul, its backward pass and what is saved for it are in llama/lora_matmul.py; which
+projections an adapter folder adapts, and at which rank, in llama/adapter_config.py; DoRA, which
+also trains the rows' lengths, in llama/dora.py.
 """
 import json
 import math
@@ -47,8 +47,8 @@ TARGETS = {"all": PROJECTIONS, "attention": PROJECTIONS[:4], "mlp": PROJECTIONS[
 class LoRAProjection(nn.Module):
     """A Projection with adapters on some of its parts, whose A and B are stacked.
 
-    sizes: {part: (rank, alpha)} of those parts. Smaller ranks than the largest are filled up with
-    zeros, which stay zeros in training; other scales than the largest are factors in B.
+    sizes: {part: (rank, alpha)} of those parts. Ranks below the largest are padded with zeros,
+    which stay zero in training; scales other than the largest become factors in B.
     lora: the other settings, as in model.lora."""
 
     def __init__(self, projection, sizes, lora):
@@ -60,7 +60,7 @@ class LoRAProjection(nn.Module):
         self.dropout = lora["dropout"]
         self.kernel = "torch"  # see choose_kernel
 
-        # one rank and one scale for all parts
+        # the largest rank and scale, for all parts
         self.rank = max(rank for rank, _ in sizes.values())
         scales = [scale_of(rank, alpha, lora["rslora"]) for rank, alpha in sizes.values()]
         self.scale = max(scales, key=abs)
@@ -78,7 +78,7 @@ class LoRAProjection(nn.Module):
                 spans.append((start, end))
         self.spans = tuple(spans)
 
-        # A_i [rank, K] and B_i [rows of its part, rank] of all adapters, one under the other
+        # A_i [rank, K] and B_i [rows of its part, rank] of all adapters, stacked
         device = self.weight.device
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         columns = self.weight.shape[1]
@@ -96,7 +96,7 @@ class LoRAProjection(nn.Module):
         dropout = self.dropout if self.training else 0.0
         seeds = None
         if dropout:
-            # the masks of this call: two numbers an adapter, on the CPU
+            # seeds of this call's dropout masks: two numbers per adapter, on the CPU
             shape = (len(self.adapted), 2)
             seeds = torch.randint(-2 ** 31, 2 ** 31, shape, dtype=torch.int32)
         weight = self.weight.to(x.dtype)
@@ -111,11 +111,11 @@ class LoRAProjection(nn.Module):
         """PEFT's: A kaiming_uniform(a=sqrt(5)), which is U(-1, 1) / sqrt(K); B = 0; DoRA's m = |W|.
 
         'zero_a': A = 0, B by that rule, U(-1, 1) / sqrt(rank). 'pissa': see llama/pissa.py.
-        The weight must be there already."""
+        The weight must be loaded already."""
         if init == "pissa":
             start_as_principal(self)
             return
-        # drawn whole on the CPU: the same for any device and sharding
+        # drawn whole on the CPU, so that values do not depend on device and sharding
         A = torch.zeros(self.lora_A.shape, dtype=self.lora_A.dtype)
         B = torch.zeros(self.lora_B.shape, dtype=self.lora_B.dtype)
         drawn = B if init == "zero_a" else A
@@ -124,7 +124,7 @@ class LoRAProjection(nn.Module):
         fill(self.lora_A, A)
         fill(self.lora_B, B)
         if self.lora_magnitude is not None:
-            # of the whole weight: under FSDP a rank holds other rows of it
+            # of the full weight: under FSDP this rank's shard has other rows
             lengths = full_tensor(self.weight).to(A.dtype).norm(dim=1)
             fill(self.lora_magnitude, torch.cat([lengths[start:end] for start, end in self.spans]))
 
@@ -155,8 +155,8 @@ def resolve_targets(targets):
 def apply_lora(model, rank, alpha, dropout=0.0, targets="all", rslora=False, dora=False):
     """Freeze a model and put new adapters on the targets of every block; returns the model.
 
-    The scale is alpha / rank, or alpha / sqrt(rank) with rslora. On a model on meta, init_adapters
-    must follow once it has its weights. Raises ValueError for impossible values."""
+    The scale is alpha / rank, or alpha / sqrt(rank) with rslora. For a model on meta, call
+    init_adapters once it has its weights. Raises ValueError for invalid values."""
     names = resolve_targets(targets)
     if rank < 1 or not alpha > 0 or not 0 <= dropout <= 0.99:
         raise ValueError("LoRA needs rank >= 1, alpha > 0 and 0 <= dropout <= 0.99, "
@@ -170,9 +170,9 @@ def apply_lora(model, rank, alpha, dropout=0.0, targets="all", rslora=False, dor
 
 
 def add_adapters(model, lora, sizes):
-    """apply_lora without values: A and B are yet to be filled, and no random number is drawn.
+    """apply_lora without initialization: A and B are left unfilled, no random number is drawn.
 
-    lora: what model.lora shall be; sizes: for each block {projection: (rank, alpha)}."""
+    lora: becomes model.lora; sizes: {projection: (rank, alpha)} for each block."""
     if any(isinstance(module, LoRAProjection) for module in model.modules()):
         raise ValueError("the model already has adapters")
     model.requires_grad_(False)
@@ -187,7 +187,7 @@ def add_adapters(model, lora, sizes):
 
 
 def init_adapters(model, init="default"):
-    """New A and B for every adapter, from torch's random state; init as in init_weights."""
+    """Initialize A and B of every adapter, from torch's random state; init as in init_weights."""
     if init == "pissa":
         model.base_identity = identity_of(model)  # whose weights are about to change
     for module in model.modules():
@@ -223,11 +223,11 @@ def merge_lora(model):
 
 # ----------------------------------------------------------------------------- PEFT folders: out
 class Place(NamedTuple):
-    """Where a tensor of a PEFT folder is here: some rows of a parameter, its first columns."""
+    """Where a PEFT tensor is in the model: some rows of a parameter, and its first columns."""
     parameter: nn.Parameter
     first: int     # row
     shape: tuple   # rows, and columns of a matrix
-    factor: float  # what is here is this times what is in the file
+    factor: float  # parameter = factor * tensor of the file
 
 
 def adapter_tensors(model):
@@ -259,8 +259,8 @@ def adapter_tensors(model):
 def save_adapter(model, folder, base_name="", get=full_tensor):
     """Write adapter_config.json and adapter_model.safetensors as peft 0.11.1 names them.
 
-    get(parameter) is the tensor to write, by default the parameter as it is now. Under FSDP all
-    ranks must call it: all gather, rank 0 writes."""
+    get(parameter) is the tensor to write, by default the parameter's current value. Under FSDP all
+    ranks must call this: all gather, rank 0 writes."""
     places = adapter_tensors(model)
     behind = beginnings(model)
     tensors = {}
@@ -276,7 +276,7 @@ def save_adapter(model, folder, base_name="", get=full_tensor):
     if dist.is_initialized() and dist.get_rank() != 0:
         return
 
-    # the settings: of each module its rank and alpha
+    # the settings: rank and alpha of each module
     sizes = {}
     for path, module in model.named_modules():
         if isinstance(module, LoRAProjection):
@@ -304,10 +304,10 @@ def load_adapter(model, folder):
 
 
 def apply_saved_lora(model, folder, trains=True):
-    """Adapters with the settings of a PEFT folder, without its weights; returns the model.
+    """Add adapters with the settings of a PEFT folder, not its weights; returns the model.
 
-    Raises ValueError when the settings are not supported or fit nothing, or if it `trains` and
-    projections of one group have other scales: training would move their B by other steps."""
+    Raises ValueError when the settings are not supported or match nothing, or if it `trains` and
+    scales differ within a group: training would then move their B at different speeds."""
     config = read_adapter_config(folder)
     sizes = []
     found = set()
@@ -340,7 +340,7 @@ def load_adapter_weights(model, folder):
     expected = {name: place.shape for name, place in places.items()}
     where = open_adapter_weights(Path(folder), expected, lambda: identity_of(model))
     check_embeddings(model, folder, where)
-    # a parameter is filled at once, from its adapters' tensors
+    # collect the tensors of each parameter, then fill it once
     values = {}
     for name, (p, first, shape, factor) in places.items():
         tensor = where[name].get_tensor(name)
@@ -374,7 +374,7 @@ def lost_to_rounding(model, dtype):
 
 @torch.inference_mode()
 def merge_folders(base, adapter, out, dtype):
-    """Write base + adapter to the folder `out` in `dtype`, and prove that it computes the same.
+    """Write base + adapter to the folder `out` in `dtype`, and check that it computes the same.
 
     Returns (largest logit difference of the written model, largest logit, share lost to rounding).
     Raises ValueError, leaving nothing under `out`, when merged and unmerged logits disagree."""
@@ -393,7 +393,7 @@ def merge_folders(base, adapter, out, dtype):
     merged, _ = model(tokens)
     in_fp32 = (merged - want).abs().max().item()
 
-    # written under another name, and read again
+    # write under a temporary name, and read it back
     out = Path(out)
     partial = out.with_name(f"{out.name}.tmp")
     try:
@@ -404,8 +404,8 @@ def merge_folders(base, adapter, out, dtype):
         raise
     written = (again - want).abs().max().item()
 
-    # the bound on fp32 is on arithmetic; 16-bit weights are off by their rounding as well
-    # NaN agrees with nothing; and a row of zeros has lost its token to an overflow on the way
+    # fp32 may differ by arithmetic alone, 16-bit weights by their rounding as well
+    # NaN fails both comparisons; an all-zero row has lost its token to an overflow on the way
     bound = 1e-4 if dtype == torch.float32 else 0.1
     agrees = in_fp32 <= 1e-4 * largest and written <= bound * largest
     if not agrees or not want.any(-1).all():
@@ -414,7 +414,7 @@ def merge_folders(base, adapter, out, dtype):
                          f"{largest:.3g}, {in_fp32:.3g} before rounding to {dtype}): "
                          "nothing was written")
 
-    # the tokenizer, and only then the name that readers look for
+    # add the tokenizer, and only then give it its final name
     carry_files(base, partial)
     partial.rename(out)
     return written, largest, lost

@@ -1,5 +1,5 @@
-"""Llama in plain PyTorch: the definition. Weights, generation and backward passes written by hand
-are in llama/.
+"""Llama in plain PyTorch: the model definition. Weight files, generation and the hand-written
+backward passes are in llama/.
 
     tokens [B, T] -> embed_tokens -> x [B, T, D] -> blocks -> norm -> head -> logits [B, T, V]
 
@@ -14,9 +14,9 @@ are in llama/.
     _, loss = model(tokens, targets)               # scalar; the [B, T, V] logits never exist
     new_ids = model.generate([[1, 15043]], 64)     # new_ids[0][0] is a list of ids
 
-Every dtype is written out, there is no autocast: each projection casts its weight to the dtype of
-its input, so fp32 master weights compute in bf16 when the model's `compute_dtype` says so. Norms,
-rotary angles and the loss are computed in fp32 at least.
+Dtypes are explicit, there is no autocast: each projection casts its weight to the dtype of its
+input, so fp32 master weights compute in bf16 if that is the model's `compute_dtype`. Norms, rotary
+angles and the loss are computed in at least fp32.
 """
 import math
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from llama.generate import generate, generate_each, generate_tokens
 from llama.folder import read_config
 from llama.weights import GROUPS, fill, load_weights, save_pretrained
 
-IGNORE = -100  # a target with this value is not predicted
+IGNORE = -100  # targets with this value do not count in the loss
 
 
 @dataclass
@@ -57,7 +57,7 @@ class LlamaConfig:
 
     @classmethod
     def from_json(cls, folder):
-        """Of FOLDER/config.json; raises as llama.folder.read_config."""
+        """Read FOLDER/config.json; raises as llama.folder.read_config does."""
         return cls(**read_config(folder, cls.__dataclass_fields__))
 
     @property
@@ -78,7 +78,7 @@ class LlamaConfig:
 
 # ----------------------------------------------------------------------------- modules
 class Projection(nn.Module):
-    """Matrices that read the same input, stacked, so that it is read once: x [..., K] -> [..., N].
+    """Matrices with the same input, stacked, so that it is read once: x [..., K] -> [..., N].
 
     parts: {"q_proj": rows, ...} in row order."""
     packed = None  # see packed_weights in llama/generate.py
@@ -93,7 +93,7 @@ class Projection(nn.Module):
 
 
 def linear(x, weight, packed=None):
-    """x weight^T for x [..., K]; by `packed`, the weight in oneDNN's own order, if given."""
+    """x weight^T for x [..., K]; with `packed`, the weight in oneDNN's own layout, if given."""
     if packed is not None:
         return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
     return F.linear(x, weight.to(x.dtype))
@@ -140,7 +140,7 @@ class Attention(nn.Module):
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), 2)
         q, k = Rotary.apply(qk, cos, sin).split((self.heads, self.kv_heads), 2)
         if torch.is_grad_enabled():
-            # what backward keeps: a view would keep q and k as they were before rotation, too
+            # saved for backward: a view would keep the unrotated q and k alive as well
             v = v.contiguous()
         dropout = self.dropout if self.training else 0.0
         if cache is not None and not cache.decoding:
@@ -173,8 +173,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each added to the residual stream x [B, T, D].
 
-    lean: keep for the backward pass neither the norms' outputs nor the activation's, but compute
-    them again there."""
+    lean: do not save the outputs of the norms and the activation for the backward pass; recompute
+    them there."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -194,9 +194,9 @@ class Block(nn.Module):
 
 # ----------------------------------------------------------------------------- the network
 class Embedding(nn.Embedding):
-    """nn.Embedding, which draws no values for a weight on the meta device.
+    """nn.Embedding that does not initialize a weight on the meta device.
 
-    To draw what has no memory PyTorch imports its compiler, longer than all the rest of it."""
+    For that PyTorch would import its compiler, which takes longer than all the rest of it."""
 
     def reset_parameters(self):
         if not self.weight.is_meta:
@@ -204,9 +204,9 @@ class Embedding(nn.Embedding):
 
 
 class Llama(nn.Module):
-    """The network; see the head of this file for use. compute_dtype: the dtype of activations.
+    """The network; the top of this file shows its use. compute_dtype: the dtype of activations.
 
-    activation_checkpointing: 'none', or 'block': a block keeps its input alone for backward."""
+    activation_checkpointing: 'none', or 'block': save only each block's input for backward."""
     packed = None  # the head's, see packed_weights in llama/generate.py
 
     def __init__(self, config):
@@ -231,10 +231,10 @@ class Llama(nn.Module):
         return self.embed_tokens.weight.device
 
     def init_weights(self, seed=0):
-        """Fresh weights: N(0, initializer_range), norms 1, outputs of blocks scaled as in GPT-2."""
+        """Random init: N(0, initializer_range), norms 1, block outputs scaled as in GPT-2."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
-            # drawn whole on the CPU: the same for any device and sharding
+            # drawn whole on the CPU, so that values do not depend on device and sharding
             full = torch.ones(p.shape, dtype=p.dtype)
             if p.dim() > 1:
                 std = self.config.initializer_range
@@ -245,7 +245,7 @@ class Llama(nn.Module):
         return self
 
     def compile_blocks(self):
-        """torch.compile every block, without what depends on the number of documents."""
+        """torch.compile each block, except attention that depends on the number of documents."""
         # not a decorator: importing the compiler takes as long as importing torch
         uncompiled = torch.compiler.disable(document_attention)
         for block in self.layers:
@@ -254,7 +254,7 @@ class Llama(nn.Module):
         self.compiled = True
 
     def rotary_tables(self, B, T, docs, start, device):
-        """cos and sin [B or 1, T, 1, hd] of each token's position, in its document if any."""
+        """cos and sin [B or 1, T, 1, hd] of each token's position, within its document if any."""
         if docs is not None:
             positions = document_positions(docs, B * T).view(B, T)
         else:
@@ -279,11 +279,11 @@ class Llama(nn.Module):
         # what all blocks share
         cos, sin = self.rotary_tables(B, T, docs, start, tokens.device)
         if docs is not None and self.compiled:
-            # else every new number of documents would compile again
+            # otherwise every new number of documents would trigger a recompile
             torch._dynamo.maybe_mark_dynamic(docs, 0)
 
         x = F.embedding(tokens, self.embed_tokens.weight).to(self.compute_dtype)
-        # checkpoints and the compiler decide themselves what they keep
+        # activation checkpointing and the compiler decide for themselves what to save
         lean = torch.is_grad_enabled() and not self.compiled
         for block in self.layers:
             if self.activation_checkpointing == "none" or not torch.is_grad_enabled():
@@ -300,14 +300,14 @@ class Llama(nn.Module):
         """(logits [B, T, V], None), or with targets (None, loss).
 
         tokens [B, T] int64. targets [B, T]: the id that follows each token, IGNORE where there is
-        none to predict. docs [n + 1] int64: borders of documents in the flattened B*T tokens, 0
-        first and B*T last, a border at each row's start; documents then do not see each other and
-        count positions from 0.
+        none to predict. docs [n + 1] int64: document boundaries in the flattened B*T tokens, from 0
+        to B*T, with one at each row's start; documents then do not attend to each other and their
+        positions start at 0.
         reduction: 'mean' over predicted tokens, or 'sum' (0 when there are none)."""
         x = self.hidden(tokens, docs)
         if targets is None:
             return self.head(x), None
-        # only the tokens that predict something reach the head
+        # only positions with a target go through the head
         targets = targets.flatten()
         predicted = (targets != IGNORE).nonzero().squeeze(1)
         h = self.norm(x.flatten(0, 1)[predicted])
@@ -319,8 +319,8 @@ class Llama(nn.Module):
     # ------------------------------------------------------------- files: llama/weights.py
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32, device="cpu"):
-        """Load a published folder; errors as in load_weights and from_json."""
-        # without memory first, so that it is taken once and on the device alone
+        """Load a Hugging Face model folder; raises as load_weights and from_json do."""
+        # on meta first, so that memory is allocated once, on the device
         config = LlamaConfig.from_json(folder)
         with torch.device("meta"):
             model = cls(config).to(dtype)
@@ -334,5 +334,5 @@ class Llama(nn.Module):
     # ------------------------------------------------------------- generation: llama/generate.py
     # (prompts, max_new_tokens, temperature=0.0, top_p=1.0, n=1, stop=None, seed=0, batch_size=64)
     generate = generate                # list (prompts) of lists (n) of lists of new ids
-    generate_each = generate_each      # yields (index of a prompt, its n lists) once they are whole
+    generate_each = generate_each      # yields (index of a prompt, its n lists) when complete
     generate_tokens = generate_tokens  # yields (prompt, sample, new id, whether the row ends)

@@ -11,7 +11,7 @@ kind='cpt': documents end to end; a row is a window of seq_len tokens of that st
 
     {"text": "One."} {"text": "Two."}     BOS One . EOS BOS Two | . EOS BOS ...
 
-    A document too long for a row runs on into the next; a last row that is not full is left out.
+    A document too long for a row continues in the next; an incomplete last row is left out.
 
 kind='ift': whole examples, then padding; only the response is learned (mask 1).
 
@@ -20,9 +20,9 @@ kind='ift': whole examples, then padding; only the response is learned (mask 1).
 
     An example longer than seq_len is cut there, and dropped if that leaves it no target.
 
-Where to look: for an example that is too long in encode_document; for BOS, EOS and masks in
-encode_turns; for the choice of packing in pack; to add a template in text/templates.py, a dataset
-in config/data/; for how a run that was killed resumes in text/shards.py.
+Where to look: examples that are too long, encode_document; BOS, EOS and masks, encode_turns; the
+choice of packing, pack; a new template, text/templates.py; a new dataset, config/data/; how a run
+that was killed resumes, text/shards.py.
 
 out_dir then holds, for SPLIT in train and val (raw little-endian arrays without a header):
     SPLIT.bin        token ids [rows * seq_len]: uint16, or uint32 for a vocabulary above 65,536
@@ -69,13 +69,13 @@ text_field = 'text'          # cpt: the document's field; 'tokens:int32' = a col
 prompt_field = 'prompt'      # ift: the field that holds the prompt
 response_field = 'response'  # ift: the field that holds the response
 messages_field = 'messages'  # ift, chat template: the field with the turns, [{"role", "content"}]
-template = 'none'            # around the prompt: none | alpaca | magicoder, or a text of yours with
-                             # fields of the record; for messages: tulu | llama2; '' = no prompt
+template = 'none'            # around the prompt: none | alpaca | magicoder, or your own text with
+                             # {fields} of the record; for messages: tulu | llama2; '' = no prompt
 response_prefix = ''         # ift: before a response; ' ' for byte-level BPE, '' for sentencepiece
 suffixes = ('.py',)          # which files of a folder are documents
-txt_split = ''               # between the documents of a .txt, such as '\n\n'; '' = it is one
-max_records = 0              # read at most so many records of each file; 0 = all
-max_tokens = 0               # train: a sample of documents that just reaches it; 0 = all
+txt_split = ''               # separates documents in a .txt, such as '\n\n'; '' = the file is one
+max_records = 0              # read at most this many records of each file; 0 = all
+max_tokens = 0               # train: sample documents until they have this many; 0 = all
 decontaminate = ()           # eval sets: a document that shares 13 words in a row is dropped
 id_field = ''                # a field that no two records may have the same; '' = not checked
 on_bad_record = 'error'      # 'error' = stop and name file:record | 'skip' = count it
@@ -84,23 +84,23 @@ tokenizer = ''               # tokenizer.model or tokenizer.json, or the folder 
 seq_len = 1024               # tokens a row
 bos = None                   # BOS before each document or prompt; None = as the tokenizer does
 add_eos = True               # EOS after each document or response
-double_bos = False           # cpt: BOS twice, as llm-foundry with bos_text and a tokenizer's own
+double_bos = False           # cpt: BOS twice, as llm-foundry's bos_text and the tokenizer's own
 no_wrap = False              # cpt, llm-foundry's: a row's last document is cut, not continued
 train_on_prompt = False      # ift: prompts are targets as well
-train_on_prompt_from = 0     # and then only those of so many tokens or more
+train_on_prompt_from = 0     # and then only prompts of this many tokens or more
 train_on_turns = 'last'      # ift: which responses of a chat: 'last', as in the paper | 'all'
 packing = 'best_fit'         # ift: 'best_fit' = fewest rows | 'paper' = llm-foundry's | 'none'
 packing_ratio = 0.0          # paper: mean examples in a row; 0 = llm-foundry's 'auto'
 packing_seed = 17            # paper: of the order of the examples
 paper_ranks = 32             # paper: GPUs, each of which packs its own share
 paper_batch = 6              # paper: rows a GPU and step; a step is paper_ranks * paper_batch rows
-paper_epochs = 1             # paper: so many epochs, each with an order and a packing of its own
+paper_epochs = 1             # paper: number of epochs, each with its own order and packing
 # where it goes
 out_dir = ''                 # a new folder, such as data/gsm8k
 inspect = ''                 # only show and verify the data of this folder
 # how fast
-workers = 0                  # processes that tokenize; 0 = one a core, at most one a block
-block_mb = 8.0               # text a block; workers hold about two each
+workers = 0                  # processes that tokenize; 0 = one per core, at most one per block
+block_mb = 8.0               # text per block; a worker holds about two
 _choices = {'kind': ('cpt', 'ift'), 'on_bad_record': ('error', 'skip'),
             'packing': ('best_fit', 'paper', 'none'), 'train_on_turns': ('last', 'all')}
 _types = {'bos': bool}
@@ -112,12 +112,12 @@ LEAST = {"seq_len": 2, "paper_ranks": 1, "paper_batch": 1, "paper_epochs": 1, "p
 
 
 def check_knobs(config):
-    """ValueError for a knob whose value cannot be, by itself or beside the others."""
+    """Raise ValueError for a knob that is invalid, alone or in combination."""
     def refuse(knob, expected):
         raise ValueError(f"{knob}: expected {expected}, found {config[knob]!r}")
 
     k = SimpleNamespace(**config)
-    # by itself
+    # alone
     for knob, least in LEAST.items():
         if config[knob] < least:
             refuse(knob, f"{least} or more")
@@ -135,7 +135,7 @@ def check_knobs(config):
         refuse("packing_ratio", "0 or from 1 up")
     if not 0 <= k.val_fraction < 1:
         refuse("val_fraction", "0 <= fraction < 1")
-    # beside the others
+    # in combination
     if k.double_bos and (k.kind != "cpt" or k.bos is False):
         refuse("double_bos", "kind=cpt with --bos=True")
     if k.no_wrap and k.kind != "cpt":
@@ -154,7 +154,7 @@ def check_knobs(config):
 
 
 def plan_job(config, tok):
-    """The knobs and what follows from them: all that encode_block and write_split need."""
+    """The knobs and what is derived from them: all that encode_block and write_split need."""
     job = SimpleNamespace(**config)
     job.response_prefix = unescape(job.response_prefix)
     job.txt_split = unescape(job.txt_split)
@@ -190,7 +190,7 @@ def plan_job(config, tok):
 
 # ----------------------------------------------------------------------------- records -> shards
 def encode_block(job, name, items):
-    """A block of records -> the arrays of its shard, in a worker. ValueError names a bad one."""
+    """A block of records -> the arrays of its shard, in a worker. ValueError names a bad record."""
     documents = []
     ids = []
     masks = []
@@ -218,7 +218,7 @@ def encode_block(job, name, items):
         for read, learned in turns:
             text_bytes += len(read.encode()) + len(learned.encode())
 
-        # train or val: by a hash of the prompt, or of the document, so that order plays no part
+        # train or val: by a hash of the prompt or the document, so that order does not matter
         prompt, response = turns[0]
         side, key = hashes(prompt or response)[:2]
         val = side < job.val_fraction * 2**64
@@ -262,10 +262,10 @@ def encode_turns(encode, turns, seq_len, bos=b"", eos=b"", itemsize=2, bos_each=
                  learn_all=False, prompt_from=None):
     """Turns [(read, learned)] -> (ids as bytes, mask as bytes, why it is dropped or ''), not cut.
 
-    As llm-foundry 0.9: each text is tokenized by itself; text never becomes a special id; the last
-    response is learned, with its EOS (learn_all: every one), and prompts of at least prompt_from
-    tokens (None: none). An example with an empty response, or without a target within seq_len, EOS
-    aside, is dropped."""
+    As in llm-foundry 0.9: each text is tokenized separately; text never becomes a special id; the
+    targets are the last response with its EOS (learn_all: every response), and prompts of at least
+    prompt_from tokens (None: no prompts). An example is dropped if a response is empty, or if no
+    target but EOS lies within seq_len."""
     ids = b""
     mask = b""
     empty = False
@@ -291,15 +291,15 @@ def encode_turns(encode, turns, seq_len, bos=b"", eos=b"", itemsize=2, bos_each=
         why = "empty"
     elif not has_target:
         why = "no room"
-    # the first token has nothing before it from which it could be predicted
+    # nothing precedes the first token, so it cannot be predicted
     return ids, b"\0" + mask[1:], why
 
 
 # ----------------------------------------------------------------------------- shards -> rows
 def write_split(name, documents, work, count, folder, job):
-    """Write the files of train or val; returns counts for meta.json. ValueError: it has no row."""
+    """Write the files of train or val; returns counts for meta.json. ValueError without a row."""
     path = f"{folder}/{name}"
-    # the documents of this split, those that are left out, and what is kept of them
+    # this split's documents: which are kept, why others are left out, the lengths of those kept
     mine = documents["val"] == (name == "val")
     kept = mine & (documents["why"] == 0)
     left_out = np.bincount(documents["why"][mine & ~kept], minlength=len(WHY))
@@ -311,7 +311,7 @@ def write_split(name, documents, work, count, folder, job):
                          f"{job.seq_len}; {why_no_row(documents, mine, left_out, job.kind)}")
 
     lost = documents["lost"][kept]
-    powers = np.frexp(lengths)[1] - 1  # k of the documents of 2^k to 2^(k+1) - 1 tokens
+    powers = np.frexp(lengths)[1] - 1  # k for documents of 2^k to 2^(k+1) - 1 tokens
     counts = {"truncated": int((lost > 0).sum()), "lost": int(lost.sum()),
               "dropped": int(left_out.sum()), "dropped_why": why_dropped(left_out),
               "lengths": np.bincount(powers).tolist()}
@@ -326,7 +326,7 @@ def write_split(name, documents, work, count, folder, job):
         counts |= {"rows": n_rows, "documents": len(starts), "targets": tokens, "padding": 0}
         counts["lost"] = total - tokens
     else:
-        # the rows are lists of documents, whose tokens are looked up in the stream
+        # each row is a list of documents, whose tokens are copied from the stream
         rows, packed = pack(name, lengths.tolist(), job)
         tokens = len(rows) * job.seq_len
         masked = job.kind == "ift"
@@ -342,14 +342,14 @@ def write_split(name, documents, work, count, folder, job):
 
 
 def pack(name, lengths, job):
-    """The documents of each row of a split, and what meta.json says of that.
+    """(documents of each row of a split, packing counts for meta.json).
 
     ValueError if paper_ranks is too high."""
     if job.no_wrap:
         return pack_no_wrap(lengths, job.seq_len), {}
     if job.packing == "none":
         return [[example] for example in range(len(lengths))], {}
-    # val is no part of any step, so packing='paper' does not apply to it
+    # val rows are in no training step, so packing='paper' does not apply to them
     if job.packing == "best_fit" or name == "val":
         return pack_best_fit(lengths, job.seq_len), {}
     rows, ratio = pack_paper(lengths, job.seq_len, job.paper_ranks, job.paper_batch,
@@ -379,9 +379,9 @@ if __name__ == "__main__":
         job = plan_job(config, tok)
         out = os.path.normpath(out_dir)
         if os.path.exists(out) and (not os.path.isdir(out) or os.listdir(out)):
-            raise FileExistsError(f"out_dir: {out} is there already; delete it or name another")
+            raise FileExistsError(f"out_dir: {out} already exists; delete it or name another")
 
-        # ---- 1: what goes in, and by which code
+        # ---- 1: the inputs, and the code that reads them
         sources = expand(source, suffixes)
         entries = describe(sources)
         evals = expand(decontaminate, suffixes, "decontaminate")
@@ -391,7 +391,7 @@ if __name__ == "__main__":
         for package in ("numpy", "sentencepiece", "tiktoken", "tokenizers"):
             versions[package] = version(package)
         code = [ROOT / "prepare_data.py", *sorted((ROOT / "text").glob("*.py"))]
-        # shards of another plan are not used; on_bad_record does not change the good records
+        # shards are reused only under the same plan; on_bad_record changes no good record
         plan = {
             "settings": {**settings, "on_bad_record": "", "block_mb": block_mb},
             "source": entries,
@@ -409,7 +409,7 @@ if __name__ == "__main__":
 
             # ---- 3: which documents stay
             documents, infos = read_tables(work, count)
-            # shards of a start that skipped bad records
+            # shards may be of an earlier start, which skipped bad records
             skipped = [message for info in infos for message in info["bad_first"]]
             if skipped and on_bad_record == "error":
                 raise ValueError(skipped[0])

@@ -1,20 +1,20 @@
 r"""
-Quickstart: the paper in small, in ten minutes on two CPU cores.
+Quickstart: the paper in miniature, in ten minutes on two CPU cores.
 
     python quickstart.py
-    python quickstart.py --lora_ranks=1,4,16,64         # what is there already is not made again
+    python quickstart.py --lora_ranks=1,4,16,64         # reuses what is there already
 
     Python source --> pretrain a tiny Llama --.--> full finetuning --.--> what each learned (loss
     word problems in GSM8K's form ------------+--> LoRA r=1, 4, 16 --'    on problems) and forgot
 
-The source is Python's standard library. The paper's claims, over three seeds, in 80 core minutes:
+The source is Python's standard library. The paper's claims, over three seeds, in 80 core-minutes:
 
     for s in 1 2 3; do python quickstart.py --claims=True --seed=$s --out_dir=out/claims/$s; done
     python -m paper.claims --runs='out/claims/*/*' --learning='loss target' \
         --forgetting='loss source'
 
 Every step is a command of this codebase, printed before it runs: the same ones, with other folders,
-do the 7B study. OUT_DIR/runs.py is what paper/study.py takes. Stopped, it resumes if repeated.
+do the 7B study. OUT_DIR/runs.py is the list for paper/study.py. To resume, repeat the command.
 """
 import json
 import os
@@ -39,14 +39,14 @@ from runtime import ROOT, one_line_errors, script_words
 # where
 data_dir = 'data/quickstart'
 out_dir = 'out/quickstart'
-# source domain: Python, and a few word problems without GSM8K's notation, as Llama had read such
+# source domain: Python, and some word problems without GSM8K's notation, as Llama has read such
 source = ''                  # a folder of .txt and .rst files instead of Python's standard library
-max_documents = 0            # read at most so many files; 0 = all. One in 20 is held out
+max_documents = 0            # read at most this many files; 0 = all. One in 20 is held out
 source_problems = 2000
 # target domain
 target_problems = 9500
 held_out_problems = 500
-# model and tokenizer, made from nothing
+# model and tokenizer, from scratch
 vocab_size = 1024
 hidden_size = 128
 intermediate_size = 384
@@ -66,12 +66,12 @@ full_learning_rate = 4e-4
 lora_learning_rate = 4e-3    # / sqrt(rank)
 lora_ranks = (1, 4, 16)      # of a width of 128, as 32, 128 and 512 of Llama-2-7B's 4096
 # what is measured
-eval_rows = 100              # held-out rows of each domain that a loss is the mean of
-choice_items = 400           # lines of held-out Python, whose end stands among three others
+eval_rows = 100              # held-out rows of each domain, for the losses
+choice_items = 400           # held-out lines of Python, each with its end and three others
 solve_items = 100            # held-out word problems to solve
-jobs = 0                     # finetunings at a time, each on one core; 0 = as many as there are
+jobs = 0                     # finetuning runs at a time, each on one core; 0 = all cores
 seed = 1337                  # of weights, rows and dropout, not of the data
-claims = False               # also what paper/claims.py takes; no lines are finished
+claims = False               # also the runs that paper/claims.py needs; no lines are finished
 
 # may differ when it is started again on the same folders
 _free = {'data_dir', 'out_dir', 'lora_ranks', 'steps', 'claims', 'jobs'}
@@ -156,8 +156,8 @@ def folder_of_text(folder):
 def lines_to_finish(texts, count, seed=3):
     """Yield multiple choice in LLM Foundry's form, {"query", "choices", "gold"}.
 
-    The query is some lines of code up to a blank inside the last one. Of the four ways to continue
-    three are ends of lines elsewhere."""
+    The query is some lines of code up to a space inside the last one. Three of the four choices
+    are ends of other lines."""
     rng = random.Random(seed)
     places = []  # (lines before, beginning, end) of lines with a blank near their middle
     for text in texts:
@@ -181,7 +181,7 @@ def lines_to_finish(texts, count, seed=3):
 
 # ----------------------------------------------------------------------------- steps
 def run_script(script, *argv, **knobs):
-    """Print and run `python script argv... --knob=value ...`; ends this script where it fails."""
+    """Print and run `python script argv... --knob=value ...`; exits if it fails."""
     argv = [*map(str, argv), *(f"--{knob}={value}" for knob, value in knobs.items())]
     words = script_words(script)
     if words[0] != "-m":
@@ -198,9 +198,9 @@ def run_script(script, *argv, **knobs):
 
 
 def remember_knobs(folder, config, free):
-    """Store what a folder is made with, but for the knobs in `free`.
+    """Store the knobs that a folder is made with, except those in `free`.
 
-    ValueError if it was made with something else the last time."""
+    ValueError if it was made with other ones the last time."""
     path = folder / "quickstart.json"
     kept = {name: value for name, value in config.items() if name not in free}
     text = json.dumps(kept, indent=1)
@@ -221,7 +221,7 @@ def write_jsonl(path, records):
 
 
 def make_shape(folder, documents, shape):
-    """What pretraining starts from: a tokenizer as Llama-2's, only smaller, and a config.json."""
+    """What pretraining starts from: a tokenizer like Llama-2's but smaller, and a config.json."""
     if (folder / "config.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -245,7 +245,7 @@ def make_shape(folder, documents, shape):
 
 def write_records(data, documents, source_problems, target_problems, held_out_problems,
                   choice_items):
-    """The records of both domains as files: to train on, held out, and to evaluate with."""
+    """Write the records of both domains: for training, held out, and for evaluation."""
     # source: documents, one in 20 held out, and problems that are solved without GSM8K's notation
     training = [document for i, document in enumerate(documents) if i % 20]
     held_out = documents[::20]
@@ -256,7 +256,7 @@ def write_records(data, documents, source_problems, target_problems, held_out_pr
     write_jsonl(data / "source_test.jsonl", held_out)
     texts = [document["text"] for document in held_out]
     write_jsonl(data / "choices.jsonl", lines_to_finish(texts, choice_items))
-    # target: none of those held out is learned
+    # target: no held-out problem is trained on
     learned = list(toy_math(target_problems, seed=1))
     known = {record["question"] for record in learned}
     new = (record for record in toy_math(2 * held_out_problems, seed=3)
@@ -282,7 +282,7 @@ def prepare_all(data, tokenizer, seq_len):
 
 
 def pretrain(folder, steps, **knobs):
-    """The base: its last checkpoint, made unless it is there, or resumed from the newest one."""
+    """The base's last checkpoint; trained, or resumed from the newest one, if it is not there."""
     last = folder / f"step_{steps}"
     if not last.exists():
         run_script("train.py", out_dir=folder, max_steps=steps, log_interval=50, save_interval=200,
@@ -321,7 +321,7 @@ def finetuning_runs(steps, lora_ranks, full_learning_rate, lora_learning_rate, c
 
 
 def training_words(data, batch, eval_rows, seed):
-    """What train.py takes in every run."""
+    """The knobs of train.py that all runs share."""
     return (f"--data={data / 'target'} --val_data={watched_sets(data)} --optimizer=lionw "
             f"--global_batch={batch} --microbatch={batch} --eval_rows={eval_rows} "
             f"--log_interval=50 --save_interval=200 --keep_last=1 --device=cpu --seed={seed}")
@@ -385,7 +385,7 @@ def print_table(out, steps, lora_ranks):
 
 
 def compare_methods(verb, full, loras):
-    """A sentence on how much LoRA, {rank: nats}, 'learned' or 'forgot' beside full finetuning."""
+    """A sentence on how much LoRA, {rank: nats}, 'learned' or 'forgot' next to full."""
     parts = [f"full {full:.3f}"]
     for rank, change in loras.items():
         part = f"LoRA r={rank} {change:.3f}"
@@ -405,12 +405,12 @@ def compare_methods(verb, full, loras):
     by_rank = [loras[rank] for rank in sorted(loras)]
     if len(by_rank) > 1:
         in_order = by_rank == sorted(by_rank)
-        verdict += ", and the less the lower its rank" if in_order else "; not in the order of rank"
+        verdict += ", and less at lower ranks" if in_order else ", but not in order of rank"
     return f"{verb.capitalize()} (nats a token): {', '.join(parts)}. {verdict}."
 
 
 def compare_at_equal_learning(full, loras):
-    """Sentences on what full finetuning forgot by the time it had learned as much as each LoRA run.
+    """Say what full finetuning had forgotten when it had learned as much as each LoRA run.
 
     full [(learned, forgot)] by duration, loras {rank: (learned, forgot)}. Between durations, and
     before the first, a straight line is drawn."""
@@ -424,7 +424,7 @@ def compare_at_equal_learning(full, loras):
         expected = forgot + more[0]
         verdict = "less" if forgot < expected else "not less"
         sentences.append(f"r={rank} learned {learned:.3f} and forgot {forgot:.3f}, where full "
-                         f"finetuning of that learning forgot about {expected:.3f}: {verdict}")
+                         f"finetuning with equal learning forgot about {expected:.3f}: {verdict}")
     return "At equal learning: " + "; ".join(sentences) + "."
 
 
@@ -485,12 +485,12 @@ if __name__ == "__main__":
         if claims:
             raise SystemExit
 
-        # 4: what came of it
+        # 4: the results
         changes = print_table(out, steps, lora_ranks)
         print_comparisons(changes, steps, lora_ranks)
         sample = os.path.relpath(ROOT / "sample.py")
         adapter = out / f"r{lora_ranks[-1]}-{max(steps)}/step_{max(steps)}"
-        print(f"\nThe picture: {out / 'figures/story.png'}. Read what they write:\n"
+        print(f"\nThe figure: {out / 'figures/story.png'}. Read what the models write:\n"
               f"$ python {sample} --model={base} --adapter={adapter} "
               f"--max_new_tokens={seq_len // 2} --prompt='Question: Ava has 3 books. Ben gives "
               "Ava 5 more. How many books does Ava have now?\\nAnswer:'")

@@ -5,7 +5,7 @@ What every stage needs from the machine: device, ranks, printing, errors in one 
     sample.py: error: device=cuda:0: no GPU is visible to PyTorch 2.13.0; try --device=cpu
     $ echo $?
     2
-    write_whole("config.json", text)     config.json.tmp -> fsync -> config.json: whole or not there
+    write_whole("config.json", text)     config.json.tmp -> fsync -> config.json: whole or absent
 """
 import contextlib
 import json
@@ -45,8 +45,8 @@ def print0(*args, **kwargs):
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Mistakes of the user (ValueError, OSError), and memory that does not suffice, end the script
-    with one line and status 2.
+    """The user's mistakes (ValueError, OSError) and running out of memory end the script with one
+    line on stderr and status 2.
 
     TRACEBACK=1 in the environment shows where they were raised as well."""
     try:
@@ -59,7 +59,7 @@ def one_line_errors():
             raise
         if os.environ.get("TRACEBACK"):
             traceback.print_exc()
-        # one line, whatever the message has
+        # one line, even if the message has several
         message = " ".join(str(e).split())
         if len(message) > 580:  # a library's error can hold a whole file
             message = f"{message[:400]} ... {message[-150:]}"
@@ -76,21 +76,21 @@ def is_out_of_memory(error):
 
 
 def end_if_nobody_reads():
-    """End without a word where what reads the output has gone, as `| head` does."""
+    """Exit silently if the reader of the output has gone, as with `| head`."""
     output = sys.stdout.fileno()
     watch = select.poll()
-    watch.register(output, 0)  # errors are always told
+    watch.register(output, 0)  # errors are always reported
     if not any(event & select.POLLERR for _, event in watch.poll(0)):
         return
-    # Python writes what is left at the end
+    # Python flushes what is left when it exits
     os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     raise SystemExit(128 + signal.SIGPIPE)
 
 
 def catch_stop_signals():
-    """A list to which SIGTERM or Ctrl-C is added, so that a loop can end in order.
+    """A list to which SIGTERM or Ctrl-C is appended, so that a loop can end cleanly.
 
-    The second one kills."""
+    A second signal kills."""
     caught = []
 
     def catch(number, frame):
@@ -104,7 +104,7 @@ def catch_stop_signals():
 
 # ----------------------------------------------------------------------------- device
 def pick_device(device):
-    """'auto' -> the GPU if there is one, else the CPU; ValueError for what is not there."""
+    """'auto' -> the GPU if there is one, else the CPU; ValueError for one that is missing."""
     has_gpu = torch.cuda.is_available()
     if device == "auto":
         return torch.device("cuda" if has_gpu else "cpu")
@@ -127,7 +127,7 @@ def check_gpu(index):
     there = torch.cuda.device_count()
     if index >= there:
         raise ValueError(f"device: no GPU {index}; {there} visible, cuda:0 to cuda:{there - 1}; "
-                         "torchrun starts a rank a GPU with --nproc_per_node=gpu")
+                         "torchrun --nproc_per_node=gpu starts one rank per GPU")
 
 
 def available_cores():
@@ -218,7 +218,7 @@ def peak_memory(device):
 
 
 def versions():
-    """What a result depends on beside its knobs."""
+    """What a result depends on besides its knobs."""
     # None where the code is no git checkout
     command = ["git", "describe", "--always", "--dirty"]
     described = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
@@ -238,7 +238,7 @@ def fsync_folder(folder):
 
 
 def write_whole(path, text):
-    """A file that is there in full or not at all."""
+    """Write a file so that it is there in full or not at all."""
     # a rename is atomic, if the content is on disk before it
     partial = Path(f"{path}.tmp")
     with open(partial, "w") as file:
@@ -264,7 +264,7 @@ def read_object(path, hint=""):
 
 
 def named_below(folder, pattern):
-    """The end of a message about a folder without such a file, '' if none below it has one either.
+    """The end of a message about a folder without such a file, '' if no subfolder has one either.
 
     A Trainer leaves models, adapters and tokenizers in checkpoint-N of its output folder."""
     found = {file.parent.name for file in Path(folder).glob(f"*/{pattern}")}
@@ -281,10 +281,10 @@ def append_jsonl(path, record):
 
 
 def script_words(script):
-    """How Python has to be called for one of our scripts.
+    """Python's arguments that run one of our scripts.
 
-    A stage by its file, one in a drawer as a module: paper/plot.py -> -m paper.plot, which finds
-    the stages beside the drawer when PYTHONPATH holds ROOT."""
+    A script in the root runs by its file, others as modules: paper/plot.py -> -m paper.plot, which
+    finds the scripts in the root if PYTHONPATH holds ROOT."""
     if "/" not in script:
         return [str(ROOT / script)]
     module = script.removesuffix(".py").replace("/", ".")

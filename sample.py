@@ -1,10 +1,10 @@
 r"""
-Try models: prompt in, text out, printed while it is generated; several stand side by side.
+Try models: prompt in, text out, printed as it is generated; several models side by side.
 
     python sample.py --model=models/llama2-7b --prompt='Once upon a time'
     python sample.py --model=models/llama2-7b --adapter=out/gsm8k/step_200 --prompt='Q: ...\nA:'
     python sample.py --model=models/llama2-7b --adapter=none,out/r16/step_200,out/r64/step_200 < q
-    python sample.py --model=out/full/step_200,out/r16/step_200 --chat=True    # a line a message
+    python sample.py --model=out/full/step_200,out/r16/step_200 --chat=True    # a message per line
 
     'Once upon a time'  ->  [1, 403, 407, 261, 378]  ->  [432, 383, 286, ...]  ->  ', there was ...'
 """
@@ -25,17 +25,17 @@ from text.tokenizer import StreamDecoder, text_stopper
 model = ()               # folders of models, checkpoints, or adapters that name their base
 adapter = ()             # adapter folders to put on the one `model`; none = the model itself
 tokenizer = ''           # tokenizer file or folder; '' = the model's folder
-prompt = ''              # text; \n, \t and \\ mean what they mean in templates; '' = standard input
-chat = False             # prompt, then each line of standard input, is a message
-template = ''            # of chat: tulu | llama2; '' = the one in the model's folder
-system = ''              # of chat: a system message
-bos = None               # whether BOS stands in front; None = as the tokenizer does it
+prompt = ''              # text; \n, \t and \\ as in templates; '' = standard input
+chat = False             # the prompt, then each line of standard input, is a message
+template = ''            # for chat: tulu | llama2; '' = the one in the model's folder
+system = ''              # for chat: a system message
+bos = None               # whether to start with BOS; None = as the tokenizer does
 max_new_tokens = 256
 temperature = 0.0        # 0 = greedy
 top_p = 1.0              # keep the likeliest tokens up to this share
 n = 1                    # continuations of the prompt
 seed = 1337
-stop = ()                # texts that end a continuation, read like the prompt
+stop = ()                # texts that end a continuation, with the prompt's escapes
 device = 'auto'          # auto | cpu | cuda | cuda:N
 dtype = 'auto'           # auto = bf16 on GPUs that have it, else fp32
 _types = {'bos': bool}
@@ -49,15 +49,15 @@ def pairs_of(models, adapters):
     if not adapters:
         return [(each, "") for each in models or ("",)]
     if len(models) > 1:
-        raise ValueError("adapter: they go on one model; name others, or adapters, in model alone")
+        raise ValueError("adapter: they go on one model; list several models or adapters in model")
     base = models[0] if models else ""
     return [(base, "" if each == "none" else each) for each in adapters]
 
 
 def answer_of(subject, ids, stop_texts, most, drawing):
-    """Yield the text that a Subject's model continues `ids` with, a piece for each new id.
+    """Yield the text with which a Subject's model continues `ids`, a piece per new id.
 
-    most: new ids; drawing: more arguments of generate_tokens."""
+    most: limit on new ids; drawing: sampling arguments of generate_tokens."""
     tok = subject.tokenizer
     decoder = StreamDecoder(tok, ids)
     ended = text_stopper(tok, stop_texts, tok.stop_ids)
@@ -69,7 +69,7 @@ def answer_of(subject, ids, stop_texts, most, drawing):
 
 
 def room_for(subject, ids, most):
-    """New ids that fit behind a conversation, at most `most`; ValueError where none does."""
+    """How many new ids fit after a conversation, at most `most`; ValueError if none do."""
     context = subject.model.config.max_position_embeddings
     if len(ids) >= context:
         raise ValueError(f"the conversation has {len(ids)} tokens, the model's context {context}")
@@ -97,7 +97,7 @@ if __name__ == "__main__":
             raise ValueError("bos: a model's own chat template says whether it stands in front")
         width = column_width(shutil.get_terminal_size().columns, len(pairs))
 
-        # the models; the error stream says how a text begins and ends, the other has texts alone
+        # the models; stderr says how a text begins and ends, stdout has only the texts
         device = pick_device(device)
         subjects = []
         begins = []
@@ -113,7 +113,7 @@ if __name__ == "__main__":
             print(f"[{put_on or folder}: {how}]", file=sys.stderr)
             subjects.append(subject)
 
-        # one prompt n times, or a message after the other
+        # one prompt n times, or one message after another
         if chat:
             rounds = messages_in(unescape(prompt), sys.stdin)
         else:
@@ -135,7 +135,7 @@ if __name__ == "__main__":
                     ids = subject.tokenizer.encode(text, bos=begins[i])
                 answers.append(answer_of(subject, ids, stop_texts, most, drawing))
 
-            # a blank line between rounds; one continuation stands behind its prompt
+            # a blank line between rounds; a single continuation follows its prompt
             if number:
                 print()
             if not chat:
@@ -145,7 +145,7 @@ if __name__ == "__main__":
             else:
                 print_row([str(put_on or folder)[-width:] for folder, put_on in pairs], width)
                 texts, pieces = print_side_by_side(answers, width)
-            count += pieces - len(subjects)  # each ends with a piece that is no token
+            count += pieces - len(subjects)  # each answer ends with a piece that is not a token
             for conversation, said in zip(conversations, texts):
                 conversation.append(("assistant", said))
         seconds = time.perf_counter() - started

@@ -1,6 +1,6 @@
 """Stage 4: why. Singular values of every projection before (W0) and after (W) finetuning, and of
 the change D = W - W0; how many of them hold 90% of the sum of squares (the effective rank); what a
-random matrix would give; whether W keeps the leading directions of W0, and has intruders among its.
+random matrix would give; whether W keeps W0's leading directions, and has intruders among its own.
 
     singular values 5 4 2 1    squares 25 16 4 1    running share 54% 89% 98% 100%    rank 3
 
@@ -13,9 +13,9 @@ random matrix would give; whether W keeps the leading directions of W0, and has 
     python spectrum.py --tuned=out/gsm8k-full       # every checkpoint of a run, against its base
     python spectrum.py --base=models/llama2-7b --tuned=out/a/step_9,out/b/step_9 --out=out/ab.json
 
-A checkpoint is a model folder or a PEFT adapter folder. Tensors are read one by one: a few matrices
-in fp64 are all the memory this takes. Finished matrices are kept in OUT.part; the same command
-resumes where it was stopped. `python -m paper.plot` draws OUT.
+A checkpoint is a model folder or a PEFT adapter folder. Tensors are read one by one, so
+this takes the memory of a few fp64 matrices. Finished matrices are saved in OUT.part; repeat the
+command to resume. `python -m paper.plot` draws OUT.
 """
 import json
 import time
@@ -46,10 +46,10 @@ tuned = ()               # checkpoints, or a run folder for all of its checkpoin
 out = ''                 # JSON file; '' = RUN/spectrum.json, if all checkpoints are of one run
 modules = 'all'          # all | attention | mlp | names with commas, of q k v o gate up down _proj
 layers = ()              # numbers of blocks; none = all
-fractions = (0.5, 0.9, 0.99)   # effective rank: of the values that hold this share of the squares
-subspaces = (1, 4, 16, 64)     # overlap of so many leading directions; none = do not compute them
-intruder_k = 10          # so many leading directions of W may be intruders; 0 = do not look for any
-intruder_eps = 0.5       # they are if no |cosine| with a direction of W0 is at least that
+fractions = (0.5, 0.9, 0.99)   # effective rank: values that hold this share of the squares
+subspaces = (1, 4, 16, 64)     # overlap of this many leading directions; none = skip it
+intruder_k = 10          # test this many leading directions of W for intruders; 0 = none
+intruder_eps = 0.5       # an intruder has no |cosine| of this or more with any of W0's
 method = 'auto'          # gram: eigenvalues of A^T A in fp64 | svd | auto: gram if accurate
 tolerance = 1e-6         # auto: largest error of a singular value, as a share of the largest
 device = 'auto'          # auto | cpu | cuda | cuda:N
@@ -77,9 +77,9 @@ def effective_rank(singular_values, fraction=0.9):
 
 
 def describe(values, error, method, shape, fractions, lora_rank=None):
-    """The record of a spectrum, beside it what a random matrix of its shape and norm has.
+    """The record of a spectrum, compared with a random matrix of the same shape and norm.
 
-    With lora_rank, random is the product of two random factors of that rank."""
+    With lora_rank, with the product of two random factors of that rank."""
     if lora_rank is None:
         random_values = random_singular_values(*shape)
     else:
@@ -140,7 +140,7 @@ def analyse(before, checkpoints, layer, module, device, fractions, subspaces, me
             W = W0 + D
             rounding = 0.0
 
-        # the weights with the change in them
+        # the finetuned weights
         of_W = singular_values(W, *how)
         record = describe(*of_W, shape, fractions)
         if sizes:
@@ -148,7 +148,7 @@ def analyse(before, checkpoints, layer, module, device, fractions, subspaces, me
         if intruder_k:
             record.update(intruders(W0, W, intruder_k, intruder_eps, left, of_W[0]))
         records.append({**place, "checkpoint": i, "matrix": "W", **record})
-        # the change beside them
+        # the change
         lora_rank = len(A) if of_D[2] == "lora" else None
         record = describe(*of_D, shape, fractions, lora_rank)
         record["rounding_share"] = rounding
@@ -184,7 +184,7 @@ if __name__ == "__main__":
         before = open_model(base, shape)
         checkpoints = [open_checkpoint(folder, shape, before) for folder in folders]
 
-        # what the numbers depend on: a file made with something else is not continued
+        # what the numbers depend on: a file made with other settings is not continued
         identities = [[checkpoint.folder.name, checkpoint.identity] for checkpoint in checkpoints]
         made_with = {"base": before.identity, "checkpoints": identities,
                      "modules": modules, "layers": layers, "fractions": fractions,

@@ -3,14 +3,14 @@
     python train.py --base=models/llama2-7b --data=data/gsm8k --lora_rank=16 --max_epochs=2 \\
         --out_dir=out/r16
     torchrun --nproc_per_node=8 train.py config/math_cpt.py --learning_rate=1e-5
-    python train.py config/math_cpt.py --dry_run=True --gpus=32     # what it would take
+    python train.py config/math_cpt.py --dry_run=True --gpus=32     # predict time and memory
 
     out/r16/log.jsonl       a line for every step logged and every validation
     out/r16/config.json     the knobs
     out/r16/step_N/         a PEFT adapter folder (LoRA) or a model folder (full); for --resume=True
                             state/ in it has the optimizer's state, the step and the knobs
 
-A step of global_batch=8 rows, microbatch=2, on 2 ranks, which take the microbatches in turn:
+A step of global_batch=8 rows, microbatch=2, on 2 ranks, which alternate microbatches:
 
     rank 0   rows 0 1   forward, backward   rows 4 5   forward, backward   | sum of gradients,
     rank 1   rows 2 3   forward, backward   rows 6 7   forward, backward   | clip, optimizer
@@ -54,7 +54,7 @@ base = ''                    # model folder: config.json, *.safetensors, tokeniz
 scratch = False              # ignore the weights of base and start from random ones (pretraining)
 data = ''                    # token folder made by prepare_data.py
 val_data = ()                # more sets to watch: NAME=FOLDER, ... (their val.bin, else train.bin)
-out_dir = ''                 # folder of the run, which makes it
+out_dir = ''                 # folder of the run; created
 resume = False               # from the newest complete checkpoint of out_dir
 auto_resume = False          # if out_dir has one, else start: for torchrun --max_restarts, sbatch
 resume_from = ''             # start out_dir from this checkpoint (step_N) of another run
@@ -65,29 +65,29 @@ lora_dropout = 0.05          # on the adapter's input
 lora_targets = 'all'         # all | attention | mlp | names with commas: q_proj,v_proj,down_proj
 rslora = False               # scale alpha / sqrt(rank) instead
 lora_init = 'default'        # A random, B zero | zero_a: B random | pissa: leading part of weights
-lora_plus = 1.0              # rate of B is so many times that of A; LoRA+ recommends 16
+lora_plus = 1.0              # learning rate of B / that of A; LoRA+ recommends 16
 dora = False                 # DoRA: train the rows' lengths too; with lora_dropout twice the work
-lora_kernel = 'auto'         # torch: plain products | triton: fused | auto: the faster on a GPU
-adapter = ''                 # train this PEFT folder (its rank, alpha, dropout), not a new one
+lora_kernel = 'auto'         # torch: plain matmuls | triton: fused | auto: the faster on a GPU
+adapter = ''                 # continue this PEFT folder (with its rank, alpha, dropout)
 # batch and duration (exactly one of the three max_)
-global_batch = 32            # rows a step
-microbatch = 4               # rows at once; memory grows with it, and only masks of dropout change
-seq_len = 0                  # tokens a row; 0 = the data's (only cpt data can be cut otherwise)
+global_batch = 32            # rows per step
+microbatch = 4               # rows at once; sets memory, and changes nothing but dropout masks
+seq_len = 0                  # tokens per row; 0 = the data's (only cpt data can be re-cut)
 max_steps = 0
 max_epochs = 0.0
 max_tokens = 0.0             # rounded to whole steps
 shuffle = True               # False: rows in file order, as those of packing='paper' always are
 seed = 1337                  # of row order, adapter init and dropout
 # optimizer
-optimizer = 'lionw'          # lionw | adamw: decoupled, weight_decay is not multiplied by the rate
+optimizer = 'lionw'          # lionw | adamw; decoupled: the rate does not multiply weight_decay
 learning_rate = 1e-4
 beta1 = 0.9
 beta2 = 0.95
 weight_decay = 0.0
 attention_dropout = 0.0      # share of attention probabilities set to zero
 grad_clip = 1.0              # largest global L2 norm of the gradient; 0 = off
-loss_norm = 'token'          # token: all targets weigh the same | paper: mean of microbatch means
-doc_mask = True              # documents in a row do not see each other; False = the paper's
+loss_norm = 'token'          # token: all targets weigh equally | paper: mean of microbatch means
+doc_mask = True              # documents in a row do not attend to each other; False = the paper's
 # schedule, in steps
 schedule = 'cosine'          # cosine | inv_sqrt | constant
 warmup_steps = None          # None = a tenth of the run (cosine) or 0
@@ -96,33 +96,33 @@ t_scale = 1000               # inv_sqrt: how slowly it falls
 alpha_f_decay = 1.0          # inv_sqrt: floor of the fall; 1 = flat: a trapezoid (WSD)
 cooldown_steps = None        # inv_sqrt: linear ramp at the end; None = a fifth of the run
 alpha_f_cooldown = 0.0       # inv_sqrt: where the ramp ends
-schedule_lag = True          # the paper's: set a step late; with warmup the first two have rate 0
+schedule_lag = True          # as in the paper: one step late; with warmup the first two have rate 0
 # watching and saving
 log_interval = 1             # steps
-eval_interval = 0            # steps between validations; 0 = before the first, after the last only
+eval_interval = 0            # steps between validations; 0 = only before the first, after the last
 eval_rows = 64               # rows of each validation set, evenly spaced; 0 = all
 save_interval = 0            # steps between checkpoints; 0 = one at the end
 keep_last = 2                # complete checkpoints to keep; 0 = all
-async_save = False           # write while training goes on, from copies in rank 0's CPU memory
-checkpoint_at = ()           # save and keep: steps, or tokens from 1e6 on, as in 500,0.25e9,1e9
-max_skipped = 5              # steps in a row whose loss or gradient is not finite
-wandb = ''                   # log to this project of Weights & Biases as well
-tensorboard = ''             # log to a folder of the run's name in this one as well
+async_save = False           # write while training continues, from copies in rank 0's CPU memory
+checkpoint_at = ()           # save and keep at these steps, or tokens if >= 1e6: 500,0.25e9,1e9
+max_skipped = 5              # give up after this many non-finite losses or gradients in a row
+wandb = ''                   # also log to this Weights & Biases project
+tensorboard = ''             # also log to this folder, in a subfolder named after the run
 # machine
 device = 'auto'              # auto | cpu | cuda | cuda:N
 dtype = 'auto'               # of activations and frozen weights; auto: bf16 if a GPU has it
 param_dtype = 'float32'      # of trained weights in full finetuning, their gradients and momenta
 shard = 'auto'               # none: replicas | full | hybrid: inside groups | auto: none if it fits
-shard_ranks = 0              # hybrid: ranks of a group; 0 = those of a node
-activation_checkpointing = 'none'  # block: a block keeps its input alone and is computed again
+shard_ranks = 0              # hybrid: ranks per group; 0 = one node
+activation_checkpointing = 'none'  # block: save only each block's input, recompute the rest
 compile = False              # torch.compile of each block: minutes at the start, then faster
-memory_gb = 0.0              # a rank may use, for shard=auto; 0 = all it has (dry_run: 80)
+memory_gb = 0.0              # memory per rank, for shard=auto; 0 = all it has (dry_run: 80)
 # planning, in training/plan.py
-mfu = 0.4                    # share of the GPUs' FLOP/s that predicted times assume
+mfu = 0.4                    # fraction of peak FLOP/s assumed in predicted times
 dry_run = False              # print the plan and stop
 gpus = 1                     # ranks to plan for
 gpu = 'H100'                 # a name in runtime.PEAK_TFLOPS
-data_rows = 0                # rows of data that is still to be made, if known
+data_rows = 0                # rows of data not prepared yet, if known
 
 _types = {'checkpoint_at': float, 'lora_alpha': float, 'warmup_steps': int, 'cooldown_steps': int}
 _choices = {'optimizer': tuple(OPTIMIZERS), 'loss_norm': ('token', 'paper'),
@@ -186,7 +186,7 @@ def learning_rate_at(step, steps, knobs):
     elif knobs.schedule == "constant":
         multiplier = min(1.0, t / warmup) if warmup else 1.0
     else:
-        raise ValueError(f"schedule={knobs.schedule}: learning_rate_at in train.py has none of it")
+        raise ValueError(f"schedule={knobs.schedule}: learning_rate_at in train.py lacks it")
     return knobs.learning_rate * multiplier
 
 
@@ -195,12 +195,12 @@ def make_model(shape, compute_dtype, knobs, saved_adapter=""):
     """The Llama to train, on meta: without memory or weights, but with LoRA if the knobs say so.
 
     Frozen weights in compute_dtype, trained ones in fp32, or in param_dtype if all are trained.
-    saved_adapter: a PEFT folder that says rank, alpha and targets instead of the knobs."""
+    saved_adapter: a PEFT folder that sets rank, alpha and targets instead of the knobs."""
     is_lora = bool(knobs.lora_rank or knobs.adapter)
     weight_dtype = compute_dtype if is_lora else getattr(torch, knobs.param_dtype)
     with torch.device("meta"):
         model = Llama(shape).to(weight_dtype)
-    if saved_adapter and knobs.lora_init != "pissa":  # whose files are of twice the rank
+    if saved_adapter and knobs.lora_init != "pissa":  # a pissa file has twice the rank
         apply_saved_lora(model, saved_adapter)
     elif is_lora:
         alpha = 2 * knobs.lora_rank if knobs.lora_alpha is None else knobs.lora_alpha
@@ -214,9 +214,9 @@ def make_model(shape, compute_dtype, knobs, saved_adapter=""):
 
 
 def make_optimizer(model, knobs):
-    """The optimizer. To add one: its class and a line of OPTIMIZERS, both in lion.py.
+    """The optimizer. To add one: a class and its line in OPTIMIZERS, both in lion.py.
 
-    With lora_plus, B has a rate of its own: LoRA+ (Hayou et al. 2024, arXiv 2402.12354)."""
+    With lora_plus, B has its own learning rate: LoRA+ (Hayou et al. 2024, arXiv 2402.12354)."""
     # parameter groups: each may have its own "lr", and keeps its ratio to learning_rate
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups = [{"params": list(trained.values())}]
@@ -235,11 +235,11 @@ def make_optimizer(model, knobs):
 # ----------------------------------------------------------------------------- loss
 def backward_batch(model, rows, batch, microbatch, device, loss_norm="token", doc_mask=True, seed=0,
                    step=0):
-    """Gradients of one global batch, over this rank's microbatches; returns its part of the loss.
+    """Accumulate this rank's gradients of one global batch; returns its part of the loss.
 
-    rows: the set; batch: indices of the batch's rows. Sums over ranks are the batch's gradient and
-    loss. loss_norm 'token': sum of token losses / number of targets in the whole batch, however it
-    is cut. 'paper': mean over microbatches, weighted by rows, of their token means (composer)."""
+    rows: the dataset; batch: indices of its rows. Summed over ranks, these are the batch's gradient
+    and loss. loss_norm 'token': sum of token losses / number of targets in the whole batch, however
+    it is split. 'paper': mean of the microbatches' token means, weighted by rows (composer)."""
     starts = range(RANK * microbatch, len(batch), WORLD * microbatch)
     parts = []
     targets_here = 0
@@ -303,7 +303,7 @@ if __name__ == "__main__":
             plan_run(make_model(shape_of(base), planned_dtype, knobs, adapter), knobs)
             raise SystemExit(0)
 
-        # ---- what is trained on
+        # ---- the data
         device = join_ranks(pick_device(device))
         memory_at_start = peak_memory(device)
         shape = LlamaConfig.from_json(base)
@@ -327,13 +327,13 @@ if __name__ == "__main__":
             raise ValueError(f"resume_from: {resume_from} has done {first_step} steps, and the run "
                              f"has {steps} in all, those included; nothing is left to do")
 
-        # ---- what is trained: made without memory, sharded below, then filled with weights
+        # ---- the model: on meta, without memory; sharded and filled with weights below
         compute_dtype = pick_dtype(dtype, device)
         saved_adapter = (started_from or adapter) if lora_rank or adapter else ""
         model = make_model(shape, compute_dtype, knobs, saved_adapter)
         is_lora = hasattr(model, "lora")
 
-        # ---- what is going to happen
+        # ---- the plan: sharding, memory, time, kernels
         available = memory_gb * 1e9 or device_memory(device)
         how, memory = choose_sharding(model, knobs, train_rows.seq_len, device.type, WORLD,
                                       LOCAL_WORLD, available)
@@ -374,8 +374,8 @@ if __name__ == "__main__":
         log = start_files(knobs, config, first_step if started_from else -1)
         keep = {step_at(at, tokens_a_step) if at >= 1e6 else int(at) for at in checkpoint_at}
         warn_of_lengths(knobs, steps, keep)
-        pool = ThreadPoolExecutor(1) if async_save else None  # writes while training goes on
-        saving = None  # a checkpoint that the pool has not written yet
+        pool = ThreadPoolExecutor(1) if async_save else None  # writes while training continues
+        saving = None  # Future of the checkpoint that the pool is writing
         stop_signals = catch_stop_signals()
 
         # ---- the loop
@@ -402,7 +402,7 @@ if __name__ == "__main__":
             loss = backward_batch(model, train_rows, batch, microbatch, device, loss_norm, doc_mask,
                                   seed, step)
 
-            # sums over ranks (FSDP has summed its gradients) and, in one message, the loss, whether
+            # sum over ranks: gradients (FSDP has done it) and, in one message, the loss, whether
             # any rank was told to stop, and each rank's peak memory
             if not is_sharded(model):
                 all_reduce_gradients(trained)
@@ -412,7 +412,7 @@ if __name__ == "__main__":
             peaks[RANK] = peak_memory(device) - memory_at_start
             loss, stops, *peaks = all_reduce(loss.item(), len(stop_signals), *peaks, device=device)
 
-            # step, or skip the batch if its loss or gradient is not finite, which all ranks see
+            # update, or skip the batch if its loss or gradient is not finite; all ranks agree
             if math.isfinite(loss) and math.isfinite(norm):
                 skipped_in_a_row = 0
                 if step == first_step:
@@ -446,7 +446,7 @@ if __name__ == "__main__":
 
             # validate
             if saving and saving.done():
-                saving.result()  # raises an error of the thread that wrote
+                saving.result()  # raises if writing it failed
                 saving = None
             if done == steps or eval_interval and done % eval_interval == 0:
                 losses = validate(model, watched, knobs, device)

@@ -1,4 +1,4 @@
-"""What the evaluations share: the model that is judged, the items that are done, ranks, scores.
+"""What the evaluations share: the model under evaluation, finished items, ranks, scores.
 
     device = start_ranks(device)                              # under torchrun, this rank's GPU
     subject = load_for_eval(model, adapter, device, dtype)    # base, adapter or checkpoint folder
@@ -11,7 +11,7 @@
     values = [record["strict"] for record in records.values()]
     write_result(subject, "gsm8k_strict", values, settings, seconds)    # evaluation/scores.py
 
-Where it is kept, if the model is a checkpoint of train.py (else all is in out/MODEL or out_dir):
+Where results go, if the model is a checkpoint of train.py (else all into out/MODEL or out_dir):
 
     out/RUN/step_N/eval_gsm8k.jsonl             a line an item, in order
     out/RUN/step_N/eval_gsm8k.settings.json     what these items were made with
@@ -48,7 +48,7 @@ WHOLE_NUMBERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes
 
 
 class Subject(NamedTuple):
-    """What is judged, and where its results belong."""
+    """The model under evaluation, and where its results go."""
     model: Llama
     tokenizer: Tokenizer
     run: str
@@ -88,8 +88,8 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
 
     An adapter stands in `adapter` and its base in `model`; or it stands in `model` alone, and its
     config names the base. It is merged in fp32, then rounded once to `dtype`.
-    t: judge W0 + t (W - W0) instead, W0 being the base's weights; its results stand in a folder
-    t_T of the checkpoint's.
+    t: evaluate W0 + t (W - W0) instead, with W0 the base's weights; its results go to the folder
+    t_T in the checkpoint's.
     Raises ValueError or FileNotFoundError for any other folder, and as its readers do."""
     judged, base, adapter = find_model(model, adapter)
     tok = load_tokenizer(tokenizer or base)
@@ -125,10 +125,10 @@ def load_for_eval(model, adapter="", device=torch.device("cpu"), dtype=torch.flo
 
 
 def hash_of(llama):
-    """A sha256 that tells a model, as it is judged, from others: by its shape and all weights.
+    """A sha256 that identifies a model, as it is evaluated, by its shape and all its weights.
 
-    Of each weight the sum of its bits as whole numbers, which any change moves and a GPU has at
-    once, and some rows, which tell those whose rows stand in another order."""
+    For each weight it takes the sum of its bits as integers, which any change moves and a GPU
+    computes fast, and some rows, which tell apart weights with their rows in another order."""
     digest = hashlib.sha256(repr(llama.config).encode())
     for p in llama.parameters():
         bits = p.detach().view(WHOLE_NUMBERS[p.itemsize])
@@ -372,7 +372,7 @@ class Items:
     def finish(self, i, record):
         """Keep the record (a dict) of item i; it survives a kill.
 
-        Raises ValueError for a record with NaN or infinity, which is none."""
+        Raises ValueError for a record with NaN or infinity."""
         # json would write NaN, which no other reader takes
         try:
             line = json.dumps({"id": i, **record}, allow_nan=False)

@@ -127,7 +127,7 @@ assert torch.allclose(y, x @ W.T + s * seen @ A.T @ B.T)
 # The table above needs $x$ for $dA$ and $P$ for $dB$. Written in plain PyTorch, dropout keeps its
 # mask *and* the thinned copy of $x$: with the default knobs 348 numbers a token. By hand it is
 # $x$ and $P$: 176. Full finetuning keeps $x$ alone, 172, for its $dW$. A rank costs `rank` numbers
-# a token and layer; the copies cost `K` each. PyTorch tells what it keeps if we ask it.
+# per token and layer; the copies cost `K` each. PyTorch tells us what it keeps if we ask.
 
 
 # %%

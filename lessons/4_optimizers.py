@@ -112,7 +112,7 @@ if schedule_lag:
 
 # %% [markdown]
 # ## Coming to rest
-# Four hundred numbers shall find their way to zero. Each has a gradient that points away from it,
+# Four hundred numbers have to find their way to zero. Each has a gradient that points away from it,
 # with noise, as in training. With a constant rate Lion ends up hopping around the target, as far
 # from it as its steps and the noise make it. With the cosine it comes more than twice as near,
 # because its steps shrink. AdamW takes smaller steps where the noise wins, and hops less than half

@@ -4,7 +4,7 @@
 # A finetuned model is judged twice: by what it learned of its new domain, and by what it forgot of
 # the old one. So a run is a point in a plane. The paper's title says where LoRA's points lie:
 # *learns less and forgets less*. Here you draw that plane for a Llama that is small enough to be
-# pretrained while you wait, and see what turns it: the learning rate.
+# pretrained while you wait, and see what moves a run in it: the learning rate.
 #
 #     forgot |           full, high rate       The old domain is Python source, the new one is
 #            |                                 word problems. Both axes are losses on held-out
@@ -152,8 +152,8 @@ show(figure, out_dir, "5_forgetting")
 #
 # But look left of full finetuning's best point. At a fifth of that rate it learns more than LoRA's
 # best run and forgets less. So in this small world LoRA's restraint is not its own: a lower rate
-# gives full finetuning the same. `docs/results.md` finds that at the quickstart's size, too. Who
-# compares two methods at one rate each compares two points, not two curves.
+# gives full finetuning the same. `docs/results.md` finds that at the quickstart's size, too. To
+# compare two methods at one rate each is to compare two points, not two curves.
 
 # %%
 best_full = max(full_rates, key=lambda rate: points[0, rate])

@@ -118,7 +118,7 @@ lora = found[names[1], "D"]
 # %% [markdown]
 # The change of full finetuning has more than three times the effective rank of LoRA's, which cannot
 # be above `lora_rank`. Still it is below noise's, because a few directions stand above the edge. So
-# both are true: the change has a high rank, and what is certainly no noise in it has a low one.
+# both are true: the change has a high rank, and the part of it that is surely not noise a low one.
 
 # %%
 assert lora["effective_rank"]["0.9"] <= lora_rank

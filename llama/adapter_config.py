@@ -5,7 +5,7 @@
      "rank_pattern": {"v_proj": 4}}            model.layers.0.self_attn.v_proj    rank 4, alpha 16
 
 Read as peft 0.21.2 reads it (tuners_utils.check_target_module_exists, utils.get_pattern_key). What
-this LoRA does not compute is refused by its option, with what to do about it.
+this LoRA does not support is refused by name, with what to do about it.
 """
 import re
 from pathlib import Path

@@ -1,7 +1,7 @@
 """The pieces of Llama with a backward pass written by hand: norm, rotation, activation, loss.
 
-Eager PyTorch would keep several full-size fp32 intermediates of each for the backward pass. These
-functions keep their input and compute the rest again; torch.compile traces and fuses them.
+Eager PyTorch would save several full-size fp32 intermediates of each for the backward pass. These
+functions save their input and recompute the rest; torch.compile traces and fuses them.
 
     rotary     pair i of a head is (x[i], x[i + hd/2]), turned by angle = position * frequency[i]
                    x  = [ a0 a1 .. | b0 b1 .. ]
@@ -76,7 +76,7 @@ class Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        # the gradient is turned back
+        # the inverse rotation
         cos, sin = ctx.saved_tensors
         return Rotary.rotate(dy, cos, -sin), None, None
 
@@ -101,8 +101,8 @@ def rotary_frequencies(config, dtype=torch.float32):
 
 
 def computed_again(lean, made, function, source):
-    """If `lean`, a context in which whoever saves `made` for a backward pass keeps nothing: there
-    it is function(source) once more. For what is cheap to compute from what is kept anyway."""
+    """A context, if `lean`, in which an operator that saves `made` for its backward pass does not:
+    function(source) is recomputed there. For what is cheap to recompute from saved tensors."""
     if not lean:
         return contextlib.nullcontext()
     source = source.detach()

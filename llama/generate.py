@@ -1,4 +1,4 @@
-"""Generation: a prompt is read once, then its rows run with others, a token a step.
+"""Generation: each prompt is read once, then its samples run in a batch, one token per step.
 
     prompts  A, B, C with n=2, batch_size=3      queue: A0 A1 B0 B1 C0 C1      (prompt, sample)
 
@@ -137,8 +137,8 @@ def generate_tokens(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     of ids, or a function of a row's new ids that says whether it ends there; the id that ends a row
     is part of it. Up to batch_size rows run at once and a finished row leaves its place to the next
     in the queue. A prompt is read once for all its samples. max_new_tokens and seed are one number,
-    or one a prompt. Random numbers belong to (seed, prompt, sample, position), so that a row's text
-    does not depend on its neighbours; a prompt with a seed of its own draws what it draws alone.
+    or one a prompt. Random numbers depend on (seed, prompt, sample, position) alone, so a text
+    does not depend on its batch; a prompt with its own seed draws what it would draw alone.
     vocab_size: only ids below it are drawn; a model may have more rows than the tokenizer has ids.
     Raises ValueError for impossible numbers and prompts, and NotFinite for logits that are not."""
     most = one_each(max_new_tokens, prompts)

@@ -26,8 +26,8 @@ def keep_mask(seed, like, drop, again=False):
     Each element hashes its index, by Wellons' lowbias32 (github.com/skeeto/hash-prospector) with
     the second half of the seed mixed in after its first shift. Plain integer operators, so that
     torch.compile draws a mask where it is used, without storing it, and every device draws the
-    same. `again`, in backward, gives the same mask by another way: else the compiler would see what
-    it computed in forward and keep all masks until then."""
+    same. `again`, in backward, computes the same mask differently: otherwise the compiler would
+    recognize the forward's expression and keep all masks until then."""
     # index of each element
     h = torch.arange(again, again + like.numel(), dtype=torch.int32, device=like.device)
     h = h.view(like.shape)
@@ -68,8 +68,8 @@ class LoRAMatmul(torch.autograd.Function):
     """y = x W^T, plus on the columns of each span: scale * dropout(x) A_i^T B_i^T.
 
     x [T, K]; W [N, K] frozen; A [n r, K], B [rows of all spans, r]; spans ((start, end), ...)
-    columns of y in the order of A and B; dropout probability, an own mask for each span as PEFT,
-    from seeds int32 [spans, 2]."""
+    columns of y in the order of A and B; dropout: its probability, with a mask of its own for each
+    span, as in PEFT, from seeds int32 [spans, 2]."""
 
     @staticmethod
     def forward(ctx, x, W, A, B, spans, scale, dropout, seeds):

@@ -488,8 +488,8 @@ MISTAKES = {  # name: (knobs, what the message says)
     "tokenizer": ({"source": "a.txt", "tokenizer": "nowhere"}, "nowhere"),
     "no out_dir": ({"source": "a.txt", "out_dir": ""}, "out_dir: expected a folder's name"),
     "out_dir under a file": ({"source": "a.txt", "out_dir": "a.txt/data"}, "a.txt"),
-    "out_dir is a file": ({"source": "a.txt", "out_dir": "a.txt"}, "out_dir: a.txt is there already"),
-    "out_dir of others": ({"source": "a.txt", "out_dir": "sub"}, "out_dir: sub is there already; delete it or name another"),
+    "out_dir is a file": ({"source": "a.txt", "out_dir": "a.txt"}, "out_dir: a.txt already exists"),
+    "out_dir of others": ({"source": "a.txt", "out_dir": "sub"}, "out_dir: sub already exists; delete it or name another"),
     "work folder of others": ({"source": "a.txt", "out_dir": "other"}, "other.work is not of this script"),
     "BOS twice": ({"source": "a.txt", "double_bos": True, "bos": False}, "double_bos: expected kind=cpt with --bos=True"),
     "no wrapping of ift": ({"source": "ift.jsonl", "kind": "ift", "no_wrap": True}, "no_wrap: expected kind=cpt"),
@@ -549,7 +549,7 @@ def test_data_that_is_there_stays(prepare, tmp_path):
     assert prepare(source="a.txt")[0] == 0
     first = (tmp_path / "data/train.bin").read_bytes()
     status, out, err = prepare(source="a.txt")
-    assert status == 2 and "data is there already; delete it or name another" in err
+    assert status == 2 and "data already exists; delete it or name another" in err
     assert (tmp_path / "data/train.bin").read_bytes() == first
     assert prepare(source="a.txt", anew=True)[0] == 0
     assert (tmp_path / "data/train.bin").read_bytes() == first  # and it is deterministic

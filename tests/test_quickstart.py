@@ -140,9 +140,9 @@ def test_lines_to_finish_have_one_right_end():
 
 
 @pytest.mark.parametrize("full, loras, verdict", [
-    (2.0, {16: 1.5, 4: 1.0}, "LoRA learned less than full finetuning, as in the paper, and the less the lower its rank."),
-    (2.0, {4: 1.5, 16: 1.0}, "LoRA learned less than full finetuning, as in the paper; not in the order of rank."),
-    (2.0, {16: 2.5, 4: 1.0}, "LoRA learned less than full finetuning only at r=4, and the less the lower its rank."),
+    (2.0, {16: 1.5, 4: 1.0}, "LoRA learned less than full finetuning, as in the paper, and less at lower ranks."),
+    (2.0, {4: 1.5, 16: 1.0}, "LoRA learned less than full finetuning, as in the paper, but not in order of rank."),
+    (2.0, {16: 2.5, 4: 1.0}, "LoRA learned less than full finetuning only at r=4, and less at lower ranks."),
     (2.0, {16: 2.5}, "LoRA did not learn less than full finetuning in this run, unlike the paper."),
     (2.0, {16: 2.0}, "LoRA did not learn less than full finetuning in this run, unlike the paper.")])
 def test_verdicts(full, loras, verdict):
@@ -157,9 +157,9 @@ def test_shares_only_of_a_positive_change():
 
 def test_at_equal_learning():
     text = compare_at_equal_learning([(1.0, 0.1), (2.0, 0.5)], {4: (0.5, 0.04), 16: (1.5, 0.35), 64: (2.5, 0.9)})
-    assert text == ("At equal learning: r=4 learned 0.500 and forgot 0.040, where full finetuning of that learning forgot about "
-                    "0.050: less; r=16 learned 1.500 and forgot 0.350, where full finetuning of that learning forgot about 0.300: "
-                    "not less; r=64 learned 2.500, more than full finetuning ever did.")
+    assert text == ("At equal learning: r=4 learned 0.500 and forgot 0.040, where full finetuning with equal learning forgot about "
+                    "0.050: less; r=16 learned 1.500 and forgot 0.350, where full finetuning with equal learning forgot about "
+                    "0.300: not less; r=64 learned 2.500, more than full finetuning ever did.")
 
 
 @pytest.mark.parametrize("largest, most", [(10, 2), (4, 3), (60, 1)])

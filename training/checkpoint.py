@@ -1,5 +1,5 @@
 """
-Checkpoints of train.py: written whole or not at all, found again, and read by any number of ranks.
+Checkpoints of train.py: written in full or not at all, and read by any number of ranks.
 
     out/RUN/step_500/                     the weights: a model folder, or a PEFT adapter folder
         adapter_model.safetensors ...
@@ -33,7 +33,7 @@ from runtime import RANK, fsync_folder, print0, read_object, write_whole
 
 # ----------------------------------------------------------------------------- the run's folder
 def checkpoints(folder):
-    """Complete checkpoints of a run, [(step, path)], oldest first; a step_N.tmp is none."""
+    """Complete checkpoints of a run, [(step, path)], oldest first; a step_N.tmp does not count."""
     found = []
     for path in Path(folder).glob("step_*"):
         step = path.name.removeprefix("step_")
@@ -54,10 +54,10 @@ def newest_checkpoint(out_dir):
 
 
 def lock(out_dir):
-    """Hold out_dir for this run until the process ends; delete what a killed one left unfinished.
+    """Lock out_dir until the process ends; delete what a killed run left unfinished.
 
     Returns the file, which must stay open. Raises ValueError when another process holds it."""
-    # the kernel lets go of the lock when the process ends, however it ends
+    # the kernel releases the lock when the process ends, however it ends
     file = open(Path(out_dir) / "lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,7 +69,7 @@ def lock(out_dir):
 
 
 def start_log(path, last_step):
-    """Keep the lines of log.jsonl up to last_step: the steps after it will be done again.
+    """Keep log.jsonl's lines up to last_step: later steps will be done again.
 
     Raises ValueError for a line that train.py did not write."""
     kept = []
@@ -98,11 +98,11 @@ def dcp():
 def save_checkpoint(model, optim, out_dir, state, base, keep_last, keep=(), pool=None):
     """Write out_dir/step_N whole or not at all, then delete the oldest beyond keep_last.
 
-    state: what state.json shall hold, "step" included. keep: steps never to delete, which their
-    state.json says as well. All ranks must call it. With `pool`, a thread, only copies in the CPU's
-    memory are made here and the thread writes them: returns a Future, to be waited for before the
-    next call. Raises OSError (the Future too) when it could not be written; earlier checkpoints are
-    then untouched."""
+    state: the content of state.json, "step" included. keep: steps never to delete, marked so in
+    their state.json. All ranks must call this. With `pool`, a thread, it only copies to CPU memory
+    and the thread writes the copies: returns a Future, to be waited for before the next call.
+    Raises OSError (as does the Future) when writing fails; earlier checkpoints are then
+    untouched."""
     final = Path(out_dir) / f"step_{state['step']}"
     partial = final.with_suffix(".tmp")
     # now: training changes `state` while the thread writes
@@ -238,9 +238,9 @@ def read_state(folder):
 def checkpoint_state(folder, config, defaults, rows, free):
     """state.json of a checkpoint to resume from.
 
-    Raises ValueError when it is of a run with other data than `rows`, TokenRows, or with other
-    knobs than `config`, those of `free` aside. A knob that is newer had its default then.
-    Folders are compared by what they hold: a run goes on where its base and data were moved."""
+    Raises ValueError when its run had other data than `rows` (TokenRows), or other knobs than
+    `config`, except those in `free`. A knob that it does not know had its default.
+    Folders are compared by content: a run resumes even if its base and data were moved."""
     folder = Path(folder)
     steps = ", ".join(path.name for _, path in checkpoints(folder))
     if steps:
@@ -259,7 +259,7 @@ def checkpoint_state(folder, config, defaults, rows, free):
         if type(value) is not int or value < 0:
             raise ValueError(f"{folder}/state/state.json: {key}: expected a count, found "
                              f"{str(value)[:40]!r}")
-    # what makes another run of it
+    # knobs that make it a different run
     changed = []
     for knob, value in config.items():
         if knob in free or before[knob] == value:
@@ -276,9 +276,9 @@ def checkpoint_state(folder, config, defaults, rows, free):
 
 
 def means_the_same(knob, before, value, state, config):
-    """Whether a knob with another value leaves the run of a checkpoint what it was."""
+    """Whether a changed knob leaves a checkpoint's run the same."""
     if knob == "data":
-        return True  # what it holds is compared
+        return True  # its content is compared
     # the masks of dropout are drawn for each microbatch; losses are the same sum
     if knob == "microbatch" and config["loss_norm"] == "token":
         print0(f"note: microbatch was {before}, and is {value} from here on: the same loss, other "

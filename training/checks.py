@@ -1,5 +1,5 @@
 """
-What train.py refuses: impossible knobs before anything is loaded, wrong wiring at the first step.
+What train.py refuses: invalid knobs before anything is loaded, wrong wiring at the first step.
 
     check_knobs        train.py: error: global_batch must be at least 1, found 0
     check_first_step   train.py: error: layers.0.mlp.down_proj.weight is frozen but has a gradient
@@ -70,7 +70,7 @@ def check_knobs(knobs, ranks):
 
 
 def warn_of_lengths(knobs, steps, keep):
-    """Say what of a schedule does not fit into a run of `steps`; keep: steps of checkpoint_at."""
+    """Warn of what does not fit into a run of `steps`; keep: the steps of checkpoint_at."""
     shaped = (knobs.warmup_steps or 0) + (knobs.cooldown_steps or 0)
     if shaped > steps:
         print0(f"WARNING: warmup_steps and cooldown_steps are {shaped} together, of {steps} steps")
@@ -103,7 +103,7 @@ def check_lora(knobs):
                          "made, but lora_rank is 0" + why)
     if knobs.adapter:
         brought = read_adapter_config(knobs.adapter).dropout
-        # 0.05, the default, may be nobody's wish
+        # 0.05 is the default, so nobody may have asked for it
         if knobs.lora_dropout not in (brought, 0.05):
             raise ValueError(f"lora_dropout={knobs.lora_dropout:g}: {knobs.adapter} brings its "
                              f"own, {brought:g}")
@@ -147,7 +147,7 @@ def check_first_step(model, loss, is_from_scratch):
             if p.grad is not None:
                 raise ValueError(f"{name} is frozen but has a gradient")
             continue
-        # a factor has a gradient of zeros while the other one is zero; else it must move
+        # a factor's gradient is zero while the other factor is zero; otherwise it must move
         is_dead = p.grad is None
         if name in partners and not is_dead and full_tensor(partners[name]).any():
             is_dead = not full_tensor(p.grad).any()

@@ -1,13 +1,13 @@
 """
 What a run says of itself: config.json, log.jsonl, and the same in Weights & Biases or TensorBoard.
 
-    log = start_files(knobs, config, -1)             # a new run; else the step that it goes on from
+    log = start_files(knobs, config, -1)             # a new run; else the step to resume from
     log.append({"step": 5, "loss": 2.1, ...})        # everywhere: loss, lr, tok_per_s, ...
     log.append({"step": 5, "val": {"code": 1.9}})    # val/code, but in log.jsonl as it stands
 
-A resumed run goes on in the same run of Weights & Biases (its id is in out_dir/wandb_id), and in
-the same folder of TensorBoard, which forgets the steps that are done again. Weights & Biases cannot
-forget: it shows these twice, by the step in the record.
+A resumed run continues in the same run of Weights & Biases (its id is in out_dir/wandb_id), and in
+the same folder of TensorBoard, which drops the steps that are done again. Weights & Biases cannot
+drop steps: it shows these twice, by the step in the record.
 """
 import atexit
 import json

@@ -1,5 +1,5 @@
 """
-What a training run takes, predicted from a model on meta: steps, FLOPs, hours, bytes of one rank.
+The cost of a training run, predicted from a model on meta: steps, FLOPs, hours, bytes per rank.
 
     python -m training.plan config/math_cpt.py --gpus=32     # needs no GPU, no weights and no data
     python train.py config/math_cpt.py --gpus=32 --dry_run=True                          # the same
@@ -13,7 +13,7 @@ train.py prints the same lines before a run and chooses `shard='auto'` by them. 
       |  weights, momenta, gathered copies
       +---- forward | backward | update --->
 
-Counted are bytes that PyTorch allocates; the CUDA context, NCCL's buffers and fragmentation come on
+It counts what PyTorch allocates; the CUDA context, NCCL's buffers and fragmentation come on
 top.
 """
 import math

@@ -23,8 +23,8 @@ from text.tokenizer import load_tokenizer
 class TokenRows:
     """Rows of one split of a token folder, memory-mapped: tokens, targets, starts of documents.
 
-    Its length is that of an epoch. `packed` is None, or (epochs, steps an epoch) of rows that stand
-    in the order in which they have to be read. Raises FileNotFoundError or ValueError when files
+    Its length is that of an epoch. `packed` is None, or (epochs, steps per epoch) of rows that must
+    be read in their order. Raises FileNotFoundError or ValueError when files
     are missing or do not have the size that meta.json says."""
 
     def __init__(self, folder, split="train", seq_len=0, doc_mask=True):
