@@ -107,8 +107,10 @@ if __name__ == "__main__":
             tok = subject.tokenizer
             begins.append(tok.adds_bos if bos is None else bos)
             if chat:
-                holds_template = tokenizer or subject.identity["model"]
-                encoders.append(chat_encoder(tok, holds_template, template, begins[-1]))
+                # an adapter's folder may have a template of its own
+                of_model = [subject.identity["adapter"], subject.identity["model"]]
+                places = [tokenizer] if tokenizer else list(filter(None, of_model))
+                encoders.append(chat_encoder(tok, places, template, begins[-1]))
             how = "its own chat template" if own_template else begin_and_end(tok, begins[-1])
             print(f"[{put_on or folder}: {how}]", file=sys.stderr)
             subjects.append(subject)

@@ -1,7 +1,7 @@
 r"""
 A conversation as the ids that a chat model reads: in its own template, or in one of CHATS.
 
-    encode = chat_encoder(tokenizer, "models/smollm2")
+    encode = chat_encoder(tokenizer, ["models/smollm2"])
     encode([("user", "Hi")])  ->  ids of <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n
 
 A model's own template is chat_template.jinja in its folder, or chat_template in its
@@ -20,25 +20,29 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from text.templates import CHATS
+from text.tokenizer_json import HuggingFaceFile
 
 # put into the names of special tokens in messages; it stands for no character
 GUARD = "\ufdd0"
 
 
-def chat_encoder(tokenizer, folder, template="", bos=False):
+def chat_encoder(tokenizer, folders, template="", bos=False):
     """A function: messages [(role, content)], user's last -> ids of the prompt for an answer.
 
-    template: a name in CHATS, with `bos` in front; '' = the one in the model's folder.
+    template: a name in CHATS, with `bos` in front; '' = that of the first of `folders` with one.
     Raises ValueError where there is no such template, or it cannot be read."""
     if template in CHATS:
         return partial(encode_turns, tokenizer, template, bos)
     if template:
         raise ValueError(f"template: expected {', '.join(CHATS)} or none, found {template!r}")
-    source = template_source(Path(folder))
+    found = [source for source in map(template_source, folders) if source]
+    if not found:
+        raise ValueError(f"{folders[-1]} has no chat template; say --template={' or '.join(CHATS)}, "
+                         "whichever it was trained with")
     try:
-        compiled = environment().from_string(source)
+        compiled = environment().from_string(found[0])
     except jinja2.TemplateError as e:
-        raise ValueError(f"{folder}: its chat template cannot be read: {e}") from None
+        raise ValueError(f"{folders[-1]}: its chat template cannot be read: {e}") from None
     return partial(encode_rendered, tokenizer, compiled)
 
 
@@ -58,7 +62,10 @@ def encode_turns(tokenizer, template, bos, messages):
 
 # ----------------------------------------------------------------------------- the model's own
 def template_source(folder):
-    """The text of a folder's chat template; ValueError if it has none."""
+    """The text of a folder's chat template, or of the folder that a file is in; '' without one."""
+    folder = Path(folder)
+    if folder.is_file():
+        folder = folder.parent
     alone = folder / "chat_template.jinja"
     if alone.is_file():
         return alone.read_text(encoding="utf-8")
@@ -69,10 +76,7 @@ def template_source(folder):
     # several of them have names
     if isinstance(found, list):
         found = {each["name"]: each["template"] for each in found}.get("default")
-    if not found:
-        raise ValueError(f"{folder} has no chat template; say --template={' or '.join(CHATS)}, "
-                         "whichever it was trained with")
-    return found
+    return found or ""
 
 
 class Generation(Extension):
@@ -108,10 +112,7 @@ def now(form):
 
 
 def encode_rendered(tokenizer, compiled, messages):
-    """The ids of a conversation in a compiled template; ValueError where it refuses the messages.
-
-    Exact for byte-level tokenizers. Sentencepiece puts a blank before each text that follows a
-    special token, as transformers does for Llama-2."""
+    """The ids of a conversation in a compiled template; ValueError where it refuses the messages."""
     # names of special tokens, the longest first; those in messages are guarded
     ids_of = special_names(tokenizer)
     names = sorted(ids_of, key=len, reverse=True)
@@ -128,14 +129,31 @@ def encode_rendered(tokenizer, compiled, messages):
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
         raise ValueError(f"the chat template refuses these messages: {e}") from None
 
-    # the ids of special tokens, and of the texts between them
+    # special tokens, and the texts between them as they were before they were guarded
+    texts = [part.replace(GUARD, "") for part in pattern.split(text)]
+    return encode_between(tokenizer, texts, [ids_of[name] for name in pattern.findall(text)])
+
+
+def encode_between(tokenizer, texts, special_ids):
+    """The ids of texts with a special token between each two, as transformers encodes all in one
+    string; but no text becomes a special token. ValueError: half a surrogate pair in a text."""
+    "".join(texts).encode()
+    if isinstance(tokenizer.tool, HuggingFaceFile) and tokenizer.tool.hides(special_ids):
+        return tokenizer.tool.encode_between(texts, special_ids)
+
+    # sentencepiece puts a blank in front of each text, as transformers does for Llama-2
     ids = []
-    at = 0
-    for found in pattern.finditer(text):
-        ids += encode_text(tokenizer, text[at:found.start()])
-        ids.append(ids_of[found[0]])
-        at = found.end()
-    return ids + encode_text(tokenizer, text[at:])
+    takes_blanks = False
+    for text, i in zip(texts, [*special_ids, None]):
+        if takes_blanks:
+            text = text.lstrip()
+        before, takes_blanks = tokenizer.strips.get(i, (False, False))
+        if before:
+            text = text.rstrip()
+        if text:
+            ids += tokenizer.encode(text)
+        ids.append(i)
+    return ids[:-1]
 
 
 def special_names(tokenizer):
@@ -150,9 +168,3 @@ def special_names(tokenizer):
 def guarded(found):
     """The name of a special token, broken after its first character."""
     return found[0][0] + GUARD + found[0][1:]
-
-
-def encode_text(tokenizer, text):
-    """The ids of a text between special tokens, as it was before it was guarded."""
-    text = text.replace(GUARD, "")
-    return tokenizer.encode(text) if text else []

@@ -66,6 +66,7 @@ class Tokenizer:
     stop_ids     {id} that end a generated text: EOS, and those of generation_config.json
     special_ids  {name of a special token: its id}
     silent       the ids that decode to nothing
+    strips       {id of a special token: (it takes the blanks before it, those behind it)}
     sha256       of the file, and of what else decides the ids of a text
     same_sha256  the sha256 of all files that give the same ids, {sha256}
     notes        lines that say which file counts where two disagree
@@ -80,6 +81,7 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.special_ids = special_ids
         self.silent = silent
+        self.strips = {}
         self.bos_id = None
         self.eos_id = None
         self.first_id = None  # what the file itself puts in front of a text
@@ -349,6 +351,7 @@ def by_sentencepiece(model, added):
     ids |= special_ids
     tokenizer = Tokenizer(SentencePieceModel(model), "sentencepiece", ids, max(ids.values()) + 1,
                           special_ids, set(special_ids.values()))
+    tokenizer.strips = {token["id"]: (token["lstrip"], token["rstrip"]) for token in added}
     own_ids(tokenizer, model)
     return tokenizer
 

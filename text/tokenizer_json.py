@@ -69,6 +69,23 @@ class HuggingFaceFile:
                              f"{error}") from None
         return encoding.ids
 
+    def hides(self, ids):
+        """Whether each of `ids` is a special token of the file, which can be written hidden."""
+        return set(ids) <= set(self.special_ids.values())
+
+    def encode_between(self, texts, special_ids):
+        """The ids of texts with a special token between each two, in one go, since the tokens say
+        which blanks around them belong to them."""
+        name_of = {i: name for name, i in self.special_ids.items()}
+        whole = without_hidden(texts[0])
+        for text, i in zip(texts[1:], special_ids):
+            whole += HIDDEN + name_of[i] + without_hidden(text)
+        self.tool.encode_special_tokens = False
+        try:
+            return self.encode(whole)
+        finally:
+            self.tool.encode_special_tokens = True
+
     def decode(self, ids):
         ids = [i for i in ids if i not in self.silent]
         if not self.byte_of_id.keys().isdisjoint(ids):
@@ -199,6 +216,13 @@ def hide_special_tokens(spec):
         model["unk_token"] = hidden(model["unk_token"])
     if model.get("merges"):
         model["merges"] = merges_without(model["merges"], names)
+
+
+def without_hidden(text):
+    """A text that spells no hidden name: HIDDEN is taken out, until what is left has none."""
+    while HIDDEN in text:
+        text = text.replace(HIDDEN, "")
+    return text
 
 
 def merges_without(merges, names):
