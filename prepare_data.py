@@ -35,6 +35,7 @@ With packing='paper' the rows of train are paper_epochs epochs, one after the ot
 in which they are to be read.
 """
 import json
+import math
 import os
 import platform
 import time
@@ -105,6 +106,9 @@ _choices = {'kind': ('cpt', 'ift'), 'on_bad_record': ('error', 'skip'),
             'packing': ('best_fit', 'paper', 'none'), 'train_on_turns': ('last', 'all')}
 _types = {'bos': bool}
 _free = {'workers', 'block_mb', 'inspect'}  # knobs that change no byte of the output
+# read only after records have been tokenized, whose blocks another start uses again
+_later = {'val_fraction', 'max_tokens', 'no_wrap', 'packing', 'packing_ratio', 'packing_seed',
+          'paper_ranks', 'paper_batch', 'paper_epochs'}
 
 # ----------------------------------------------------------------------------- the knobs, checked
 LEAST = {"seq_len": 2, "paper_ranks": 1, "paper_batch": 1, "paper_epochs": 1, "packing_seed": 0,
@@ -143,6 +147,14 @@ def check_knobs(config):
     of_responses = k.response_prefix or k.train_on_prompt or k.packing == "paper"
     if k.kind == "cpt" and (of_responses or k.response_field != "response"):
         refuse("kind", "ift, for response_field, response_prefix, train_on_prompt, packing=paper")
+    if k.kind == "cpt" and k.prompt_field != "prompt":
+        refuse("prompt_field", "kind=ift")
+    if k.kind == "ift" and k.text_field != "text":
+        refuse("text_field", "kind=cpt")
+    if k.template in CHATS and k.response_prefix:
+        refuse("response_prefix", f"none with --template={k.template}, which has its own")
+    if k.template not in CHATS and (k.messages_field, k.train_on_turns) != ("messages", "last"):
+        refuse("template", f"{' or '.join(CHATS)}, for messages_field and train_on_turns")
     if k.paper_epochs > 1 and k.packing != "paper":
         refuse("paper_epochs", "packing=paper, or 1")
     if k.train_on_prompt_from and not k.train_on_prompt:
@@ -178,8 +190,12 @@ def plan_job(config, tok):
     else:
         prompt = job.text_field if job.kind == "cpt" else job.prompt_field
         job.template_text, job.template_fields = read_template(job.template, prompt)
+        if job.kind == "ift" and "prompt" in job.template_fields:
+            job.template_fields["prompt"] = job.prompt_field
         job.fields = list(job.template_fields.values())
         if job.kind == "ift":
+            if job.prompt_field not in ("prompt", *job.fields):
+                raise ValueError(f"prompt_field: no {{prompt}} in template={job.template!r}")
             if job.response_field in job.fields:
                 raise ValueError(f"template: it holds {{{job.response_field}}}, the response_field")
             job.fields.append(job.response_field)
@@ -221,10 +237,9 @@ def encode_block(job, name, items):
         # train or val: by a hash of the prompt or the document, so that order does not matter
         prompt, response = turns[0]
         side, key = hashes(prompt or response)[:2]
-        val = side < job.val_fraction * 2**64
         id_hash = hashes(identity)[0]
         record_number = number if isinstance(number, int) else 0
-        documents.append((length, lost, record_number, key, id_hash, val, WHY.index(why)))
+        documents.append((length, lost, record_number, key, id_hash, side, False, WHY.index(why)))
     info = {"name": name, "records": len(items), "bad": len(bad), "bad_first": bad[:5],
             "text_mb": text_bytes / 1e6}
     return {"documents": np.array(documents, DOCUMENT), "info": json.dumps(info),
@@ -337,6 +352,7 @@ def write_split(name, documents, work, count, folder, job):
         counts |= write_rows(path, rows, borders, job.seq_len, job.dtype, job.pad, masked)
         counts |= packed
         if job.no_wrap:
+            counts["truncated"] = sum(int(lengths[row].sum()) > job.seq_len for row in rows)
             counts["lost"] = total - tokens
     return {"tokens": tokens, **counts, "sha256": file_sha256(f"{path}.bin")}
 
@@ -392,8 +408,9 @@ if __name__ == "__main__":
             versions[package] = version(package)
         code = [ROOT / "prepare_data.py", *sorted((ROOT / "text").glob("*.py"))]
         # shards are reused only under the same plan; on_bad_record changes no good record
+        of_blocks = {knob: value for knob, value in settings.items() if knob not in _later}
         plan = {
-            "settings": {**settings, "on_bad_record": "", "block_mb": block_mb},
+            "settings": {**of_blocks, "on_bad_record": "", "block_mb": block_mb},
             "source": entries,
             "evals": [found.sha256() for found in evals],
             "tokenizer": tok.sha256,
@@ -407,12 +424,15 @@ if __name__ == "__main__":
             count, text_mb = encode_blocks(sources, encode_block, job, work, processes)
             seconds = time.perf_counter() - started
 
-            # ---- 3: which documents stay
+            # ---- 3: which documents stay, and which are held out
             documents, infos = read_tables(work, count)
+            documents["val"] = documents["side"] < math.ceil(val_fraction * 2**64)
             # shards may be of an earlier start, which skipped bad records
             skipped = [message for info in infos for message in info["bad_first"]]
             if skipped and on_bad_record == "error":
                 raise ValueError(skipped[0])
+            if skipped and not len(documents):
+                raise ValueError(f"all records were skipped, first {skipped[0]}")
             if id_field:
                 pair = leave_out_repeated(documents)
                 if pair and on_bad_record == "error":

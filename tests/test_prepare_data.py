@@ -499,6 +499,19 @@ MISTAKES = {  # name: (knobs, what the message says)
     "prompts from where": ({"source": "ift.jsonl", "kind": "ift", "train_on_prompt_from": 2}, "expected --train_on_prompt=True"),
     "response in the prompt": ({"source": "ift.jsonl", "kind": "ift", "template": "{prompt} {response}"},
                                "template: it holds {response}, the response_field"),
+    "twice": ({"source": "a.txt,*.txt"}, "source: a.txt is named 2 times"),
+    "packed": ({"source": "a.jsonl.zst"}, "found a.jsonl.zst; unpack it first"),
+    "all are bad": ({"source": "a.jsonl", "text_field": "txt", "on_bad_record": "skip"},
+                    "all records were skipped, first a.jsonl:1: expected a field 'txt'"),
+    "no text for a row": ({"source": "a.txt", "seq_len": 4096}, "give more text or a smaller seq_len"),
+    "prompts of documents": ({"source": "a.jsonl", "prompt_field": "question"}, "prompt_field: expected kind=ift"),
+    "documents of prompts": ({"source": "ift.jsonl", "kind": "ift", "text_field": "prompt"}, "text_field: expected kind=cpt"),
+    "prefix of messages": ({"source": "ift.jsonl", "kind": "ift", "template": "tulu", "response_prefix": "x"},
+                           "response_prefix: expected none with --template=tulu"),
+    "messages of prompts": ({"source": "ift.jsonl", "kind": "ift", "messages_field": "turns"}, "template: expected tulu or llama2"),
+    "turns of prompts": ({"source": "ift.jsonl", "kind": "ift", "train_on_turns": "all"}, "template: expected tulu or llama2"),
+    "prompt nowhere": ({"source": "ift.jsonl", "kind": "ift", "template": "{question}", "prompt_field": "q"},
+                       "prompt_field: no {prompt} in template="),
     "no epochs": ({"source": "a.txt", "paper_epochs": 0}, "paper_epochs: expected 1 or more, found 0"),
 }
 
@@ -507,7 +520,7 @@ MISTAKES = {  # name: (knobs, what the message says)
 def test_mistake(prepare, tmp_path, name):
     knobs, message = MISTAKES[name]
     for file, content in {"a.txt": GOOD, "a.jsonl": GOOD, "a.csv": b"x", "empty.jsonl": b"", "empty.txt": b"",
-                          "blank.txt": b" \n", "latin.txt": b"\xe9t\xe9",
+                          "blank.txt": b" \n", "a.jsonl.zst": b"x", "latin.txt": b"\xe9t\xe9",
                           "ift.jsonl": b'{"prompt": "p", "response": "r"}'}.items():
         (tmp_path / file).write_bytes(content)
     for folder in ("sub", "other.work"):

@@ -5,7 +5,9 @@ import http.server
 import io
 import json
 import re
+import shutil
 import threading
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -18,7 +20,7 @@ from test_prepare_data import documents_of, prepare, tokenizer_file, write_jsonl
 import prepare_data
 from configurator import configure
 from text.packing import auto_ratio, pack_first_fit, pack_no_wrap, pack_paper, packed_share
-from text.records import array_items, expand, from_hub, parse, read_records, split_text, unescape
+from text.records import CHUNK, array_items, expand, from_hub, parse, read_records, split_text, unescape
 from text.templates import tulu_turns
 from text.tokenizer import load_tokenizer
 
@@ -395,7 +397,7 @@ def test_parquet_streams_row_groups_and_only_its_fields(tmp_path):
     write_parquet(tmp_path / "a.parquet", records, row_group_size=600)
     assert records_in(tmp_path / "a.parquet") == list(enumerate(records, 1))
     assert records_in(tmp_path / "a.parquet", fields=["text"])[-1] == (1700, {"text": "document 1699 é"})
-    assert records_in(tmp_path / "a.parquet", fields=["txt"])[0] == (1, records[0])  # for a message that says what is there
+    assert records_in(tmp_path / "a.parquet", fields=["txt"])[0] == (1, dict.fromkeys(records[0]))  # for a message that says what is there
 
 
 def test_parquet_mistakes(prepare, tmp_path):
@@ -438,6 +440,69 @@ def test_split_text(text, separator, chunk):
     with patch("text.records.CHUNK", chunk):
         parts = list(split_text(io.BytesIO(text.encode()), separator.encode()))
     assert [part.decode() for part in parts] == text.split(separator)
+
+
+def test_a_long_text_without_a_border_is_searched_once(monkeypatch):
+    """Each byte but the few that a border may straddle."""
+    searched = []
+    border = SimpleNamespace(split=lambda text: searched.append(len(text)) or [text])
+    monkeypatch.setattr("text.records.re", SimpleNamespace(compile=lambda _: border, escape=re.escape, split=re.split))
+    text = b"a" * (5 * CHUNK)
+    assert list(split_text(io.BytesIO(text), b"--")) == [text]
+    assert sum(searched) < 1.01 * len(text)
+
+
+def test_a_template_of_ones_own_takes_the_prompt_from_its_field(prepare, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "wrong", "question": "right", "response": "r"}])
+    status, out, err = prepare(source="a.jsonl", kind="ift", template="Q: {prompt}", prompt_field="question")
+    assert status == 0 and "Q: right" in out and "wrong" not in out, err
+
+
+def test_knobs_of_rows_do_not_tokenize_again(prepare, tmp_path):
+    """What an error advises uses the blocks that are done; other knobs delete them, and say so."""
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "2+2?", "response": f"{i} " * 30} for i in range(100)])
+    knobs = {"source": "a.jsonl", "kind": "ift", "block_mb": 0.0002}
+    status, _, err = prepare(**knobs, val_fraction=0.05)
+    assert status == 2 and "--val_fraction=0" in err
+    kept = len(list((tmp_path / "data.work").glob("*.npz")))
+    status, out, err = prepare(**knobs, packing="none")
+    assert status == 0 and kept > 16 and f"resuming with {kept} finished blocks" in out, err
+    shutil.copytree(tmp_path / "data", tmp_path / "first")
+    prepare(**knobs, val_fraction=0.05, anew=True)
+    status, out, err = prepare(**knobs, response_prefix=" ")
+    assert status == 0 and f"deleting {kept} blocks of data.work, made with other knobs" in out, err
+    status, out, err = prepare(**knobs, packing="none", anew=True)
+    assert (tmp_path / "first/train.bin").read_bytes() == (tmp_path / "data/train.bin").read_bytes()
+
+
+def test_no_wrap_counts_the_documents_that_are_cut(prepare, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "one two three four five six seven eight"} for _ in range(30)])
+    status, out, err = prepare(source="a.jsonl", seq_len=8, no_wrap=True)
+    assert status == 0 and "30 truncated" in out, err
+
+
+def test_examples_show_the_ends_of_long_texts_and_tokens_between_turns(prepare, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "begins " + "word " * 800 + "ends", "response": "learned"}])
+    status, out, err = prepare(source="a.jsonl", kind="ift", seq_len=4096)
+    assert status == 0 and re.search(r"\[<BOS>begins .* \(\d+ characters more\) .*ends\]« ?learned<EOS>»", out), out + err
+    talk = [("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "See you")]
+    write_jsonl(tmp_path / "b.jsonl", [{"messages": [{"role": role, "content": content} for role, content in talk]}])
+    status, out, err = prepare(source="b.jsonl", kind="ift", seq_len=128, template="llama2", anew=True)
+    shown = r"\[<BOS>\[INST\] Hi \[/INST\] +Hello <EOS><BOS> ?\[INST\] Bye \[/INST\]\]« +See you <EOS>»"
+    assert re.search(shown, out), out + err
+
+
+def test_a_binary_column_hides_no_missing_field(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [{"image": b"\xff\xfe", "content": "x"}])
+    [(_, record)] = records_in(tmp_path / "a.parquet", fields=["text"])
+    assert list(record) == ["image", "content"]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name in ("sub/a.py", "b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbfa = 1\n")
+        assert records_in((tmp_path / name) if name == "b.txt" else tmp_path / "sub")[0][1]["text"] == "a = 1\n"
 
 
 def test_a_folder_of_source_files(prepare, tmp_path, tokenizer_file):

@@ -186,7 +186,8 @@ def test_ctrl_c(corpus, tmp_path):
     for pid in (run.pid, *map(int, children)):  # a terminal tells all of them
         os.kill(pid, signal.SIGINT)
     out, err = run.communicate(timeout=300)
-    assert run.returncode == 130 and out.endswith("stopped; the same command resumes\n") and "Traceback" not in err, err
+    goes_on = "resumes" if (tmp_path / "data.work").exists() else "begins again"  # a few blocks are not kept
+    assert run.returncode == 130 and out.endswith(f"stopped; the same command {goes_on}\n") and "Traceback" not in err, err
     assert gone(children) and not (tmp_path / "data").exists()
 
 
@@ -319,7 +320,7 @@ def test_max_tokens_takes_a_sample_whatever_the_order(prepare, tokenizer_file, t
 @given(st.lists(st.tuples(st.integers(0, 2**64 - 1) | st.integers(0, 9), st.integers(1, 50), st.sampled_from([0, 0, 1]),
                           st.booleans()), min_size=1, max_size=40), st.integers(1, 600))
 def test_sampling(documents, most):
-    rows = np.array([(length, 0, 0, key, 0, val, why) for key, length, why, val in documents], DOCUMENT)
+    rows = np.array([(length, 0, 0, key, 0, 0, val, why) for key, length, why, val in documents], DOCUMENT)
     leave_out_unsampled(rows, most)
     out = rows["why"] == WHY.index("not sampled")
     free = [i for i, (_, _, why, val) in enumerate(documents) if not why and not val]

@@ -18,6 +18,7 @@ import os
 import re
 import textwrap
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from text.mds import mds_rows, shards_of
 
-FORMATS = r"\.(parquet|mds|(txt|json|jsonl)(\.gz)?)$"
+FORMATS = r"\.(parquet|mds|(txt|json|jsonl|ndjson)(\.gz)?)$"
 CHUNK = 1 << 20  # bytes read at once
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -80,6 +81,9 @@ def expand(patterns, suffixes, knob="source"):
                 found.append(from_folder(pattern, suffixes, knob))
         else:
             found += from_glob(pattern, knob)
+    for path, count in Counter(source.path for source in found).items():
+        if count > 1:
+            raise ValueError(f"{knob}: {path} is named {count} times")
     return found
 
 
@@ -119,8 +123,9 @@ def from_glob(pattern, knob):
 def check_format(path, knob):
     """ValueError for a file name of a kind that read_records does not know."""
     if not re.search(FORMATS, path):
+        remedy = "; unpack it first" if re.search(r"\.(zst|xz|bz2|zip|tar)$", path) else ""
         raise ValueError(f"{knob}: expected .parquet, .mds, .txt, .json or .jsonl (the last three "
-                         f"also .gz), found {path}")
+                         f"also .gz), found {path}{remedy}")
 
 
 def from_hub(url, knob):
@@ -239,6 +244,7 @@ def folder_records(source, text_field):
     for name in source.files:
         content = Path(source.path, name).read_bytes()
         used += len(content)
+        content = content.removeprefix(BYTE_ORDER_MARK)
         yield name, {text_field: content, "path": name}, used
 
 
@@ -293,16 +299,17 @@ def parquet_rows(file, fields):
     import pyarrow.parquet
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        # where a field is missing all are read, so that the message can say what there is
-        columns = fields
-        if not set(fields or ()) <= set(table.schema_arrow.names):
-            columns = None
+        # where a field is missing the message says which there are, not what they hold
+        is_missing = not set(fields or ()) <= set(table.schema_arrow.names)
+        columns = None if is_missing else fields
         done = 0
         for group in range(table.num_row_groups):
             for batch in table.iter_batches(500, row_groups=[group], columns=columns,
                                             use_threads=False):
                 done += len(batch)
                 for record in batch.to_pylist():
+                    if is_missing:
+                        record = dict.fromkeys(record)
                     yield record, done / table.metadata.num_rows
     except OSError as error:
         if error.errno:
@@ -323,14 +330,24 @@ def split_text(stream, separator):
         return
     lines = [re.escape(line) for line in re.split(b"\r?\n", separator)]
     border = re.compile(b"\r?\n".join(lines))
+    longest = 2 * len(separator)
+    begun = []  # parts of a document that hold no border, each searched once
     while True:
         chunk = stream.read(CHUNK)
         if not chunk:
             break
-        # the last piece may continue in the next chunk
-        *documents, rest = border.split(rest + chunk)
-        yield from documents
-    yield from border.split(rest)
+        first, *others = border.split(rest + chunk)
+        if others:
+            yield b"".join([*begun, first])
+            yield from others[:-1]
+            begun = []
+            first = others[-1]
+        # a border may reach into the next chunk
+        begun.append(first[:-longest])
+        rest = first[-longest:]
+    first, *others = border.split(rest)
+    yield b"".join([*begun, first])
+    yield from others
 
 
 BEFORE_ITEM = re.compile(r"\s*[\[,]\s*")

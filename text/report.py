@@ -23,8 +23,10 @@ FOR_IDS = {"kind": ("cpt",), "bos": (None, False), "double_bos": (False,), "temp
            "decontaminate": ((),)}
 
 
-def show_document(folder, name, meta, tok, which, most=400):
-    """Document `which` of a split: only read text in [brackets], learned text in «angles»."""
+def show_document(folder, name, meta, tok, which, most=4000, longest=800):
+    """Document `which` of a split: only read text in [brackets], learned text in «angles».
+
+    most: tokens of it that are read; longest: characters of a text, which loses its middle."""
     # its place in the split, and its first ids
     all_ids = np.memmap(f"{folder}/{name}.bin", meta["dtype"], "r")
     starts = np.memmap(f"{folder}/{name}.docs.bin", "<u8", "r")
@@ -36,19 +38,26 @@ def show_document(folder, name, meta, tok, which, most=400):
     if mask_path.exists():
         mask = np.fromfile(mask_path, np.int8, len(ids), offset=start)
 
-    # the text of each run of equal mask: what the ids up to its end add to the text before
-    borders = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
-    shown = ""
+    # runs: of equal mask, and a BOS or EOS by itself
+    marks = {tok.eos_id: "<EOS>", tok.bos_id: "<BOS>"}
+    borders = {0, len(ids), *(np.flatnonzero(np.diff(mask)) + 1).tolist()}
+    for place, i in enumerate(ids):
+        if i in marks:
+            borders |= {place, place + 1}
+    # the text of a run: what the ids up to its end add to the text before
+    texts = []  # (learned, text)
     text_before = ""
-    for first, end_of_run in itertools.pairwise(borders):
-        text = tok.decode([i for i in ids[:end_of_run] if i not in (tok.bos_id, tok.eos_id)])
-        piece = text[len(text_before):]
+    for first, end_of_run in itertools.pairwise(sorted(borders)):
+        text = tok.decode([i for i in ids[:end_of_run] if i not in marks])
+        texts.append((mask[first], marks.get(ids[first], text[len(text_before):])))
         text_before = text
-        if ids[first] == tok.bos_id:
-            piece = "<BOS>" + piece
-        if ids[end_of_run - 1] == tok.eos_id:
-            piece = piece + "<EOS>"
-        shown += f"«{piece}»" if mask[first] else f"[{piece}]"
+    shown = ""
+    for learned, runs in itertools.groupby(texts, key=lambda run: run[0]):
+        piece = "".join(text for _, text in runs)
+        if len(piece) > longest:
+            left_out = len(piece) - longest
+            piece = f"{piece[:longest // 2]} ({left_out} characters more) {piece[-longest // 2:]}"
+        shown += f"«{piece}»" if learned else f"[{piece}]"
     if end > start + most:
         shown += f" and {end - start - most} tokens more"
     return shown
@@ -158,7 +167,8 @@ def why_no_row(documents, mine, left_out, kind):
     if dropped and left_out.sum() == mine.sum():
         return f"{found}; {AGAINST[max(dropped, key=dropped.get)]}"
     if not others:
-        return f"{found}; see source and the fields"
+        remedy = "give more text or a smaller seq_len" if mine.any() else "see source and the fields"
+        return f"{found}; {remedy}"
     if kind == "ift":
         unit = "prompts"
         remedy = "give more prompts or --val_fraction=0"

@@ -38,6 +38,7 @@ DOCUMENT = np.dtype([
     ("number", "<u4"),  # of its record in the file
     ("key", "<u8"),     # a hash of the prompt, or of the document
     ("id", "<u8"),      # a hash of the id_field
+    ("side", "<u8"),    # a hash that says on which side of val_fraction it is
     ("val", "?"),       # whether it is held out
     ("why", "u1")])     # why it is left out, a number in WHY
 WHY = ("", "empty", "no room", "contaminated", "repeated id", "not sampled")
@@ -274,10 +275,12 @@ def written_whole(out, plan):
             os.rename(new, out)  # in place of an empty folder, if there is one
             shutil.rmtree(work)
         except BaseException as error:
+            goes_on = "resumes"
             if len(finished_shards(work)) < FEW:
                 shutil.rmtree(work)
+                goes_on = "begins again"
             if isinstance(error, KeyboardInterrupt):
-                print("stopped; the same command resumes")
+                print(f"stopped; the same command {goes_on}")
                 raise SystemExit(130) from None
             if isinstance(error, OSError) and error.errno and not error.filename:
                 # a failed write does not say where
@@ -294,7 +297,10 @@ def keep_shards_of_plan(work, plan_file, plan):
             print(f"resuming with {len(done)} finished blocks of {work}")
         return
     # of another plan
-    for path in Path(work).glob("*.npz*"):
+    others = list(Path(work).glob("*.npz*"))
+    if others:
+        print(f"deleting {len(others)} blocks of {work}, made with other knobs, data or code")
+    for path in others:
         path.unlink()
     plan_file.truncate(0)
     plan_file.write(plan)
