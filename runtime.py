@@ -29,11 +29,13 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-# Dense bf16 TFLOP/s of one GPU by a part of its name, first match counts (vendors' data sheets).
-PEAK_TFLOPS = (("GB200", 2500), ("B200", 2250), ("GH200", 989), ("H200", 989), ("H100 PCIe", 756),
-               ("H100 NVL", 835), ("H100", 989), ("H800", 989), ("A100", 312), ("A800", 312),
-               ("L40S", 362), ("L4", 121), ("A10G", 70), ("A6000", 155), ("RTX 4090", 165),
-               ("RTX 3090", 71), ("V100", 125))
+# A part of a GPU's name, the first match counts: dense bf16 TFLOP/s and GB, by vendors' data sheets
+# (the A100 is also sold with 40 GB, the V100 with 16: --memory_gb).
+GPUS = (("GB200", 2500, 186), ("B200", 2250, 180), ("GH200", 989, 96), ("H200", 989, 141),
+        ("H100 PCIe", 756, 80), ("H100 NVL", 835, 94), ("H100", 989, 80), ("H800", 989, 80),
+        ("A100", 312, 80), ("A800", 312, 80), ("L40S", 362, 48), ("L40", 181, 48), ("L4", 121, 24),
+        ("A10G", 70, 24), ("A6000", 155, 48), ("RTX 4090", 165, 24), ("RTX 3090", 71, 24),
+        ("V100", 125, 32))
 
 
 # ----------------------------------------------------------------------------- printing and ending
@@ -164,7 +166,7 @@ def peak_flops(device):
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    for part, tflops in PEAK_TFLOPS:
+    for part, tflops, _ in GPUS:
         if part in name:
             return tflops * 1e12
     return None

@@ -116,12 +116,12 @@ shard = 'auto'               # none: replicas | full | hybrid: inside groups | a
 shard_ranks = 0              # hybrid: ranks per group; 0 = one node
 activation_checkpointing = 'none'  # block: save only each block's input, recompute the rest
 compile = False              # torch.compile of each block: minutes at the start, then faster
-memory_gb = 0.0              # memory per rank, for shard=auto; 0 = all it has (dry_run: 80)
+memory_gb = 0.0              # memory per rank, for shard=auto; 0 = all (dry_run: all of gpu's)
 # planning, in training/plan.py
 mfu = 0.4                    # fraction of peak FLOP/s assumed in predicted times
 dry_run = False              # print the plan and stop
 gpus = 1                     # ranks to plan for
-gpu = 'H100'                 # a name in runtime.PEAK_TFLOPS
+gpu = 'H100'                 # a name in runtime.GPUS
 data_rows = 0                # rows of data not prepared yet, if known
 
 _types = {'checkpoint_at': float, 'lora_alpha': float, 'warmup_steps': int, 'cooldown_steps': int}

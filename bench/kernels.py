@@ -206,8 +206,9 @@ def kernel_table(shapes, rows, ranks, settings, stop_after=0):
     # a shape that is not begun in time is left out, with a line that says so
     began = time.perf_counter()
     variants = variants_here(settings)
-    for shape, tokens, rank in itertools.product(shapes, rows, ranks):
-        for group in groups_of(shape):
+    for shape, tokens in itertools.product(shapes, rows):
+        # all ranks of q, k and v come first
+        for group, rank in itertools.product(groups_of(shape), ranks):
             if stop_after and time.perf_counter() - began > stop_after:
                 print(f"not begun within {stop_after} s: {shape} {group.name} tokens {tokens} "
                       f"r={rank}")

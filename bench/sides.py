@@ -123,14 +123,19 @@ def print_machine(device):
 
 # ----------------------------------------------------------------------------- memory
 def peak_alone(script, side, part, folder, knobs):
-    """Peak memory in GB of one side of `script`, in a process of its own that takes one round."""
+    """Peak memory in GB of one side of `script`, in a process of its own that takes one round.
+
+    None where that fails, which is printed."""
     argv = [sys.executable, "-m", script, f"--model={folder}", f"--parts={part}",
             f"--sides={side}", "--repeats=1"]
     # all other knobs as they are here
     for name, value in knobs.items():
         if name not in ("model", "parts", "sides", "repeats", "out"):
             argv.append(f"--{name}={value}")
-    done = subprocess.run(argv, check=True, text=True, capture_output=True)
+    done = subprocess.run(argv, text=True, capture_output=True)
+    if done.returncode:
+        print(f"{part} {side}: its memory was not measured:\n{done.stderr}", flush=True)
+        return None
     # the script ends with a line {"peak_gb": ...} when it runs one side
     return json.loads(done.stdout.splitlines()[-1])["peak_gb"]
 
@@ -139,19 +144,22 @@ def peak_alone(script, side, part, folder, knobs):
 def compare_sides(script, part, seconds, tokens, folder, knobs):
     """{side: {"tok_per_s", "seconds", "peak_gb"}} from the seconds of rounds of `tokens` tokens.
 
-    With several sides their memory is measured, and a line printed for each."""
+    With several sides a line is printed for each, then their memory is measured."""
     found = {}
     for side, times in seconds.items():
         found[side] = {"tok_per_s": tokens / statistics.median(times), "seconds": times}
     if len(found) == 1:
         return found
     for side, figures in found.items():
-        figures["peak_gb"] = peak_alone(script, side, part, folder, knobs)
-        line = (f"{part:8} {side:8} {figures['tok_per_s']:8.1f} tok/s "
-                f"{figures['peak_gb']:5.2f} GB")
+        line = f"{part:8} {side:8} {figures['tok_per_s']:8.1f} tok/s"
         if side != "ours" and "ours" in found:
             line += f"   ours is {ratio_words(seconds['ours'], seconds[side])}"
         print(line, flush=True)
+    # a process each: what takes long comes after what is known
+    for side, figures in found.items():
+        peak = figures["peak_gb"] = peak_alone(script, side, part, folder, knobs)
+        if peak is not None:
+            print(f"{part:8} {side:8} {peak:8.2f} GB", flush=True)
     return found
 
 

@@ -7,7 +7,7 @@ Math CPT: continued pretraining on OpenWebMath, 14.7B tokens repeated to 20B. Le
     32 GPUs  torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=NODE0:29500 train.py config/math_cpt.py
 
 25,431 steps of 786,432 tokens. --dry_run=True --gpus=8 --mfu=0.45 prints hours and memory; on 8 H100 at 45% of
-their peak (a prediction, not measured): 67 h and 55 GB a GPU in full, 52 h and 64 GB with r=256, 47 h with r=16.
+their peak (a prediction, not measured): 67 h and 49 GB a GPU in full, 52 h and 57 GB with r=256, 47 h with r=16.
 
 Shorter durations branch from this run: config/cpt_durations.py, named after this file, says how.
 

@@ -8,7 +8,7 @@ Math IFT: MetaMathQA, 395,000 pairs, about 103M tokens an epoch. Learned: GSM8K.
     32 GPUs  torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=NODE0:29500 train.py config/math_ift.py
 
 The paper does not say the steps of an epoch. --dry_run=True --gpus=8 --mfu=0.45 prints hours and memory; 4 epochs on 8 H100
-at 45% of their peak (a prediction, not measured): 2.2 h and 26 GB a GPU in full, 1.7 h and 34 GB with r=256, and a third
+at 45% of their peak (a prediction, not measured): 2.2 h and 26 GB a GPU in full, 1.7 h and 33 GB with r=256, and a third
 more time for activation checkpointing.
 Each duration is a run with its own schedule: --max_epochs=1, 2, 4, 8, 16.
 

@@ -8,7 +8,7 @@ Chat IFT: the Tulu-v2 mixture, about 326,000 conversations. Learned: MT-bench, G
     32 GPUs  torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=NODE0:29500 train.py config/tulu_ift.py
 
 The paper does not say the steps of an epoch. --dry_run=True --gpus=8 --mfu=0.45 prints hours and memory; 6 epochs on 8 H100
-at 45% of their peak, if a guess at the rows is right: 10 h and 26 GB a GPU in full, 8 h and 34 GB with r=256, and a third
+at 45% of their peak, if a guess at the rows is right: 10 h and 26 GB a GPU in full, 8 h and 33 GB with r=256, and a third
 more time for activation checkpointing.
 One run: the checkpoints after 2 and 4 epochs are from before the learning rate has come down, which it does over 6.
 

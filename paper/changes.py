@@ -66,6 +66,10 @@ def measure_runs(folders, learning, forgetting):
         if steps == 0:
             problems[f"{folder}: nothing was measured after step 0, left out"] += 1
             continue
+        asked = run.config.get("max_steps", 0)
+        if steps < asked:
+            problems[f"{folder}: measured at step {steps} of {asked}, left out"] += 1
+            continue
         # what it learned and forgot, from its base on
         base = base_of(folder, run, bases)
         learned = change_of(folder, run, learning, steps, base)

@@ -27,7 +27,7 @@ from paper.claims import (SAME_SIZE, add_row, differences_at_equal_learning, pri
                           verdict)
 from paper.results import (KNOBS, LORA_KNOBS, mean_of_seeds, read_config, setting_of,
                            trained_numbers)
-from paper.sweeps import bests_of_seeds, factor_words, mean_factor
+from paper.sweeps import bests_of_seeds, factor_words, mean_factor, swept
 from runtime import one_line_errors
 
 # -----------------------------------------------------------------------------
@@ -102,7 +102,9 @@ def read_sweeps(folders, learning, forgetting):
         runs = {seed: of_seeds[seed] for seed in sorted(of_seeds)}
         losses = [losses_at_end(by_rate, learning) for by_rate in runs.values()]
         if max(map(len, losses)) > 1:
-            bests = bests_of_seeds(losses)
+            # a seed of one rate repeats what the others have found
+            runs = {seed: by_rate for seed, by_rate in runs.items() if len(by_rate) > 1}
+            bests = bests_of_seeds(swept(losses))
             sweeps[family] = Sweep(runs, bests and dict(zip(runs, bests)))
     return sweeps
 
@@ -189,11 +191,15 @@ def verdict_within(mean, half, least, most):
 
 # ----------------------------------------------------------------------------- LoRA Without Regret
 def lowest_so_far(sweep, metric):
-    """{seed: {step: lowest loss of all rates}}: what a method can reach by each step."""
+    """{seed: {step: lowest loss of all rates}}: what a method can reach by each step.
+
+    Of the rates that every seed has."""
+    shared = set.intersection(*map(set, sweep.runs.values()))
     curves = {}
     for seed, by_rate in sweep.runs.items():
         curve = curves.setdefault(seed, {})
-        for measured in by_rate.values():
+        for rate in shared:
+            measured = by_rate[rate]
             for step, (loss, _) in measured.run.metrics[metric].items():
                 curve[step] = min(loss, curve.get(step, math.inf))
     return curves
@@ -207,6 +213,11 @@ def rows_of_curves(sweeps, ranks, metric):
     for family in ranks:
         if family.full not in sweeps:
             continue
+        name = short_name(family, ranks, sweeps)
+        row = unknown(f"{name}: gap to full", sweeps, [family, family.full])
+        if row:
+            rows.append(row)
+            continue
         mine = lowest_so_far(sweeps[family], metric)
         theirs = lowest_so_far(sweeps[family.full], metric)
         behind = []  # of each seed, at the end less at the first step
@@ -217,7 +228,6 @@ def rows_of_curves(sweeps, ranks, metric):
                 behind.append(gaps[-1] - gaps[0])
                 first = steps[0]
         if behind:
-            name = short_name(family, ranks, sweeps)
             what = f"{name}: gap to full, step {family.steps} - {first}"
             rows.append(difference_row(what, behind))
     return rows
@@ -446,9 +456,9 @@ def full_name(family, sweeps):
         words.append(f"{family.batch} rows a step")
     if family.rank:
         words.append(f"alpha {family.alpha:g}")
-        of_lora = {other.lora for other in sweeps if other.rank}
+        loras = [dict(other.lora) for other in sweeps if other.rank]
         for knob, value in family.lora:
-            if value != str(KNOBS[knob]) and len(of_lora) > 1:
+            if len({lora[knob] for lora in loras}) > 1 and value != str(KNOBS[knob]):
                 words.append(f"{knob} {value}")
     return ", ".join(words)
 

@@ -100,6 +100,14 @@ def test_items_of_an_evaluation_make_an_interval_for_one_seed(tmp_path):
     assert rows["C2", "full - LoRA r=4"][1] == "cannot be told"  # both forgot .1, and the base has no items
 
 
+def test_a_run_that_ended_early_is_left_out(tmp_path):
+    for name, steps, learned in (("full", 10, 2.0), ("r4", 10, 1.0), ("r16", 8, 3.0)):
+        rank = {} if name == "full" else {"lora_rank": int(name[1:])}
+        write_run(tmp_path / "a" / name, learned, 0.1, steps=steps, max_steps=10, **rank)
+    result = run_here("paper/claims.py", f"--runs={tmp_path}/*/*", "--learning=loss target", "--forgetting=loss source")
+    assert "a/r16: measured at step 8 of 10, left out" in result.stdout and "r=16" not in result.stdout.split("| claim")[1]
+
+
 def test_a_log_is_compared_with_its_own_start_and_a_run_that_only_began_is_left_out(tmp_path):
     write_run(tmp_path / "a/full", 2.0, 1.0, weight_decay=1e-6)  # code CPT's, which is no regulariser
     write_run(tmp_path / "a/r4", 1.0, 0.1, lora_rank=4)

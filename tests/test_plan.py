@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 import lion
 from lora import apply_lora
 from model import Llama, LlamaConfig
+from runtime import peak_flops
 from training.plan import PUBLISHED, compare_with_paper, duration_text, predict_memory, shape_of, states
 
 PAPER = ["--base=meta-llama/Llama-2-7b-hf", "--data=nowhere", "--seq_len=4096", "--global_batch=192", "--microbatch=6",
@@ -58,6 +59,29 @@ def test_hours_follow_from_the_gpu():
     flops = 20e9 * (6 * (6_738_415_616 - 32000 * 4096) + 6 * 4096 * 4096 * 32)
     assert hours() == pytest.approx(flops / (32 * 0.4 * 989e12) / 3600, rel=1e-3)
     assert hours("--gpu=A100", "--mfu=0.5") == pytest.approx(hours() * 989 / 312 * 0.4 / 0.5, rel=1e-2)
+
+
+def test_memory_follows_from_the_gpu():
+    assert "of 141.00 GB a rank" in plan("--max_steps=1", "--gpu=H200") and "of 24.00 GB a rank" in plan("--max_steps=1", "--gpu=L4")
+    assert "of 40.00 GB a rank" in plan("--max_steps=1", "--gpu=A100", "--memory_gb=40")
+
+
+@pytest.mark.parametrize("name, tflops", [("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("NVIDIA H200", 989),
+                                          ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA GB200", 2500)])
+def test_a_gpu_is_known_by_its_whole_name(name, tflops, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == tflops * 1e12
+
+
+@pytest.mark.parametrize("name", ["code_cpt", "math_cpt", "code_ift", "math_ift", "tulu_ift"])
+def test_the_heads_of_configs_say_what_is_planned(name):
+    """Memory of a GPU in GB, in full and with r=256."""
+    path = ROOT / f"config/{name}.py"
+    head = re.search(r"and (\d+) GB a GPU in full, \S+ h and (\d+) GB with r=256", path.read_text())
+    for rank, said in zip((0, 256), head.groups()):
+        result = run_here("training/plan.py", path, "--gpus=8", "--mfu=0.45", f"--lora_rank={rank}")
+        planned = re.findall(r"together ([\d.]+); predicted time", result.stdout)[0]
+        assert round(float(planned)) == int(said), (rank, result.stdout + result.stderr)
 
 
 def test_the_papers_table_of_memory_stands_beside_ours():

@@ -156,10 +156,26 @@ def test_a_best_rate_at_an_end_is_not_spoken_of(tmp_path):
     rates, rows = laws(f"{tmp_path}/*")
     assert rates["r=4, alpha 8"] == ["not inside 0.0001 to 0.001", ""]
     assert rows["W2", "r=4"] == ("", "cannot be told: the best rate of r=4 is not inside its sweep")
+    assert rows["W1", "r=4: gap to full"][1] == "cannot be told: the best rate of r=4 is not inside its sweep"
     said = laws(f"{tmp_path}/*", "paper/claims.py", "--learning=loss target", "--forgetting=loss source")
     assert said[0]["LoRA r=4"] == ["not inside the sweep", ""] and said[0]["full"][0].startswith("0.0002 (")
     for claim in ("C1", "C2"):
         assert said[1][claim, "full - LoRA r=4"][1] == "cannot be told: the best rate of LoRA r=4 is not inside the sweep"
+
+
+def test_a_curve_is_of_the_rates_that_every_seed_has(tmp_path):
+    """Seed 3 of r=4 also has a rate at which it begins well and ends badly; the gap is that of the others."""
+    write_sweep(tmp_path, "full", 2e-4, 1.0, early=2.0)
+    write_sweep(tmp_path, "r4", 2e-3, 1.5, early=2.2, lora_rank=4)
+    before = laws(f"{tmp_path}/*")[1]["W1", "r=4: gap to full, step 10 - 5"]
+    write_sweep(tmp_path, "r4", 2e-3, 1.5, early=-9.0, lora_rank=4, rates=(2e-2,), seeds=(3,))
+    assert laws(f"{tmp_path}/*")[1]["W1", "r=4: gap to full, step 10 - 5"] == before
+
+
+def test_names_have_the_knobs_in_which_sweeps_differ(tmp_path):
+    for rank in (4, 16):
+        write_sweep(tmp_path, f"r{rank}", 2e-3, 1.5, lora_rank=rank, lora_dropout=0.0, rslora=rank == 16)
+    assert set(laws(f"{tmp_path}/*")[0]) > {"r=4, alpha 8", "r=16, alpha 32, rslora True"}
 
 
 @pytest.mark.parametrize("knobs, what, power, said", [
@@ -249,6 +265,7 @@ def test_a_sweep_of_one_seed_whose_best_rate_the_others_repeat(tmp_path, rates, 
     found, rows = laws(f"{tmp_path}/*", "paper/claims.py", "--learning=loss target", "--forgetting=loss source")
     assert rows["C1", "full - LoRA r=16"][1].startswith(said)
     assert (found["full"][0] == "not inside the sweep") == (len(rates) == 2)
+    assert ("not inside" in laws(f"{tmp_path}/*")[0]["full"][0]) == (len(rates) == 2)
     # and a study goes on where it is at the end
     losses = [{rate: parabola(2e-4, 1.0)(rate) for rate in rates}, {repeated: 1.0}]
     assert next_rate(losses) == (2e-4 if len(rates) == 2 else None)

@@ -29,7 +29,7 @@ from lion import OPTIMIZERS
 from llama.functions import ChunkedCrossEntropy
 from lora import apply_lora
 from model import IGNORE, Llama, LlamaConfig
-from runtime import PEAK_TFLOPS, ROOT, print0
+from runtime import GPUS, ROOT, print0
 from training.rows import PlannedRows, check_length, open_sets, rows_of_step
 
 _LLAMA3 = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072,
@@ -377,18 +377,20 @@ def plan_run(model, knobs):
     """Print what a run on knobs.gpus GPUs would take; the model is on meta.
 
     Raises ValueError for knobs that cannot be."""
-    if knobs.gpu not in dict(PEAK_TFLOPS):
-        raise ValueError(f"gpu={knobs.gpu}: not one of {', '.join(dict(PEAK_TFLOPS))}")
+    known = {name: (tflops, gigabytes) for name, tflops, gigabytes in GPUS}
+    if knobs.gpu not in known:
+        raise ValueError(f"gpu={knobs.gpu}: not one of {', '.join(known)}")
+    tflops, gigabytes = known[knobs.gpu]
     rows = planned_rows(knobs, model.config)
     steps = count_steps(knobs, rows)
     # a branch adds the steps after its checkpoint
     branch = re.fullmatch(r"step_(\d+)", Path(knobs.resume_from).name)
     first_step = int(branch[1]) if branch else 0
-    available = (knobs.memory_gb or 80) * 1e9
+    available = (knobs.memory_gb or gigabytes) * 1e9
     gpus_a_node = min(knobs.gpus, 8)
     how, memory = choose_sharding(model, knobs, rows.seq_len, "cuda", knobs.gpus, gpus_a_node,
                                   available)
-    rate = knobs.mfu * knobs.gpus * (dict(PEAK_TFLOPS)[knobs.gpu] * 1e12)
+    rate = knobs.mfu * knobs.gpus * tflops * 1e12
     print_plan(knobs, model, rows, steps, first_step, knobs.gpu, knobs.gpus, how, memory, available,
                rate)
     print0("\n".join(compare_with_paper(knobs.lora_rank or 64)))
