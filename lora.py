@@ -339,7 +339,11 @@ def load_adapter_weights(model, folder):
     places = adapter_tensors(model)
     expected = {name: place.shape for name, place in places.items()}
     where = open_adapter_weights(Path(folder), expected, lambda: identity_of(model))
-    check_embeddings(model, folder, where)
+
+    def of_base(name):
+        return model.head_weight if name == "lm_head" else model.embed_tokens.weight
+
+    check_embeddings(folder, where, of_base)
     # collect the tensors of each parameter, then fill it once
     values = {}
     for name, (p, first, shape, factor) in places.items():

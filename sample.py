@@ -14,6 +14,7 @@ import time
 
 from configurator import configure
 from evaluation.evals import begin_and_end, load_for_eval
+from llama.generate import check_numbers
 from runtime import one_line_errors, pick_device, pick_dtype
 from text.chat import chat_encoder
 from text.columns import column_width, print_alone, print_row, print_side_by_side
@@ -69,11 +70,14 @@ def answer_of(subject, ids, stop_texts, most, drawing):
 
 
 def room_for(subject, ids, most):
-    """How many new ids fit after a conversation, at most `most`; ValueError if none do."""
+    """How many new ids fit after a text, at most `most`; ValueError if none do."""
     context = subject.model.config.max_position_embeddings
     if len(ids) >= context:
-        raise ValueError(f"the conversation has {len(ids)} tokens, the model's context {context}")
-    return min(most, context - len(ids))
+        raise ValueError(f"the text has {len(ids)} tokens, the model's context {context}")
+    room = context - len(ids)
+    if room < most:
+        print(f"[at most {room} new tokens, as the model's context is {context}]", file=sys.stderr)
+    return min(most, room)
 
 
 def messages_in(prompt, lines):
@@ -95,6 +99,7 @@ if __name__ == "__main__":
         own_template = chat and not template
         if own_template and bos is not None:
             raise ValueError("bos: a model's own chat template says whether it stands in front")
+        check_numbers(1, temperature, top_p, n, [max_new_tokens])
         width = column_width(shutil.get_terminal_size().columns, len(pairs))
 
         # the models; stderr says how a text begins and ends, stdout has only the texts
@@ -128,13 +133,12 @@ if __name__ == "__main__":
             drawing = {"temperature": temperature, "top_p": top_p, "seed": seed + number}
             answers = []
             for i, subject in enumerate(subjects):
-                most = max_new_tokens
                 if chat:
                     conversations[i].append(("user", text))
                     ids = encoders[i](conversations[i])
-                    most = room_for(subject, ids, most)
                 else:
                     ids = subject.tokenizer.encode(text, bos=begins[i])
+                most = room_for(subject, ids, max_new_tokens)
                 answers.append(answer_of(subject, ids, stop_texts, most, drawing))
 
             # a blank line between rounds; a single continuation follows its prompt

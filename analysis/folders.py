@@ -8,12 +8,13 @@
         base_model.model.PATH.lora_magnitude_vector [out]      DoRA's
 """
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from llama.adapter_config import (AdapterConfig, is_adapter, module_path,
                                   read_adapter_config)
-from llama.adapter_files import open_adapter_weights
+from llama.adapter_files import check_embeddings, open_adapter_weights
 from llama.identity import identity_of_files
 from llama.weights import PROJECTIONS, check_finite, compare_names, open_weights
 from runtime import read_object
@@ -80,14 +81,32 @@ def open_model(folder, config):
     # what the folder holds of them
     found = {}
     for name, shape in shapes.items():
-        if name.split(".")[-2] in PROJECTIONS:
+        path = name.split(".")
+        if len(path) > 1 and path[-2] in PROJECTIONS:
             found[name] = shape
     problems = compare_names(expected, found)
     if problems:
         raise ValueError(f"{folder}: its projections do not fit the base's config.json: "
                          f"{problems}")
+    if "model.norm.weight" not in files or not embedding_names(files):
+        raise ValueError(f"{folder}: its norm or its embeddings are missing: model.norm.weight, "
+                         "model.embed_tokens.weight")
     identity = identity_of_files(files)["base_digest"]
     return Checkpoint(Path(folder), files, identity)
+
+
+def embedding_names(files, first="embed_tokens"):
+    """The names under which a model folder has its embedding, or its head: one may be both."""
+    names = ["model.embed_tokens.weight", "lm_head.weight"]
+    if first == "lm_head":
+        names.reverse()
+    return [name for name in names if name in files]
+
+
+def embedding_of(files, which):
+    """The weight of a model folder's 'embed_tokens' or 'lm_head'."""
+    name = embedding_names(files, which)[0]
+    return files[name].get_tensor(name)
 
 
 def open_adapter(folder, config, base):
@@ -107,6 +126,7 @@ def open_adapter(folder, config, base):
                 if adapter.dora:
                     expected[adapter_name(path, "magnitude_vector")] = (rows,)
     files = open_adapter_weights(folder, expected, lambda: identity_of_files(base.files))
+    check_embeddings(folder, files, partial(embedding_of, base.files))
 
     # what tells it from other adapters
     weights = (Path(folder) / "adapter_model.safetensors").read_bytes()

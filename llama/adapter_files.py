@@ -36,12 +36,14 @@ def open_adapter_weights(folder, expected, base_identity):
     return where
 
 
-def check_embeddings(model, folder, where):
-    """Raise ValueError unless embeddings that peft saved along with an adapter are the base's."""
+def check_embeddings(folder, where, of_base):
+    """Raise ValueError unless embeddings that peft saved along with an adapter are the base's.
+
+    of_base: from 'embed_tokens' or 'lm_head' to its weight."""
     for name in EMBEDDINGS:
         if name not in where:
             continue
-        p = model.head_weight if "lm_head" in name else model.embed_tokens.weight
+        p = of_base(name.split(".")[-2])
         stored = where[name].get_slice(name)
         is_same = tuple(stored.get_shape()) == tuple(p.shape)
         mine, first = local_part(p)

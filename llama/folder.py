@@ -99,10 +99,18 @@ def read_rope(path, hf):
     partial = rope.pop("partial_rotary_factor", hf.get("partial_rotary_factor"))
     check_value(path, "partial_rotary_factor", partial or 1.0, 1.0)
     # how positions beyond the first training are reached
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    if rope_type != "llama3":
-        check_value(path, "rope_type", rope_type, "default")
+    kinds = {str(rope[key]) for key in ("rope_type", "type") if rope.get(key) is not None}
+    if len(kinds) > 1:
+        raise ValueError(f"{path}: rope_type and type say {' and '.join(sorted(kinds))}, of which "
+                         "tools take different ones; leave the right one")
+    if not kinds and "factor" in rope:
+        raise ValueError(f"{path}: rope_scaling has a factor, and no rope_type says what it does")
+    rope_type = kinds.pop() if kinds else "default"
+    if rope_type == "default":
         return float(theta), None
+    if rope_type != "llama3":
+        raise ValueError(f"{path}: rope_type is {rope_type!r:.60}; this model computes only "
+                         "'default' and 'llama3'")
     numbers = ("factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings")
     check_keys(f"{path}: rope_type llama3 without", rope, numbers)
     for key in numbers:

@@ -12,6 +12,7 @@ Functions take the model as an argument: this file lies below model.py.
 """
 import contextlib
 from dataclasses import dataclass
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -143,7 +144,7 @@ def generate_tokens(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     Raises ValueError for impossible numbers and prompts, and NotFinite for logits that are not."""
     most = one_each(max_new_tokens, prompts)
     keys = random_keys(seed, len(prompts))
-    check_numbers(batch_size, temperature, most)
+    check_numbers(batch_size, temperature, top_p, n, most)
     length = check_prompts(model.config, prompts, most, keys)
     stops = stop if callable(stop) else frozenset(stop or ())
     device = model.device
@@ -193,22 +194,30 @@ def generate_tokens(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
 
 def one_each(value, prompts):
     """A number for all prompts, or a list with one for each -> such a list."""
-    return [value] * len(prompts) if isinstance(value, int) else value
+    return [value] * len(prompts) if isinstance(value, Integral) else value
 
 
 def random_keys(seed, count):
     """(seed, number) of each prompt's random numbers; a prompt with its own seed is number 0."""
-    if isinstance(seed, int):
-        return [(seed, prompt) for prompt in range(count)]
-    return [(own, 0) for own in seed]
+    if isinstance(seed, Integral):
+        keys = [(int(seed), prompt) for prompt in range(count)]
+    else:
+        keys = [(int(own), 0) for own in seed]
+    for own, _ in keys:
+        if abs(own) >= 2 ** 63:
+            raise ValueError(f"seed={own}: expected below 2^63")
+    return keys
 
 
-def check_numbers(batch_size, temperature, most):
+def check_numbers(batch_size, temperature, top_p, n, most):
     """Raises ValueError for numbers that cannot be; most: max_new_tokens of each prompt."""
     fewest = min(most, default=0)
-    if batch_size < 1 or temperature < 0 or fewest < 0:
-        raise ValueError(f"batch_size={batch_size}, temperature={temperature}, "
-                         f"max_new_tokens={fewest}: expected at least 1, 0 and 0")
+    for name, value, least in (("batch_size", batch_size, 1), ("temperature", temperature, 0),
+                               ("n", n, 1), ("max_new_tokens", fewest, 0)):
+        if not value >= least:
+            raise ValueError(f"{name}={value}: expected at least {least}")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p={top_p}: expected from 0 to 1")
 
 
 def check_prompts(config, prompts, most, keys):

@@ -149,8 +149,9 @@ def weight_files(folder, name):
 
     # pickles run code when they are read
     hint = ""
-    pickles = sorted(path.name for path in folder.glob("*.bin"))
-    pickles += sorted(path.name for path in folder.glob("*.pth"))
+    pickles = []
+    for pattern in ("pytorch_model*.bin", "adapter_model*.bin", "*.pth"):
+        pickles += sorted(path.name for path in folder.glob(pattern))
     if pickles:
         tool = "transformers, AutoModelForCausalLM"
         if name.startswith("adapter"):

@@ -188,6 +188,10 @@ def test_trained_or_resized_embeddings_are_refused_by_name(base, tmp_path, how):
     one_line(error, "theirs", name, "merge_and_unload")
     with pytest.raises(ValueError):
         merge_folders(base, tmp_path / "theirs", tmp_path / "out", torch.float32)
+    softened = run_here("analysis/soften.py", f"--adapter={tmp_path}/theirs", f"--base={base}", f"--out={tmp_path}/out")
+    spectra = run_here("spectrum.py", f"--tuned={tmp_path}/theirs", f"--base={base}", f"--out={tmp_path}/out")
+    for refused in (softened, spectra):
+        assert refused.returncode == 2 and f"{name} " in refused.stderr and "is not the base's" in refused.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -91,6 +91,22 @@ def test_a_base_loads_if_all_entries_are_finite_and_only_then(tmp_path_factory, 
     one_line(error, str(folder), name, "NaN or infinity")
 
 
+@pytest.mark.parametrize("lost", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_spectra_of_a_folder_without_its_norm_or_embeddings(base, tmp_path, lost):
+    """One line; and a tensor whose name has no dot is none of ours."""
+    other = shutil.copytree(base, tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["scale"] = torch.ones(1)
+    save_file(tensors, other / "model.safetensors")
+    done = run_here("spectrum.py", f"--base={base}", f"--tuned={other}", f"--out={tmp_path}/a.json", "--device=cpu")
+    assert done.returncode == 0, done.stderr
+    for name in (lost, "lm_head.weight"):
+        tensors.pop(name, None)
+    save_file(tensors, other / "model.safetensors")
+    done = run_here("spectrum.py", f"--base={base}", f"--tuned={other}", f"--out={tmp_path}/b.json", "--device=cpu")
+    assert done.returncode == 2 and "its norm or its embeddings are missing" in done.stderr, done.stderr
+
+
 def test_a_base_that_overflows_in_the_dtype_asked_for_is_refused(base):
     put(base, "model.safetensors", "model.norm.weight", 1e5)
     Llama.from_pretrained(base)
@@ -299,7 +315,9 @@ def test_rope_is_what_transformers_5_24_makes_of_all_keys(tmp_path, rope, wanted
 @pytest.mark.parametrize("rope", [dict(rope_theta=None), dict(rope_parameters=dict(rope_theta=None)),
                                   dict(rope_scaling=ROPE3, rope_theta=None), dict(rope_theta="10000"),
                                   dict(rope_parameters=[1]), dict(rope_scaling="llama3"), dict(rope_theta=0),
-                                  dict(rope_scaling={**ROPE3, "factor": "8"}), dict(partial_rotary_factor=0.5)], ids=str)
+                                  dict(rope_scaling={**ROPE3, "factor": "8"}), dict(rope_scaling=dict(factor=8.0)),
+                                  dict(rope_scaling=dict(rope_type="default", type="linear", factor=8.0)),
+                                  dict(rope_scaling={**ROPE3, "type": "dynamic"}), dict(partial_rotary_factor=0.5)], ids=str)
 def test_rope_that_no_tool_computes_is_one_line(tmp_path, rope):
     (tmp_path / "config.json").write_text(json.dumps({**LEAST, **rope}))
     with pytest.raises(ValueError) as error:

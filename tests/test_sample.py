@@ -107,6 +107,28 @@ def test_an_adapter_beside_its_base(tmp_path):
     assert refused.returncode == 2 and refused.stderr.startswith("sample.py: error: adapter: they go on one model")
 
 
+@pytest.mark.parametrize("knob, message", [
+    ("--n=0", "n=0: expected at least 1"), ("--top_p=90", "top_p=90.0: expected from 0 to 1"), ("--top_p=-1", "top_p=-1.0"),
+    ("--temperature=-1", "temperature=-1.0: expected at least 0"), ("--max_new_tokens=-1", "max_new_tokens=-1: expected at least 0"),
+    ("--seed=18446744073709551617", "seed=18446744073709551617: expected below 2^63")])
+def test_numbers_that_cannot_be_are_refused_by_name(knob, message):
+    done = run_here("sample.py", f"--model={need('data/stories260k')}", "--device=cpu", "--dtype=float32", "--prompt=a",
+                    "--temperature=1" if "temp" not in knob else "--top_p=1", knob)
+    assert done.returncode == 2 and f"sample.py: error: {message}" in done.stderr and done.stderr.count("Traceback") == 0
+
+
+def test_a_continuation_ends_with_the_context():
+    done = run_here("sample.py", f"--model={need('data/stories260k')}", "--device=cpu", "--dtype=float32", "--prompt=Once upon",
+                    "--max_new_tokens=600")
+    assert done.returncode == 0 and "[at most 509 new tokens, as the model's context is 512]" in done.stderr, done.stderr
+
+
+def test_numbers_of_numpy_are_numbers():
+    llama = Llama.from_pretrained(need("data/stories260k"))
+    few = llama.generate([[1, 2]], 4, temperature=1.0, seed=3)
+    assert llama.generate([[1, 2]], np.int64(4), temperature=1.0, seed=np.int64(3)) == few
+
+
 # ----------------------------------------------------------------------------- conversations
 TALK = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."), ("user", "What is 2 + 2?")]
 OWN = ("{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{% continue %}{% endif %}\n"
