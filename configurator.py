@@ -109,9 +109,9 @@ def fail(message):
     raise SystemExit(2)
 
 
-def nearest(name, names):
+def nearest(name, names, cutoff=0):
     """The end of an error about a name that is not among `names`: the closest one."""
-    matches = difflib.get_close_matches(name, names, n=1, cutoff=0)
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
     return f", nearest is {matches[0]}" if matches else ""
 
 
@@ -237,8 +237,10 @@ def run_file(path, config, given, knobs):
     try:
         source = Path(path).read_bytes()
     except OSError as error:
+        if path.startswith("-"):
+            fail(f"{path}: expected --knob=value or a config file")
         likely = [*map(str, Path(path).parent.glob("*.py")), *(f"--{name}" for name in knobs)]
-        fail(f"config file {path}: {error.strerror}{nearest(path, likely)}")
+        fail(f"config file {path}: {error.strerror}{nearest(path, likely, 0.6)}")
     seen = {**config, **given}
     names = FileNames(path, seen, given)
     try:

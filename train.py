@@ -323,6 +323,9 @@ if __name__ == "__main__":
         if started_from:
             state |= checkpoint_state(started_from, config, defaults, train_rows, may_differ)
         first_step = state["step"]
+        if first_step > steps:
+            raise ValueError(f"resume: {started_from} has done {first_step} steps, more than the "
+                             f"{steps} of this run")
         if resume_from and first_step >= steps and started_from == Path(resume_from):
             raise ValueError(f"resume_from: {resume_from} has done {first_step} steps, and the run "
                              f"has {steps} in all, those included; nothing is left to do")
@@ -474,7 +477,7 @@ if __name__ == "__main__":
         if saving:
             saving.result()
         seconds = time.perf_counter() - loop_started
-        of_each_rank = ", ".join(f"{gb:.3f}" for gb in peaks)
+        of_each_rank = ", ".join(f"{gb:.3f}" for gb in peaks) or "0"
         print0(f"{seconds:.0f} s, peak memory {peak_memory(device):.2f} GB; "
                f"of each rank, above its start: {of_each_rank} GB")
         destroy_process_group()

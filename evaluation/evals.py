@@ -158,7 +158,11 @@ def check_folders(judged, base, adapter):
     """Raises ValueError where `judged` or its base is no finished model or adapter folder."""
     if judged.name.endswith(".tmp"):
         raise ValueError(f"{judged} is a checkpoint that was never finished")
-    # a run without a step: the user has to choose
+    # runs, or a run without a step: the user has to choose
+    runs = sorted(path.parent.name for path in judged.glob("*/log.jsonl"))
+    if runs:
+        raise ValueError(f"{judged} holds runs; give a checkpoint of one of them: "
+                         f"{', '.join(runs[:8])}")
     steps = sorted(path.name for path in judged.glob("step_*") if path.name[5:].isdigit())
     if steps:
         raise ValueError(f"{judged} is a run; give one of its checkpoints: {', '.join(steps)}")

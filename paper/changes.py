@@ -112,6 +112,9 @@ def change_of(folder, run, metric, steps, base):
 
     base: {metric: ((value, stderr), items)}. ValueError where the metric is missing."""
     measured = run.metrics.get(metric, {})
+    if measured and steps not in measured:
+        raise ValueError(f"{folder}: {metric!r} was measured at step {max(measured)}, not at the "
+                         f"last, {steps}; evaluate that checkpoint too")
     if steps not in measured:
         there = ", ".join(sorted(run.metrics))
         raise ValueError(f"{folder}: no {metric!r} at step {steps}; there are {there}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from paper.looks import (BASE, CHANCE, OTHERS, datasets_of, draw_base_line, draw_line, grid_of,
                          has_length, legend_entry, length_axis, method_name, name_end, short,
                          style_of)
-from paper.results import curve_of, falls, main_settings, pick
+from paper.results import curve_of, falls, main_settings, pick, problems
 
 NAMES = {"gsm8k_strict_match": "GSM8K accuracy", "humaneval_pass@1": "HumanEval pass@1",
          "forgetting": "mean accuracy on HellaSwag,\nARC-c and WinoGrande"}
@@ -48,9 +48,31 @@ def draw_curves(points, bases, names, metrics):
         return None
     fig, axes = grid_of(len(panels))
     for ax, (key, some, metric) in zip(axes, panels):
+        note_other_settings([point for point in some if metric in point.values])
         draw_curve_panel(ax, some, metric, bases.get((*key, metric)), metrics)
         ax.set_title(key[0])
     return fig
+
+
+def note_other_settings(points):
+    """Note which settings of a rank the curves of a dataset leave out."""
+    for rank, shown in main_settings(points):
+        settings = {point.setting for point in points if point.rank == rank}
+        if len(settings) == 1:
+            continue
+        # what tells the one that is shown from the others
+        knobs = [knobs_of(setting) for setting in settings]
+        words = []
+        for knob, value in knobs_of(shown).items():
+            if len({other[knob] for other in knobs}) > 1:
+                words.append(f"{knob}={value}")
+        problems[f"{shown.dataset}: of {len(settings)} settings of {method_name(rank)} the curves "
+                 f"show the one with {', '.join(words)}"] = 1
+
+
+def knobs_of(setting):
+    """{knob: value} of a Setting."""
+    return {"lora_alpha": setting.alpha, "lora_targets": setting.targets, **dict(setting.other)}
 
 
 def draw_curve_panel(ax, points, metric, base, metrics):

@@ -9,33 +9,48 @@ from collections import defaultdict
 
 from paper.looks import (CHANCE, OTHERS, grid_of, method_name, name_end, powers_axis, short,
                          style_of, token_ticks)
-from paper.results import number, problems
+from paper.results import number, problems, setting_of
 
 LABELS = {"tok_per_s": "tokens a second", "peak_gb": "peak memory, GB"}
 
 
 # ----------------------------------------------------------------------------- training logs
 def draw_training(all_runs):
-    """Loss of the training steps and its running median, of the longest run of each rank.
+    """Loss of the training steps and its running median: a panel for each dataset, in it the
+    longest run of each rank.
 
     A base that was pretrained beside its finetuned runs is left out: it saw other data."""
     finetuned = [run for run in all_runs if run.config and not run.config.get("scratch")]
-    # of each rank the run that trained on most tokens
-    longest = {}  # {rank: [(tokens, loss)]}
+    # of each dataset and rank the run that trained on most tokens
+    longest = defaultdict(dict)  # {dataset: {rank: [(tokens, loss)]}}
+    left_out = 0
     for run in finetuned or all_runs:
         line = loss_line(run.log)
         if not line:
             continue
+        of_data = longest[setting_of(run).dataset]
         rank = run.config.get("lora_rank") or 0
         tokens, _ = line[-1]
-        if rank not in longest or tokens > longest[rank][-1][0]:
-            longest[rank] = line
+        left_out += rank in of_data
+        if rank not in of_data or tokens > of_data[rank][-1][0]:
+            of_data[rank] = line
     if not longest:
         return None
+    if left_out > 0:
+        problems[f"training loss: the longest run of each rank, without {left_out} others"] = 1
 
-    fig, (ax,) = grid_of(1, height=2.4)
-    for rank, line in sorted(longest.items()):
-        colour = style_of(rank, longest)["color"]
+    fig, axes = grid_of(len(longest), height=2.4)
+    for ax, (dataset, lines) in zip(axes, sorted(longest.items())):
+        draw_losses(ax, lines)
+        if len(longest) > 1:
+            ax.set_title(dataset)
+    return fig
+
+
+def draw_losses(ax, lines):
+    """Each loss and its running median; lines {rank: [(tokens, loss)]}."""
+    for rank, line in sorted(lines.items()):
+        colour = style_of(rank, lines)["color"]
         tokens, losses = zip(*line)
         # the median of a window of a tenth of the run
         width = max(1, len(losses) // 20)
@@ -48,7 +63,6 @@ def draw_training(all_runs):
         name_end(ax, tokens[-1], smooth[-1], method_name(rank), colour)
     token_ticks(ax)
     ax.set(xlabel="tokens", ylabel="training loss")
-    return fig
 
 
 def loss_line(log):

@@ -100,6 +100,16 @@ def test_items_of_an_evaluation_make_an_interval_for_one_seed(tmp_path):
     assert rows["C2", "full - LoRA r=4"][1] == "cannot be told"  # both forgot .1, and the base has no items
 
 
+def test_a_metric_of_an_earlier_checkpoint_is_no_metric_of_the_last(tmp_path):
+    write_run(tmp_path / "a/full", 2.0, 0.1)
+    for step in (4, 10):
+        with open(tmp_path / "a/full/results.jsonl", "a") as file:
+            metric = "loss new" if step == 4 else "gsm8k"
+            file.write(json.dumps({"metric": metric, "value": 1.0, "stderr": 0.1, "step": step}) + "\n")
+    result = run_here("paper/claims.py", f"--runs={tmp_path}/*/*", "--learning=loss new", "--forgetting=loss source")
+    assert result.returncode == 2 and "'loss new' was measured at step 4, not at the last, 10; evaluate" in result.stderr
+
+
 def test_a_run_that_ended_early_is_left_out(tmp_path):
     for name, steps, learned in (("full", 10, 2.0), ("r4", 10, 1.0), ("r16", 8, 3.0)):
         rank = {} if name == "full" else {"lora_rank": int(name[1:])}

@@ -469,13 +469,15 @@ def test_script_as_a_user_runs_it(here, tmp_path):
 """
 
 
-@pytest.mark.parametrize("argv", [["--learnin_rate=1"], ["x.py"], ["gone.py"]])
-def test_script_ends_with_one_line_and_status_2(here, tmp_path, argv):
+@pytest.mark.parametrize("argv, end", [
+    (["--learnin_rate=1"], "nearest is learning_rate"), (["x.py"], "nearest is .*"), (["xx.py"], "directory, nearest is x.py"),
+    (["gone.py"], "gone.py: No such file or directory"), (["-learning_rate=1"], "expected --knob=value or a config file")])
+def test_script_ends_with_one_line_and_status_2(here, tmp_path, argv, end):
     here("sub/train.py", SCRIPT)
     here("x.py", "lr = 1\n")
     done = run_stage("sub/train.py", *argv, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(r"train\.py: error: .*nearest is .*\n", done.stderr), done.stderr
+    assert re.fullmatch(rf"train\.py: error: .*{end}\n", done.stderr), done.stderr
 
 
 def test_only_rank_0_speaks(here, tmp_path):

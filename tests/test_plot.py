@@ -187,6 +187,30 @@ def test_one_run_of_many_checkpoints_is_a_curve_and_val_losses_are_metrics(tmp_p
     assert list(draw_training(both[1:]).axes[0].lines[0].get_ydata()) == [9.0, 9.0, 9.0]
 
 
+def noted():
+    return [problem for problem in problems if not problem.startswith("empty files")]
+
+
+def test_training_losses_have_a_panel_for_each_dataset_and_say_what_is_left_out(tmp_path):
+    problems.clear()
+    for name, data, last in (("a", "data/code", 3), ("b", "data/code", 2), ("c", "data/math", 1)):
+        log = [{"step": s, "tokens": s * 100, "loss": float(last)} for s in range(1, last + 1)]
+        write_run(tmp_path / "runs" / name, log=log, data=data)
+    code, math = draw_training([read_run(tmp_path / "runs" / name) for name in "abc"]).axes
+    assert (code.get_title(), math.get_title()) == ("code", "math")
+    assert list(code.lines[0].get_ydata()) == [3.0, 3.0, 3.0] and list(math.lines[0].get_ydata()) == [1.0]
+    assert noted() == ["training loss: the longest run of each rank, without 1 others"]
+
+
+def test_settings_that_no_curve_shows_are_noted(tmp_path):
+    problems.clear()
+    write_run(tmp_path / "runs/a", ((10, LEARN, 0.1),), lora_rank=4)
+    write_run(tmp_path / "runs/b", ((10, LEARN, 0.2),), lora_rank=4, lora_targets="attention", schedule="constant")
+    points, bases = load(tmp_path / "runs")
+    draw_curves(points, bases, LEARNING, METRICS)
+    assert noted() == ["gsm8k: of 2 settings of LoRA r=4 the curves show the one with lora_targets=all, schedule=cosine"]
+
+
 def test_seeds_become_one_point_with_an_interval(tmp_path):
     for seed, value in ((1, 0.1), (2, 0.2), (3, 0.3)):
         write_run(tmp_path / "runs" / f"s{seed}", ((10, LEARN, value),), seed=seed)

@@ -512,6 +512,7 @@ MISTAKES = {  # name: (knobs, what the message says)
     "turns of prompts": ({"source": "ift.jsonl", "kind": "ift", "train_on_turns": "all"}, "template: expected tulu or llama2"),
     "prompt nowhere": ({"source": "ift.jsonl", "kind": "ift", "template": "{question}", "prompt_field": "q"},
                        "prompt_field: no {prompt} in template="),
+    "a chat": ({"source": "chat.jsonl", "kind": "ift"}, "for the chat in 'messages' say --template=tulu or llama2"),
     "no epochs": ({"source": "a.txt", "paper_epochs": 0}, "paper_epochs: expected 1 or more, found 0"),
 }
 
@@ -520,7 +521,7 @@ MISTAKES = {  # name: (knobs, what the message says)
 def test_mistake(prepare, tmp_path, name):
     knobs, message = MISTAKES[name]
     for file, content in {"a.txt": GOOD, "a.jsonl": GOOD, "a.csv": b"x", "empty.jsonl": b"", "empty.txt": b"",
-                          "blank.txt": b" \n", "a.jsonl.zst": b"x", "latin.txt": b"\xe9t\xe9",
+                          "blank.txt": b" \n", "a.jsonl.zst": b"x", "chat.jsonl": b'{"messages": []}', "latin.txt": b"\xe9t\xe9",
                           "ift.jsonl": b'{"prompt": "p", "response": "r"}'}.items():
         (tmp_path / file).write_bytes(content)
     for folder in ("sub", "other.work"):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, golden, need, run_here, run_stage
+from conftest import ROOT, golden, need, run_here, run_stage, run_warm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -414,6 +414,7 @@ def refused(setting, *more, wanted):
     (["--seed=-1"], "seed must not be negative, found -1"), (["--warmup_steps=-5"], "warmup_steps must not be negative"),
     (["--seq_len=-5"], "seq_len must not be negative"),
     (["--schedule=inv_sqrt", "--t_scale=0"], "t_scale must be positive"), (["--mfu=0"], "mfu must be positive"),
+    (["--out_dir={base}/../data"], "is a folder of data; choose another folder"),
     (["--out_dir={base}"], "is a model's folder, whose config.json would be lost"),
     (["--seq_len=100"], "longer than the model's max_position_embeddings=64"),
     (["--adapter=nowhere"], "adapter_config.json: not found"),
@@ -447,6 +448,19 @@ def test_what_does_not_fit_into_a_run_is_said(setting):
         more = [f"--base={base}", f"--out_dir={folder}/other", "--max_steps=2"]
         result = run_here("train.py", *without(more, knobs), *more)
         assert result.returncode == 2 and message in result.stderr, result.stderr
+
+
+def test_a_run_is_not_resumed_for_fewer_steps_than_it_has_done(setting):
+    """Its config.json stays, which says what plots and claims are of."""
+    folder, knobs = setting
+    run = [*knobs, f"--out_dir={folder}/run"]
+    assert run_warm("train.py", *run, "--max_steps=3").returncode == 0
+    before = (folder / "run/config.json").read_text()
+    result = run_warm("train.py", *run, "--resume=True", "--max_steps=2")
+    assert result.returncode == 2 and "step_3 has done 3 steps, more than the 2 of this run" in result.stderr, result.stderr
+    assert (folder / "run/config.json").read_text() == before
+    result = run_warm("train.py", *run, "--resume=True", "--max_steps=3")
+    assert result.returncode == 0 and "step_3: the run is complete" in result.stdout and "above its start: 0 GB" in result.stdout
 
 
 def break_data(folder, how):
@@ -491,6 +505,9 @@ def test_foreign_checkpoint_and_existing_run_are_refused(setting):
     result = run_here("train.py", *branch, f"--out_dir={folder / 'branch'}", f"--resume_from={folder / 'run/step_1'}", "--max_steps=1")
     assert result.returncode == 2 and "step_1 has done 1 steps, and the run has 1 in all" in result.stderr, result.stderr
     assert not (folder / "branch").exists()
+    # runs are no model to evaluate
+    result = run_here("eval_loss.py", f"--model={folder}", f"--data={folder}/data")
+    assert result.returncode == 2 and "holds runs; give a checkpoint of one of them: run" in result.stderr, result.stderr
     (folder / "run/step_1/state/state.json").write_text("{}")
     result = run_here("train.py", *knobs, *out, "--resume=True", "--max_steps=3")
     assert result.returncode == 2 and "not written by train.py" in result.stderr

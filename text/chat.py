@@ -37,8 +37,8 @@ def chat_encoder(tokenizer, folders, template="", bos=False):
         raise ValueError(f"template: expected {', '.join(CHATS)} or none, found {template!r}")
     found = [source for source in map(template_source, folders) if source]
     if not found:
-        raise ValueError(f"{folders[-1]} has no chat template; say --template={' or '.join(CHATS)}, "
-                         "whichever it was trained with")
+        raise ValueError(f"{folders[-1]} has no chat template; say "
+                         f"--template={' or '.join(CHATS)}, whichever it was trained with")
     try:
         compiled = environment().from_string(found[0])
     except jinja2.TemplateError as e:
@@ -112,7 +112,7 @@ def now(form):
 
 
 def encode_rendered(tokenizer, compiled, messages):
-    """The ids of a conversation in a compiled template; ValueError where it refuses the messages."""
+    """The ids of a conversation in a compiled template; ValueError where that refuses it."""
     # names of special tokens, the longest first; those in messages are guarded
     ids_of = special_names(tokenizer)
     names = sorted(ids_of, key=len, reverse=True)

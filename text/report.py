@@ -167,14 +167,16 @@ def why_no_row(documents, mine, left_out, kind):
     if dropped and left_out.sum() == mine.sum():
         return f"{found}; {AGAINST[max(dropped, key=dropped.get)]}"
     if not others:
-        remedy = "give more text or a smaller seq_len" if mine.any() else "see source and the fields"
-        return f"{found}; {remedy}"
+        if mine.any():
+            return f"{found}; give more text or a smaller seq_len"
+        return f"{found}; see source and the fields"
     if kind == "ift":
         unit = "prompts"
         remedy = "give more prompts or --val_fraction=0"
     else:
         unit = "documents"
-        remedy = "give txt_split or --val_fraction=0"
+        remedy = ("give more of them (txt_split cuts .txt files), another --val_fraction, or "
+                  "--val_fraction=0")
     return f"{found}; {unit} are held out whole, {others} went to the other split: {remedy}"
 
 

@@ -99,6 +99,9 @@ def turns_of(record, job):
     # the prompt or document, as the template has it
     values = {}
     for name, field in job.template_fields.items():
+        if isinstance(record, dict) and field not in record and job.messages_field in record:
+            raise ValueError(f"expected a field {field!r}; for the chat in {job.messages_field!r} "
+                             f"say --template={' or '.join(CHATS)}")
         values[name] = text_of(record, field)
     text = job.template_text.format_map(values)
     if job.kind == "cpt":

@@ -271,7 +271,8 @@ def checkpoint_state(folder, config, defaults, rows, free):
                          "first command, or start another out_dir")
     # an older checkpoint knows the sha256 of train.bin alone
     if data not in (rows.identity, rows.sha256):
-        raise ValueError(f"resume: {folder} was trained on other data than {config['data']}")
+        raise ValueError(f"resume: {folder} was trained on other data than {config['data']}, on "
+                         f"that of {before['data']}; start another out_dir")
     return state
 
 

@@ -38,6 +38,8 @@ def check_knobs(knobs, ranks):
     if not knobs.dry_run and described.exists() and "config" not in read_object(described):
         raise ValueError(f"out_dir: {knobs.out_dir} is a model's folder, whose config.json would "
                          "be lost; choose another folder")
+    if not knobs.dry_run and (Path(knobs.out_dir) / "meta.json").exists():
+        raise ValueError(f"out_dir: {knobs.out_dir} is a folder of data; choose another folder")
     if knobs.resume and knobs.resume_from:
         raise ValueError("resume goes on in out_dir, resume_from starts a new out_dir: "
                          "say one of them")
