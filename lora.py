@@ -225,9 +225,13 @@ def merge_lora(model):
 class Place(NamedTuple):
     """Where a PEFT tensor is in the model: some rows of a parameter, and its first columns."""
     parameter: nn.Parameter
-    first: int     # row
+    row: int       # the first one
     shape: tuple   # rows, and columns of a matrix
     factor: float  # parameter = factor * tensor of the file
+
+    def view(self, tensor):
+        """What the file holds of a tensor in the parameter's shape."""
+        return tensor[self.row:self.row + self.shape[0]][..., :self.shape[-1]]
 
 
 def adapter_tensors(model):
@@ -240,8 +244,7 @@ def adapter_tensors(model):
         A = module.lora_A
         B = module.lora_B
         m = module.lora_magnitude
-        first_of_A = 0
-        first_of_B = 0
+        first_of_A = first_of_B = 0
         for name, (start, end) in zip(module.adapted, module.spans):
             published = f"base_model.model.model.{parent}.{name}"
             rank, _ = module.sizes[name]
@@ -262,15 +265,16 @@ def save_adapter(model, folder, base_name="", get=full_tensor):
     get(parameter) is the tensor to write, by default the parameter's current value. Under FSDP all
     ranks must call this: all gather, rank 0 writes."""
     places = adapter_tensors(model)
-    behind = beginnings(model)
+    pissa_starts = beginnings(model)  # PiSSA's file also has what A and B began as
     tensors = {}
-    for name, (p, first, shape, factor) in places.items():
-        if not factor:
+    for name, place in places.items():
+        p = place.parameter
+        if not place.factor:
             raise ValueError(f"{name}: alpha 0 beside another alpha is merged, but not saved again")
-        part = get(p)[first:first + shape[0]][..., :shape[-1]] / factor
-        if p in behind:
-            begun, axis = behind[p]
-            part = torch.cat([part, begun[first:first + shape[0]].to(part.device)], axis)
+        part = place.view(get(p)) / place.factor
+        if p in pissa_starts:
+            begun, axis = pissa_starts[p]
+            part = torch.cat([part, place.view(begun).to(part.device)], axis)
         tensors[name] = part.to("cpu").contiguous()
     metadata = {"format": "pt", **identity_of(model)}
     if dist.is_initialized() and dist.get_rank() != 0:
@@ -284,7 +288,7 @@ def save_adapter(model, folder, base_name="", get=full_tensor):
             for name, size in module.sizes.items():
                 sizes[f"model.{parent}.{name}"] = size
     lora = dict(model.lora)
-    if behind:
+    if pissa_starts:
         # all are of one size
         lora["rank"], lora["alpha"] = doubled(lora["rank"], lora["alpha"], lora["rslora"])
         sizes = dict.fromkeys(sizes, (lora["rank"], lora["alpha"]))
@@ -346,12 +350,13 @@ def load_adapter_weights(model, folder):
     check_embeddings(folder, where, of_base)
     # collect the tensors of each parameter, then fill it once
     values = {}
-    for name, (p, first, shape, factor) in places.items():
+    for name, place in places.items():
+        p = place.parameter
         tensor = where[name].get_tensor(name)
         check_finite(tensor, folder, name)
         if p not in values:
             values[p] = torch.zeros(p.shape, dtype=p.dtype)
-        values[p][first:first + shape[0]][..., :shape[-1]] = tensor.to(p.dtype) * factor
+        place.view(values[p]).copy_(tensor.to(p.dtype) * place.factor)
     for p, value in values.items():
         fill(p, value)
     return model

@@ -131,7 +131,7 @@ class Attention(nn.Module):
         self.dropout = 0.0  # of probabilities, in training
         self.qkv_proj = projection(config, "qkv_proj")
         self.o_proj = projection(config, "o_proj")
-        self.document_attention = document_attention
+        self.document_attention = document_attention  # compile_blocks leaves it uncompiled
 
     def forward(self, x, cos, sin, docs, cache):
         B, T, _ = x.shape
@@ -143,10 +143,11 @@ class Attention(nn.Module):
             # saved for backward: a view would keep the unrotated q and k alive as well
             v = v.contiguous()
         dropout = self.dropout if self.training else 0.0
-        if cache is not None and not cache.decoding:
+        # one new token per row against the cache, or whole sequences
+        decoding = cache is not None and cache.decoding
+        if cache is not None and not decoding:
             cache.prefill(self.layer, k, v)
-        # one new token a row against the cache, or whole sequences
-        if cache is not None and cache.decoding:
+        if decoding:
             out = cache.attend(self.layer, q, k, v)
         elif docs is None:
             out = causal_attention(q, k, v, dropout)

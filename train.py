@@ -233,35 +233,36 @@ def make_optimizer(model, knobs):
 
 
 # ----------------------------------------------------------------------------- loss
-def backward_batch(model, rows, batch, microbatch, device, loss_norm="token", doc_mask=True, seed=0,
-                   step=0):
+def backward_batch(model, dataset, batch, microbatch, device, loss_norm="token", doc_mask=True,
+                   seed=0, step=0):
     """Accumulate this rank's gradients of one global batch; returns its part of the loss.
 
-    rows: the dataset; batch: indices of its rows. Summed over ranks, these are the batch's gradient
-    and loss. loss_norm 'token': sum of token losses / number of targets in the whole batch, however
-    it is split. 'paper': mean of the microbatches' token means, weighted by rows (composer)."""
-    starts = range(RANK * microbatch, len(batch), WORLD * microbatch)
-    parts = []
+    batch: indices of its rows in the dataset. Summed over ranks, these are the batch's gradient and
+    loss. loss_norm 'token': sum of token losses / number of targets in the whole batch, however it
+    is split. 'paper': mean of the microbatches' token means, weighted by rows (composer)."""
+    offsets = range(RANK * microbatch, len(batch), WORLD * microbatch)
+    microbatches = []
     targets_here = 0
-    for start in starts:
-        parts.append([rows[i] for i in batch[start:start + microbatch]])
-        targets_here += sum(int((targets != IGNORE).sum()) for _, targets, _ in parts[-1])
+    for offset in offsets:
+        rows = [dataset[i] for i in batch[offset:offset + microbatch]]
+        microbatches.append(rows)
+        targets_here += sum(int((targets != IGNORE).sum()) for _, targets, _ in rows)
     targets_in_batch, = all_reduce(targets_here, device=device)
     if not targets_in_batch:
         raise ValueError(f"step {step}: no token of the batch is a target; is the data all masked?")
 
     total = torch.zeros((), device=device)
-    for start, part in zip(starts, parts):
-        tokens, targets, docs = stack(part, device)
+    for offset, rows in zip(offsets, microbatches):
+        tokens, targets, docs = stack(rows, device)
         # the seed of this microbatch's dropout masks: a resumed run draws the same ones
-        dropout_seed = np.random.SeedSequence([seed, step, start]).generate_state(1, np.uint64)[0]
+        dropout_seed = np.random.SeedSequence([seed, step, offset]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(dropout_seed))
         loss = model(tokens, targets, docs if doc_mask else None, reduction="sum")[1]
         if loss_norm == "token":
             loss = loss / targets_in_batch
         else:
-            targets_in_part = int((targets != IGNORE).sum())
-            loss = loss / max(1, targets_in_part) * len(tokens) / len(batch)
+            targets_in_microbatch = int((targets != IGNORE).sum())
+            loss = loss / max(1, targets_in_microbatch) * len(tokens) / len(batch)
         loss.backward()
         total = total + loss.detach()
     return total
@@ -332,9 +333,9 @@ if __name__ == "__main__":
 
         # ---- the model: on meta, without memory; sharded and filled with weights below
         compute_dtype = pick_dtype(dtype, device)
-        saved_adapter = (started_from or adapter) if lora_rank or adapter else ""
+        is_lora = bool(lora_rank or adapter)
+        saved_adapter = (started_from or adapter) if is_lora else ""
         model = make_model(shape, compute_dtype, knobs, saved_adapter)
-        is_lora = hasattr(model, "lora")
 
         # ---- the plan: sharding, memory, time, kernels
         available = memory_gb * 1e9 or device_memory(device)
@@ -356,10 +357,8 @@ if __name__ == "__main__":
         torch.manual_seed(seed)
         if scratch and not started_from:
             model.init_weights(seed)
-        elif started_from and not is_lora:
-            model.load_weights(started_from)
-        else:
-            model.load_weights(base)
+        else:  # a checkpoint of LoRA holds the adapters alone
+            model.load_weights(started_from if started_from and not is_lora else base)
         model.base_identity = identity_of_folder(base)
         if saved_adapter:
             load_trained_adapter(model, saved_adapter, lora_init)

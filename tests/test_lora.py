@@ -27,7 +27,7 @@ CONFIG, ADAPTER, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 # ----------------------------------------------------------------------------- helpers
 def published(model):
     """PEFT tensor name -> that tensor."""
-    return {name: p[first:first + shape[0]] for name, (p, first, shape, _) in adapter_tensors(model).items()}
+    return {name: place.view(place.parameter) for name, place in adapter_tensors(model).items()}
 
 
 def with_adapters(model=None, rank=4, alpha=8, seed=0, **knobs):

@@ -381,13 +381,14 @@ def resume_pissa(model, folder):
     # both halves, stacked as the parameters are
     trained = {}
     begun = {}
-    for name, (p, first, _, _) in places.items():
+    for name, place in places.items():
+        p = place.parameter
         tensor = where[name].get_tensor(name)
         check_finite(tensor, folder, name)
         for values, half in zip((trained, begun), halves(name, tensor)):
             if p not in values:
                 values[p] = torch.empty(p.shape, dtype=p.dtype)
-            values[p][first:first + len(half)] = half
+            place.view(values[p]).copy_(half)
 
     for module in model.modules():
         if isinstance(module, LoRAProjection):
