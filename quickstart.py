@@ -75,6 +75,9 @@ claims = False               # also the runs that paper/claims.py needs; no line
 
 # may differ when it is started again on the same folders
 _free = {'data_dir', 'out_dir', 'lora_ranks', 'steps', 'claims', 'jobs'}
+_of_runs = {'hidden_size', 'intermediate_size', 'layers', 'heads', 'kv_heads', 'base_steps', 'batch',
+            'base_batch', 'base_learning_rate', 'full_learning_rate', 'lora_learning_rate',
+            'eval_rows', 'solve_items', 'seed'}  # the data is the same
 
 
 # ----------------------------------------------------------------------------- the target domain
@@ -450,7 +453,7 @@ if __name__ == "__main__":
         documents = list(islice(documents, max_documents or None))
         data = Path(data_dir)
         out = Path(out_dir)
-        remember_knobs(data, config, free=_free | {"seed"})
+        remember_knobs(data, config, free=_free | _of_runs)
         remember_knobs(out, config, free=_free)
 
         # 1: a model without weights, the tokens of both domains, questions about the source

@@ -6,6 +6,9 @@ For quickstart.py: a base worth forgetting, a Llama with a width of 256 and 4.2M
     mkdir -p data/raw/docs && for f in data/raw/sdists/*.tar.gz; do tar xzf $f -C data/raw/docs --wildcards '*/doc/*' '*/docs/*'; done
     python quickstart.py config/study_base.py        # 45 minutes of one core
     python -m paper.study config/regret_docs.py
+    # the same on a base that was pretrained three times as long, two hours of one core
+    python quickstart.py config/study_base.py --base_steps=2400 --out_dir=out/study_base_long
+    python -m paper.study config/regret_docs.py --base=out/study_base_long/pretraining/step_2400 --out_dir=out/regret_docs_long
 
 The source domain is the documentation of seven packages of Python, 18 MB of reStructuredText: Django, Celery (BSD-3-Clause),
 Sphinx (BSD-2-Clause), SQLAlchemy, Twisted (MIT), Pyramid (BSD-derived) and Docutils (mostly public domain). Nothing of it

@@ -3,6 +3,7 @@ import json
 import random
 import re
 import shlex
+import shutil
 import test
 import unittest
 from pathlib import Path
@@ -45,6 +46,18 @@ def finished(tmp_path_factory):
     done = quickstart(folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     return folder, done.stdout
+
+
+def test_data_serves_bases_of_other_sizes_and_durations(finished, tmp_path):
+    """It is made anew, or refused, only for what it depends on."""
+    shutil.copytree(finished[0] / "data", tmp_path / "data")
+    before = (tmp_path / "data/quickstart/pretrain/train.bin").read_bytes()
+    done = quickstart(tmp_path, base_steps=2, hidden_size=24, steps="")
+    assert done.returncode == 0 and (tmp_path / "out/quickstart/pretraining/step_2").is_dir(), done.stderr
+    assert not [words for script, words in commands(done.stdout) if script == "prepare_data.py"]
+    assert (tmp_path / "data/quickstart/pretrain/train.bin").read_bytes() == before
+    refused = quickstart(tmp_path, vocab_size=401, out_dir="out/other")
+    assert refused.returncode == 2 and "was made with vocab_size=400, not 401; delete it" in refused.stderr, refused.stderr
 
 
 def test_table_and_words_say_what_the_files_say(finished):
