@@ -69,12 +69,12 @@ def test_continued_pretraining_on_stories_in_full(tmp_path):
 
 
 @pytest.mark.parametrize("knobs, wanted", [
-    (dict(), "model is not set"), (dict(model="nowhere"), "nowhere"), (dict(model="{base}", max_new_tokens=600), "max_position"),
+    (dict(), "model is not set"), (dict(model="nowhere"), "nowhere"), (dict(model="{base}", prompt="a b " * 300), "the model's context 512"),
     (dict(model="{base}", temperature=-1), "temperature=-1"), (dict(model="{base}", max_new_tokens=-1), "max_new_tokens=-1"),
     (dict(model="{base}", adapter="nowhere"), "nowhere: no such folder"), (dict(model="{base}", tokenizer="nowhere"), "nowhere")])
 def test_sample_refuses_in_one_line(knobs, wanted):
     base = need("data/stories260k")
-    result = run_here("sample.py", "--prompt=a", *(f"--{k}={v}".format(base=base) for k, v in knobs.items()))
+    result = run_here("sample.py", *["--prompt=a"] * ("prompt" not in knobs), *(f"--{k}={v}".format(base=base) for k, v in knobs.items()))
     *before, line = result.stderr.splitlines()
     assert result.returncode == 2 and wanted in line, result.stderr
     assert all(note.startswith("[") for note in before), result.stderr  # what sample.py says of the tokenizer

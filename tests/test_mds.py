@@ -154,7 +154,7 @@ def test_any_array(ids, dtype, fixed):
     ({"text_field": "text"}, "mds/shard.00000.mds:1: expected a field 'text', found only 'tokens:int32'"),
     ({"text_field": "tokens:int64"}, "mds/shard.00000.mds:1: expected a field 'tokens:int64', found only 'tokens:int32'"),
     ({"bos": True}, "bos: a source of ids (tokens:int32) expects None, found True"),
-    ({"kind": "ift"}, "kind: a source of ids (tokens:int32) expects 'cpt', found 'ift'"),
+    ({"kind": "ift"}, "text_field: expected kind=cpt, found 'tokens:int32'"),
     ({"template": "{text}"}, "template: a source of ids"),
     ({"decontaminate": "mds"}, "decontaminate: a source of ids"),
 ])

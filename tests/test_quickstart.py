@@ -100,7 +100,7 @@ def test_other_knobs_on_the_same_folders_are_refused(finished):
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     done = quickstart(folder, lora_learning_rate=0.5)
     assert done.returncode == 2 and done.stdout == ""
-    assert "data/quickstart was made with lora_learning_rate=" in done.stderr and "not 0.5" in done.stderr
+    assert "out/quickstart was made with lora_learning_rate=" in done.stderr and "not 0.5" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
