@@ -214,7 +214,8 @@ def remember_knobs(folder, config, free):
             raise ValueError(f"{folder} was made with {name}={before.get(name)}, not {value}; "
                              "delete it, or choose other folders")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    if before != kept or not path.exists():
+        path.write_text(text)
 
 
 def write_jsonl(path, records):
