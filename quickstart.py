@@ -75,9 +75,9 @@ claims = False               # also the runs that paper/claims.py needs; no line
 
 # may differ when it is started again on the same folders
 _free = {'data_dir', 'out_dir', 'lora_ranks', 'steps', 'claims', 'jobs'}
-_of_runs = {'hidden_size', 'intermediate_size', 'layers', 'heads', 'kv_heads', 'base_steps', 'batch',
-            'base_batch', 'base_learning_rate', 'full_learning_rate', 'lora_learning_rate',
-            'eval_rows', 'solve_items', 'seed'}  # the data is the same
+_of_runs = {'hidden_size', 'intermediate_size', 'layers', 'heads', 'kv_heads', 'base_steps',
+            'base_batch', 'base_learning_rate', 'batch', 'full_learning_rate', 'eval_rows',
+            'lora_learning_rate', 'solve_items', 'seed'}  # the data does not depend on them
 
 
 # ----------------------------------------------------------------------------- the target domain
