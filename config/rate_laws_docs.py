@@ -14,5 +14,5 @@ _full = 1e-4
 _rules = {
     'fixed': lambda rank: (f'--lora_alpha={2 * rank}', 2e-3 / rank ** 0.5),
     'rslora': lambda rank: ('--lora_alpha=8 --rslora=True', 8e-4 / rank ** 0.2),
-    'zero_a': lambda rank: (f'--lora_alpha={rank} --lora_init=zero_a', 4e-3 / rank ** 0.45)}
+    'zero_a': lambda rank: (f'--lora_alpha={rank} --lora_init=zero_a', 2e-3 / rank ** 0.45)}
 include('rate_laws.py')
