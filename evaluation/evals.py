@@ -160,7 +160,7 @@ def check_folders(judged, base, adapter):
         raise ValueError(f"{judged} is a checkpoint that was never finished")
     # runs, or a run without a step: the user has to choose
     runs = sorted(path.parent.name for path in judged.glob("*/log.jsonl"))
-    if runs:
+    if runs and not ((judged / "config.json").exists() or is_adapter(judged)):
         raise ValueError(f"{judged} holds runs; give a checkpoint of one of them: "
                          f"{', '.join(runs[:8])}")
     steps = sorted(path.name for path in judged.glob("step_*") if path.name[5:].isdigit())

@@ -27,7 +27,7 @@ from paper.claims import (SAME_SIZE, add_row, differences_at_equal_learning, pri
                           verdict)
 from paper.results import (KNOBS, LORA_KNOBS, mean_of_seeds, read_config, setting_of,
                            trained_numbers)
-from paper.sweeps import bests_of_seeds, factor_words, mean_factor, swept
+from paper.sweeps import bests_of_seeds, factor_words, mean_factor
 from runtime import one_line_errors
 
 # -----------------------------------------------------------------------------
@@ -99,12 +99,11 @@ def read_sweeps(folders, learning, forgetting):
         by_rate[measured.rate] = measured
     sweeps = {}
     for family, of_seeds in found.items():
-        runs = {seed: of_seeds[seed] for seed in sorted(of_seeds)}
-        losses = [losses_at_end(by_rate, learning) for by_rate in runs.values()]
-        if max(map(len, losses)) > 1:
-            # a seed of one rate repeats what the others have found
-            runs = {seed: by_rate for seed, by_rate in runs.items() if len(by_rate) > 1}
-            bests = bests_of_seeds(swept(losses))
+        # a seed of one rate repeats what the others have found
+        runs = {seed: of_seeds[seed] for seed in sorted(of_seeds) if len(of_seeds[seed]) > 1}
+        if runs:
+            losses = [losses_at_end(by_rate, learning) for by_rate in runs.values()]
+            bests = bests_of_seeds(losses)
             sweeps[family] = Sweep(runs, bests and dict(zip(runs, bests)))
     return sweeps
 

@@ -182,6 +182,12 @@ def test_blanks_around_special_tokens_are_those_of_transformers(tmp_path, templa
     assert chat_encoder(load_tokenizer(tmp_path), [tmp_path])(TALK[1:]) == expected
 
 
+def test_a_broken_template_is_named_by_its_folder(tmp_path):
+    (tmp_path / "chat_template.jinja").write_text("{% if %}")
+    with pytest.raises(ValueError, match=f"{tmp_path}: its chat template cannot be read"):
+        chat_encoder(load_tokenizer(need("data/stories260k")), [tmp_path, need("data/smollm2-135m-instruct")])
+
+
 def test_the_adapters_own_template_comes_first(tmp_path):
     base = need("data/smollm2-135m-instruct")
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}!")

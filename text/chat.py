@@ -35,14 +35,17 @@ def chat_encoder(tokenizer, folders, template="", bos=False):
         return partial(encode_turns, tokenizer, template, bos)
     if template:
         raise ValueError(f"template: expected {', '.join(CHATS)} or none, found {template!r}")
-    found = [source for source in map(template_source, folders) if source]
-    if not found:
+    for folder in folders:
+        source = template_source(folder)
+        if source:
+            break
+    else:
         raise ValueError(f"{folders[-1]} has no chat template; say "
                          f"--template={' or '.join(CHATS)}, whichever it was trained with")
     try:
-        compiled = environment().from_string(found[0])
+        compiled = environment().from_string(source)
     except jinja2.TemplateError as e:
-        raise ValueError(f"{folders[-1]}: its chat template cannot be read: {e}") from None
+        raise ValueError(f"{folder}: its chat template cannot be read: {e}") from None
     return partial(encode_rendered, tokenizer, compiled)
 
 

@@ -39,7 +39,7 @@ def show_document(folder, name, meta, tok, which, most=4000, longest=800):
         mask = np.fromfile(mask_path, np.int8, len(ids), offset=start)
 
     # runs: of equal mask, and a BOS or EOS by itself
-    marks = {tok.eos_id: "<EOS>", tok.bos_id: "<BOS>"}
+    marks = {tok.bos_id: "<BOS>", tok.eos_id: "<EOS>"}  # one id for both is EOS, but in front
     borders = {0, len(ids), *(np.flatnonzero(np.diff(mask)) + 1).tolist()}
     for place, i in enumerate(ids):
         if i in marks:
@@ -49,7 +49,10 @@ def show_document(folder, name, meta, tok, which, most=4000, longest=800):
     text_before = ""
     for first, end_of_run in itertools.pairwise(sorted(borders)):
         text = tok.decode([i for i in ids[:end_of_run] if i not in marks])
-        texts.append((mask[first], marks.get(ids[first], text[len(text_before):])))
+        piece = marks.get(ids[first], text[len(text_before):])
+        if first == 0 and ids[0] == tok.bos_id:
+            piece = "<BOS>"
+        texts.append((mask[first], piece))
         text_before = text
     shown = ""
     for learned, runs in itertools.groupby(texts, key=lambda run: run[0]):
