@@ -21,6 +21,7 @@ import prepare_data
 from configurator import configure
 from text.packing import auto_ratio, pack_first_fit, pack_no_wrap, pack_paper, packed_share
 from text.records import CHUNK, array_items, expand, from_hub, parse, read_records, split_text, unescape
+from text.report import show_document
 from text.templates import tulu_turns
 from text.tokenizer import load_tokenizer
 
@@ -490,6 +491,18 @@ def test_examples_show_the_ends_of_long_texts_and_tokens_between_turns(prepare, 
     status, out, err = prepare(source="b.jsonl", kind="ift", seq_len=128, template="llama2", anew=True)
     shown = r"\[<BOS>\[INST\] Hi \[/INST\] +Hello <EOS><BOS> ?\[INST\] Bye \[/INST\]\]« +See you <EOS>»"
     assert re.search(shown, out), out + err
+
+
+def test_one_token_for_begin_and_end_is_shown_as_what_it_is(tmp_path):
+    np.array([5, 97, 98, 5, 99], "<u2").tofile(tmp_path / "train.bin")
+    np.array([0], "<u8").tofile(tmp_path / "train.docs.bin")
+    tok = SimpleNamespace(bos_id=5, eos_id=5, decode=lambda ids: bytes(ids).decode())
+    assert show_document(tmp_path, "train", {"dtype": "uint16"}, tok, 0) == "«<BOS>ab<EOS>c»"
+
+
+def test_lines_of_ndjson_are_records(tmp_path):
+    (tmp_path / "a.ndjson").write_text('{"text": "x"}\n{"text": "y"}\n')
+    assert records_in(tmp_path / "a.ndjson") == [(1, {"text": "x"}), (2, {"text": "y"})]
 
 
 def test_a_binary_column_hides_no_missing_field(tmp_path):

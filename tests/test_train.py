@@ -22,6 +22,7 @@ from warm import Warm
 import lion
 import train
 from configurator import default_values
+from evaluation.evals import find_model
 from training.checkpoint import checkpoints, save_checkpoint
 from training.checks import check_first_step, check_optimizer_state
 from training.rows import TokenRows
@@ -508,6 +509,10 @@ def test_foreign_checkpoint_and_existing_run_are_refused(setting):
     # runs are no model to evaluate
     result = run_here("eval_loss.py", f"--model={folder}", f"--data={folder}/data")
     assert result.returncode == 2 and "holds runs; give a checkpoint of one of them: run" in result.stderr, result.stderr
+    # but a model is, though runs lie in its folder
+    (folder / "base/run").mkdir()
+    (folder / "base/run/log.jsonl").touch()
+    assert find_model(str(folder / "base")) == (folder / "base", str(folder / "base"), "")
     (folder / "run/step_1/state/state.json").write_text("{}")
     result = run_here("train.py", *knobs, *out, "--resume=True", "--max_steps=3")
     assert result.returncode == 2 and "not written by train.py" in result.stderr
