@@ -37,7 +37,7 @@ def draw_training(all_runs):
     if not longest:
         return None
     if left_out > 0:
-        problems[f"training loss: the longest run of each rank, without {left_out} others"] = 1
+        problems[f"training loss: the longest run of each rank; runs left out: {left_out}"] = 1
 
     fig, axes = grid_of(len(longest), height=2.4)
     for ax, (dataset, lines) in zip(axes, sorted(longest.items())):

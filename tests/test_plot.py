@@ -199,7 +199,7 @@ def test_training_losses_have_a_panel_for_each_dataset_and_say_what_is_left_out(
     code, math = draw_training([read_run(tmp_path / "runs" / name) for name in "abc"]).axes
     assert (code.get_title(), math.get_title()) == ("code", "math")
     assert list(code.lines[0].get_ydata()) == [3.0, 3.0, 3.0] and list(math.lines[0].get_ydata()) == [1.0]
-    assert noted() == ["training loss: the longest run of each rank, without 1 others"]
+    assert noted() == ["training loss: the longest run of each rank; runs left out: 1"]
 
 
 def test_settings_that_no_curve_shows_are_noted(tmp_path):
