@@ -48,6 +48,7 @@ import numpy as np
 
 from configurator import configure, knob_table
 from runtime import ROOT, one_line_errors
+from text.chat import OwnTemplate
 from text.encode import make_encoder
 from text.packing import pack_best_fit, pack_no_wrap, pack_paper, write_rows
 from text.records import describe, eval_ngrams, expand, is_contaminated, parse, text_of, unescape
@@ -56,7 +57,7 @@ from text.report import (choose_bos_and_eos, examples_of, inspect_folder, print_
 from text.shards import (DOCUMENT, WHY, checksums, encode_blocks, file_sha256, hashes,
                          leave_out_repeated, leave_out_unsampled, place_of, processes_for,
                          read_tables, write_stream, written_whole)
-from text.templates import CHATS, read_template, turns_of
+from text.templates import OF_MESSAGES, OWN, fields_of, turns_of
 from text.tokenizer import load_tokenizer
 
 # -----------------------------------------------------------------------------
@@ -69,9 +70,10 @@ kind = 'cpt'                 # 'cpt' = documents as one stream | 'ift' = prompts
 text_field = 'text'          # cpt: the document's field; 'tokens:int32' = a column of ids in MDS
 prompt_field = 'prompt'      # ift: the field that holds the prompt
 response_field = 'response'  # ift: the field that holds the response
-messages_field = 'messages'  # ift, chat template: the field with the turns, [{"role", "content"}]
+messages_field = 'messages'  # ift, a chat: [{"role", "content"}]; '' = prompt_field, response_field
 template = 'none'            # around the prompt: none | alpaca | magicoder, or your own text with
-                             # {fields} of the record; for messages: tulu | llama2; '' = no prompt
+                             # {fields} of the record; '' = no prompt. Of a chat: chat_template =
+                             # the one in the tokenizer's folder | tulu | llama2
 response_prefix = ''         # ift: before a response; ' ' for byte-level BPE, '' for sentencepiece
 suffixes = ('.py',)          # which files of a folder are documents
 txt_split = ''               # separates documents in a .txt, such as '\n\n'; '' = the file is one
@@ -151,15 +153,19 @@ def check_knobs(config):
         refuse("prompt_field", "kind=ift")
     if k.kind == "ift" and k.text_field != "text":
         refuse("text_field", "kind=cpt")
-    if k.template in CHATS and k.response_prefix:
+    of_chats = k.template in OF_MESSAGES
+    if of_chats and k.response_prefix:
         refuse("response_prefix", f"none with --template={k.template}, which has its own")
-    if k.template not in CHATS and (k.messages_field, k.train_on_turns) != ("messages", "last"):
-        refuse("template", f"{' or '.join(CHATS)}, for messages_field and train_on_turns")
+    if not of_chats and (k.messages_field, k.train_on_turns) != ("messages", "last"):
+        refuse("template", f"{' or '.join(OF_MESSAGES)}, for messages_field and train_on_turns")
+    of_pairs = (k.prompt_field, k.response_field) != ("prompt", "response")
+    if of_chats and of_pairs and k.messages_field:
+        refuse("messages_field", "'' with prompt_field or response_field")
     if k.paper_epochs > 1 and k.packing != "paper":
         refuse("paper_epochs", "packing=paper, or 1")
     if k.train_on_prompt_from and not k.train_on_prompt:
         refuse("train_on_prompt_from", "--train_on_prompt=True, or 0")
-    if k.template in CHATS and k.kind != "ift":
+    if of_chats and k.kind != "ift":
         refuse("template", "kind=ift with messages")
     if k.template == "" and (k.kind != "ift" or k.val_fraction):
         refuse("template", "one; none at all needs kind=ift and --val_fraction=0")
@@ -184,21 +190,12 @@ def plan_job(config, tok):
     job.eos_bytes = np.array(tok.eos_id, job.dtype).tobytes() if job.add_eos else b""
     job.pad = tok.eos_id or 0
 
-    # the fields of a record that are read: those of the template, and more
-    if job.template in CHATS:
-        job.fields = [job.messages_field]
-    else:
-        prompt = job.text_field if job.kind == "cpt" else job.prompt_field
-        job.template_text, job.template_fields = read_template(job.template, prompt)
-        if job.kind == "ift" and "prompt" in job.template_fields:
-            job.template_fields["prompt"] = job.prompt_field
-        job.fields = list(job.template_fields.values())
-        if job.kind == "ift":
-            if job.prompt_field not in ("prompt", *job.fields):
-                raise ValueError(f"prompt_field: no {{prompt}} in template={job.template!r}")
-            if job.response_field in job.fields:
-                raise ValueError(f"template: it holds {{{job.response_field}}}, the response_field")
-            job.fields.append(job.response_field)
+    # a model's own chat template; the fields of a record that are read
+    job.chat = None
+    if job.template == OWN:
+        job.chat = OwnTemplate(tok, [job.tokenizer], with_date=False)
+        job.encode = bytes  # it makes ids itself
+    job.fields = fields_of(job)
     if job.id_field:
         job.fields.append(job.id_field)
     return job
@@ -255,7 +252,9 @@ def encode_document(job, turns):
     bos_each = job.template == "llama2"
     learn_all = job.train_on_turns == "all"
     prompt_from = job.train_on_prompt_from if job.train_on_prompt else None
-    ids, mask, why = encode_turns(job.encode, turns, job.seq_len, job.bos_bytes, job.eos_bytes,
+    # a model's own template is encoded as a whole: its parts are ids already
+    parts = job.chat.encode_learned(turns, job.dtype) if job.chat else turns
+    ids, mask, why = encode_turns(job.encode, parts, job.seq_len, job.bos_bytes, job.eos_bytes,
                                   itemsize, bos_each, learn_all, prompt_from)
     length = len(ids) // itemsize
     if job.kind == "ift":
@@ -414,6 +413,7 @@ if __name__ == "__main__":
             "source": entries,
             "evals": [found.sha256() for found in evals],
             "tokenizer": tok.sha256,
+            "chat_template": job.chat.source if job.chat else "",
             "versions": versions,
             "code": [file_sha256(path) for path in code]}
 

@@ -269,7 +269,7 @@ def test_large_vocabulary_takes_four_bytes(prepare, tmp_path, monkeypatch):
     """Ids above 65,535 survive; the vocabulary is a stub, since a real one of that size takes long to train."""
     class Wide:
         vocab_size, bos_id, eos_id, sha256, name = 70000, 69998, 69999, "0" * 64, "wide"
-        adds_bos, notes = True, []
+        adds_bos, notes, special_ids = True, [], {}
         decode = staticmethod(lambda ids: "".join(chr(i - 66000) for i in ids))
 
         @staticmethod
@@ -508,11 +508,11 @@ MISTAKES = {  # name: (knobs, what the message says)
     "documents of prompts": ({"source": "ift.jsonl", "kind": "ift", "text_field": "prompt"}, "text_field: expected kind=cpt"),
     "prefix of messages": ({"source": "ift.jsonl", "kind": "ift", "template": "tulu", "response_prefix": "x"},
                            "response_prefix: expected none with --template=tulu"),
-    "messages of prompts": ({"source": "ift.jsonl", "kind": "ift", "messages_field": "turns"}, "template: expected tulu or llama2"),
-    "turns of prompts": ({"source": "ift.jsonl", "kind": "ift", "train_on_turns": "all"}, "template: expected tulu or llama2"),
+    "messages of prompts": ({"source": "ift.jsonl", "kind": "ift", "messages_field": "turns"}, "template: expected chat_template or tulu or llama2"),
+    "turns of prompts": ({"source": "ift.jsonl", "kind": "ift", "train_on_turns": "all"}, "template: expected chat_template or tulu or llama2"),
     "prompt nowhere": ({"source": "ift.jsonl", "kind": "ift", "template": "{question}", "prompt_field": "q"},
                        "prompt_field: no {prompt} in template="),
-    "a chat": ({"source": "chat.jsonl", "kind": "ift"}, "for the chat in 'messages' say --template=tulu or llama2"),
+    "a chat": ({"source": "chat.jsonl", "kind": "ift"}, "for the chat in 'messages' say --template=chat_template or tulu or llama2"),
     "no epochs": ({"source": "a.txt", "paper_epochs": 0}, "paper_epochs: expected 1 or more, found 0"),
 }
 
@@ -593,5 +593,5 @@ def test_templates():
     assert read_template(r"Q: {q}\n{{x}} {a}", "p") == ("Q: {q}\n{{x}} {a}", {"q": "q", "a": "a"})
     assert read_template("none", "p") == ("{prompt}", {"prompt": "p"}) and read_template("", "p") == ("", {})
     for wrong in ("no field", " ", "{}", "{0}", "{q.x}", "{q[0]}", "{q", "{q:d}", "alpacca"):
-        with pytest.raises(ValueError, match="template: expected none, alpaca, magicoder, tulu, llama2, or a text"):
+        with pytest.raises(ValueError, match="template: expected none, alpaca, magicoder, chat_template, tulu, llama2, or a text"):
             read_template(wrong, "p")

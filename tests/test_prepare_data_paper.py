@@ -496,7 +496,7 @@ def test_examples_show_the_ends_of_long_texts_and_tokens_between_turns(prepare, 
 def test_one_token_for_begin_and_end_is_shown_as_what_it_is(tmp_path):
     np.array([5, 97, 98, 5, 99], "<u2").tofile(tmp_path / "train.bin")
     np.array([0], "<u8").tofile(tmp_path / "train.docs.bin")
-    tok = SimpleNamespace(bos_id=5, eos_id=5, decode=lambda ids: bytes(ids).decode())
+    tok = SimpleNamespace(bos_id=5, eos_id=5, special_ids={}, decode=lambda ids: bytes(ids).decode())
     assert show_document(tmp_path, "train", {"dtype": "uint16"}, tok, 0) == "«<BOS>ab<EOS>c»"
 
 

@@ -4,11 +4,15 @@ A conversation as the ids that a chat model reads: in its own template, or in on
     encode = chat_encoder(tokenizer, ["models/smollm2"])
     encode([("user", "Hi")])  ->  ids of <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n
 
+    OwnTemplate(tokenizer, folders).turns([("user", "Hi"), ("assistant", "Hello")])
+        ->  [("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "Hello<|im_end|>")]
+
 A model's own template is chat_template.jinja in its folder, or chat_template in its
 tokenizer_config.json. It is rendered as transformers renders it, in Jinja's sandbox. Special tokens
 that the template names become their ids; in what somebody said their names stay text, where
 transformers makes ids of them, so that no message can end itself or speak for another role.
 """
+import itertools
 import json
 import re
 from datetime import datetime
@@ -16,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import jinja2
+import numpy as np
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -35,18 +40,7 @@ def chat_encoder(tokenizer, folders, template="", bos=False):
         return partial(encode_turns, tokenizer, template, bos)
     if template:
         raise ValueError(f"template: expected {', '.join(CHATS)} or none, found {template!r}")
-    for folder in folders:
-        source = template_source(folder)
-        if source:
-            break
-    else:
-        raise ValueError(f"{folders[-1]} has no chat template; say "
-                         f"--template={' or '.join(CHATS)}, whichever it was trained with")
-    try:
-        compiled = environment().from_string(source)
-    except jinja2.TemplateError as e:
-        raise ValueError(f"{folder}: its chat template cannot be read: {e}") from None
-    return partial(encode_rendered, tokenizer, compiled)
+    return OwnTemplate(tokenizer, folders).encode_prompt
 
 
 # ----------------------------------------------------------------------------- ours
@@ -64,6 +58,107 @@ def encode_turns(tokenizer, template, bos, messages):
 
 
 # ----------------------------------------------------------------------------- the model's own
+class OwnTemplate:
+    """The first chat template of some folders, with the tokenizer whose special tokens it names.
+
+    with_date: as transformers, let it write today's date; without, the same messages have the same
+    ids tomorrow. Raises ValueError where there is no template, or it cannot be read."""
+
+    def __init__(self, tokenizer, folders, with_date=True):
+        for folder in folders:
+            self.source = template_source(folder)
+            if self.source:
+                break
+        else:
+            raise ValueError(f"{folders[-1]} has no chat template; say "
+                             f"--template={' or '.join(CHATS)}, whichever it was trained with")
+        try:
+            self.compiled = environment(with_date).from_string(self.source)
+        except jinja2.TemplateError as e:
+            raise ValueError(f"{folder}: its chat template cannot be read: {e}") from None
+        self.tokenizer = tokenizer
+        # names of special tokens, the longest first
+        self.ids_of = special_names(tokenizer)
+        names = sorted(self.ids_of, key=len, reverse=True)
+        self.names = re.compile("|".join(map(re.escape, names)) or "(?!)")
+
+    def render(self, messages, add_generation_prompt):
+        """The text of a conversation, in which names of special tokens that somebody said are
+        guarded; ValueError where the template refuses it."""
+        said = []
+        for role, content in messages:
+            said.append({"role": role, "content": self.names.sub(guarded, content)})
+        name_of = {i: name for name, i in self.ids_of.items()}
+        try:
+            return self.compiled.render(messages=said, tools=None, documents=None,
+                                        add_generation_prompt=add_generation_prompt,
+                                        bos_token=name_of.get(self.tokenizer.bos_id, ""),
+                                        eos_token=name_of.get(self.tokenizer.eos_id, ""))
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
+            raise ValueError(f"the chat template refuses these messages: {e}") from None
+
+    def encode(self, text):
+        """The ids of a text as rendered."""
+        # special tokens, and the texts between them as they were before they were guarded
+        texts = [part.replace(GUARD, "") for part in self.names.split(text)]
+        special_ids = [self.ids_of[name] for name in self.names.findall(text)]
+        return encode_between(self.tokenizer, texts, special_ids)
+
+    def encode_prompt(self, messages):
+        """The ids of the prompt for an answer to the last of these messages, a user's."""
+        return self.encode(self.render(messages, add_generation_prompt=True))
+
+    # ------------------------------------------------------------- to learn from
+    def turns(self, messages, learn_all=False):
+        """Messages that end with a response -> [(read, learned)], texts as rendered.
+
+        One pair for the last response, or for each (learn_all); an empty one stays empty. It ends
+        with its special token, and what follows that in the template is read by the next turn."""
+        turns = []
+        done = ""
+        for place, (role, content) in enumerate(messages):
+            is_last = place == len(messages) - 1
+            if role != "assistant" or not (learn_all or is_last):
+                continue
+            before = self.render(messages[:place], add_generation_prompt=True)
+            after = self.render(messages[:place + 1], add_generation_prompt=False)
+            if not before.startswith(done) or not after.startswith(before):
+                raise ValueError("the chat template writes earlier messages differently once there "
+                                 "are more; --train_on_turns=last learns the last one alone")
+            ends = [found.end() for found in self.names.finditer(after, len(before))]
+            if not ends:
+                raise ValueError("the chat template puts no special token behind a response, so "
+                                 "that nothing would say where to stop")
+            learned = after[len(before):ends[-1]]
+            turns.append((before[len(done):], learned if content.strip() else ""))
+            done = before + learned
+        return turns
+
+    def encode_learned(self, turns, dtype):
+        """[(read, learned)] -> the same as bytes of ids, together those of the whole text.
+
+        A token that reaches from one text into the next belongs to the second."""
+        texts = [text for turn in turns for text in turn]
+        ids = self.encode("".join(texts))
+        borders = [0]
+        for count in range(1, len(texts)):
+            borders.append(common_start(self.encode("".join(texts[:count])), ids))
+        pieces = []
+        for begin, end in itertools.pairwise([*borders, len(ids)]):
+            pieces.append(np.array(ids[begin:end], dtype).tobytes())
+        return list(zip(pieces[::2], pieces[1::2]))
+
+
+def common_start(first, second):
+    """How many ids two lists begin with in common."""
+    count = 0
+    for a, b in zip(first, second):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
 def template_source(folder):
     """The text of a folder's chat template, or of the folder that a file is in; '' without one."""
     folder = Path(folder)
@@ -91,13 +186,14 @@ class Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def environment():
-    """Jinja as transformers sets it up for chat templates."""
+def environment(with_date):
+    """Jinja as transformers sets it up for chat templates, which always has the date."""
     made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                          extensions=[loopcontrols, Generation])
     made.filters["tojson"] = to_json
     made.globals["raise_exception"] = refuse
-    made.globals["strftime_now"] = now
+    if with_date:
+        made.globals["strftime_now"] = now
     return made
 
 
@@ -112,29 +208,6 @@ def refuse(message):
 
 def now(form):
     return datetime.now().strftime(form)
-
-
-def encode_rendered(tokenizer, compiled, messages):
-    """The ids of a conversation in a compiled template; ValueError where that refuses it."""
-    # names of special tokens, the longest first; those in messages are guarded
-    ids_of = special_names(tokenizer)
-    names = sorted(ids_of, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, names)) or "(?!)")
-    said = []
-    for role, content in messages:
-        said.append({"role": role, "content": pattern.sub(guarded, content)})
-    name_of = {i: name for name, i in ids_of.items()}
-    try:
-        text = compiled.render(messages=said, tools=None, documents=None,
-                               add_generation_prompt=True,
-                               bos_token=name_of.get(tokenizer.bos_id, ""),
-                               eos_token=name_of.get(tokenizer.eos_id, ""))
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as e:
-        raise ValueError(f"the chat template refuses these messages: {e}") from None
-
-    # special tokens, and the texts between them as they were before they were guarded
-    texts = [part.replace(GUARD, "") for part in pattern.split(text)]
-    return encode_between(tokenizer, texts, [ids_of[name] for name in pattern.findall(text)])
 
 
 def encode_between(tokenizer, texts, special_ids):

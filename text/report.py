@@ -13,6 +13,7 @@ import numpy as np
 from runtime import read_object
 from text.mds import holds_ids
 from text.shards import WHY, file_sha256
+from text.templates import OWN
 
 # what to do where a split's documents are all dropped, by the reason
 AGAINST = {"empty": "see source and the fields", "no room": "give a larger seq_len",
@@ -38,8 +39,9 @@ def show_document(folder, name, meta, tok, which, most=4000, longest=800):
     if mask_path.exists():
         mask = np.fromfile(mask_path, np.int8, len(ids), offset=start)
 
-    # runs: of equal mask, and a BOS or EOS by itself
-    marks = {tok.bos_id: "<BOS>", tok.eos_id: "<EOS>"}  # one id for both is EOS, but in front
+    # runs: of equal mask, and a special token by itself
+    marks = {i: name for name, i in tok.special_ids.items()}
+    marks |= {tok.bos_id: "<BOS>", tok.eos_id: "<EOS>"}  # one id for both is EOS, but in front
     borders = {0, len(ids), *(np.flatnonzero(np.diff(mask)) + 1).tolist()}
     for place, i in enumerate(ids):
         if i in marks:
@@ -139,6 +141,12 @@ def choose_bos_and_eos(config, tok):
         config["bos"] = config["add_eos"] = False
         print(f"tokenizer: {tok.name}; documents are ids that stay as they are: no BOS or EOS is "
               "added")
+        return
+    if config["template"] == OWN:
+        if config["bos"]:
+            raise ValueError(f"bos: --template={OWN} says itself where BOS stands, found True")
+        config["bos"] = config["add_eos"] = False
+        print(f"tokenizer: {tok.name}; special tokens are where its chat template puts them")
         return
     # as the knob says, or the tokenizer does
     if config["double_bos"]:

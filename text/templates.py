@@ -63,6 +63,9 @@ def llama2_turns(messages):
 
 # by the name that --template gives
 CHATS = {"tulu": tulu_turns, "llama2": llama2_turns}
+OWN = "chat_template"  # the one in the tokenizer's folder, see text/chat.py
+OF_MESSAGES = (OWN, *CHATS)
+
 
 def read_template(template, prompt_field):
     """
@@ -83,10 +86,35 @@ def read_template(template, prompt_field):
     except (ValueError, LookupError, AttributeError, TypeError):
         fields = []
     if not fields or "" in fields:
-        known = ", ".join([*TEMPLATES, *CHATS])
+        known = ", ".join([*TEMPLATES, *OF_MESSAGES])
         raise ValueError(f"template: expected {known}, or a text with fields such as {{question}} "
                          f"and other braces doubled; found {template!r}")
     return text, dict(zip(fields, fields))
+
+
+def fields_of(job):
+    """
+    The fields of a record that are read; sets job.template_text and job.template_fields.
+
+    ValueError for a template that does not go with the other knobs.
+    """
+    if job.template in OF_MESSAGES:
+        if job.messages_field:
+            return [job.messages_field]
+        return [job.prompt_field, job.response_field]
+    prompt = job.text_field if job.kind == "cpt" else job.prompt_field
+    job.template_text, job.template_fields = read_template(job.template, prompt)
+    if job.kind == "cpt":
+        return list(job.template_fields.values())
+    # the user's own text may have a {prompt} as well
+    if "prompt" in job.template_fields:
+        job.template_fields["prompt"] = job.prompt_field
+    fields = list(job.template_fields.values())
+    if job.prompt_field not in ("prompt", *fields):
+        raise ValueError(f"prompt_field: no {{prompt}} in template={job.template!r}")
+    if job.response_field in fields:
+        raise ValueError(f"template: it holds {{{job.response_field}}}, the response_field")
+    return [*fields, job.response_field]
 
 
 def turns_of(record, job):
@@ -94,14 +122,21 @@ def turns_of(record, job):
     A record -> [(what is only read, what is learned)]: one pair, of a chat one a response, of cpt
     [("", document)]. ValueError says which field is missing or wrong.
     """
-    if job.template in CHATS:
-        return CHATS[job.template](messages_of(record, job.messages_field))
+    if job.template in OF_MESSAGES:
+        if job.messages_field:
+            messages = messages_of(record, job.messages_field)
+        else:
+            prompt = text_of(record, job.prompt_field)
+            messages = [("user", prompt), ("assistant", text_of(record, job.response_field))]
+        if job.chat:
+            return job.chat.turns(messages, learn_all=job.train_on_turns == "all")
+        return CHATS[job.template](messages)
     # the prompt or document, as the template has it
     values = {}
     for name, field in job.template_fields.items():
         if isinstance(record, dict) and field not in record and job.messages_field in record:
             raise ValueError(f"expected a field {field!r}; for the chat in {job.messages_field!r} "
-                             f"say --template={' or '.join(CHATS)}")
+                             f"say --template={' or '.join(OF_MESSAGES)}")
         values[name] = text_of(record, field)
     text = job.template_text.format_map(values)
     if job.kind == "cpt":
