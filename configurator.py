@@ -109,10 +109,14 @@ def fail(message):
     raise SystemExit(2)
 
 
-def nearest(name, names, cutoff=0):
-    """The end of an error about a name that is not among `names`: the closest one."""
-    matches = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
-    return f", nearest is {matches[0]}" if matches else ""
+def nearest(name, names):
+    """The end of an error about a name that is not among `names`: the closest, if any is close."""
+    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    for other in [] if matches else names:  # lr is learning_rate, batch_size global_batch
+        is_short = len(name) > 1 and name == "".join(word[:1] for word in other.split("_"))
+        if is_short or set(name.split("_")) & set(other.split("_")):
+            matches.append(other)
+    return f", nearest is {' or '.join(matches[:2])}" if matches else ""
 
 
 # ----------------------------------------------------------------------------- the script's head
@@ -164,7 +168,7 @@ def split_argv(argv, knobs):
         # --name=text or --name text
         name, equals, text = arg[2:].partition("=")
         if name not in knobs:
-            fail(f"{arg}: no such knob{nearest(name, knobs)}")
+            fail(f"{arg}: no such knob{nearest(name, knobs) or '; --help lists them'}")
         if not equals:
             text = next(args, "--")
             if text.startswith("--"):
@@ -240,7 +244,7 @@ def run_file(path, config, given, knobs):
         if path.startswith("-"):
             fail(f"{path}: expected --knob=value or a config file")
         likely = [*map(str, Path(path).parent.glob("*.py")), *(f"--{name}" for name in knobs)]
-        fail(f"config file {path}: {error.strerror}{nearest(path, likely, 0.6)}")
+        fail(f"config file {path}: {error.strerror}{nearest(path, likely)}")
     seen = {**config, **given}
     names = FileNames(path, seen, given)
     try:

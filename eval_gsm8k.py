@@ -201,8 +201,7 @@ if __name__ == "__main__":
         if room < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the "
                              f"model's context of {context}")
-        prompts = make_prompts(questions, train, drawn, subject.tokenizer, bos, room,
-                               harness)
+        prompts = make_prompts(questions, train, drawn, subject.tokenizer, bos, room, harness)
         print_prompts(prompts, shots, bos, subject.tokenizer)
 
         # the answers and their scores

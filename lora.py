@@ -29,8 +29,7 @@ from llama.folder import carry_files
 from llama.identity import identity_of
 from llama.lora_matmul import adapter_parts, lora_matmul
 from llama.pissa import beginnings, doubled, start_as_principal
-from llama.weights import (GROUPS, PROJECTIONS, check_finite, fill, full_tensor,
-                           write_safetensors)
+from llama.weights import (GROUPS, PROJECTIONS, check_finite, fill, full_tensor, write_safetensors)
 from model import Llama, Projection
 
 # ----------------------------------------------------------------------------- knobs of the script

@@ -466,5 +466,4 @@ if __name__ == "__main__":
 
         print_report(meta)
         print(f"tokenized {text_mb:,.1f} MB of text in {seconds:,.1f} s with {processes} "
-              f"processes: {text_mb / seconds:.1f} MB/s")
-        print(f"-> {out_dir}")
+              f"processes: {text_mb / seconds:.1f} MB/s\n-> {out_dir}")

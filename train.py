@@ -40,8 +40,7 @@ from runtime import (LOCAL_WORLD, RANK, WORLD, catch_stop_signals, device_memory
                      pick_device, pick_dtype, print0, versions)
 from training.checkpoint import (checkpoint_state, checkpoints, load_optimizer,
                                  load_trained_adapter, lock, newest_checkpoint, save_checkpoint)
-from training.checks import (check_first_step, check_knobs, check_optimizer_state,
-                             warn_of_lengths)
+from training.checks import (check_first_step, check_knobs, check_optimizer_state, warn_of_lengths)
 from training.loggers import start_files
 from training.parallel import (all_reduce, all_reduce_gradients, check_replicas,
                                destroy_process_group, is_sharded, shard_model)

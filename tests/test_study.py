@@ -156,7 +156,7 @@ def test_a_study_adds_the_rates_itself_and_again_when_it_is_repeated(tmp_path, t
 def several(tmp_path, tokens):
     """The text of a study of three runs that take a while, and of one evaluation of each."""
     return (f"out_dir={str(tmp_path / 'out')!r}\nbase={str(need('data/stories260k'))!r}\nspectrum=plot='none'\n"
-            f"train='--data={tokens}/cpt --max_steps=16 --save_interval=2 --global_batch=4 --microbatch=2 --device=cpu "
+            f"train='--data={tokens}/cpt --seq_len=64 --max_steps=16 --save_interval=2 --global_batch=4 --microbatch=2 --device=cpu "
             "--dtype=float32'\n"
             f"evals=('eval_loss.py --data=held_out={tokens}/cpt --rows=2 --device=cpu',)\n"
             "runs=('a --lora_rank=1', 'b --lora_rank=2', 'c --lora_rank=3')\n")
