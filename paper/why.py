@@ -171,7 +171,11 @@ def rewinding_rows(family, sweep, metrics):
         kept.append(learned.value / measured.learned.value - 0.5)
         left.append(0.5 - forgot.value / measured.forgot.value)
         # only between rates that were tried: what still gentler ones forget is not known
-        line = [(run.learned, run.forgot) for _, run in sorted(sweep.runs[seed].items())]
+        line = []
+        for _, run in sorted(sweep.runs[seed].items()):
+            line.append((run.learned, run.forgot))
+            if run is measured:  # higher rates are no gentler
+                break
         by_rate = [spared_on(start, end, pair) for start, end in zip(line, line[1:])]
         passed = [value for value, _ in filter(None, by_rate)]
         if passed:

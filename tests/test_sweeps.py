@@ -297,6 +297,16 @@ def test_forgetting_by_kl_intruders_and_half_way_back(tmp_path):
     assert float(rows["RW", "full: forgotten by a gentler rate - by rewinding"][0].split()[0]) == pytest.approx(by_rate, abs=3e-3)
 
 
+def test_a_higher_rate_is_no_gentler_one(tmp_path):
+    """Half way back has learned less than at the lowest rate, and as much as between the best and a higher one."""
+    write_sweep(tmp_path, "full", 2e-4, 1.0, rates=(1e-4, 1.8e-4, 8e-4))
+    for folder in tmp_path.glob("full-*"):
+        write_why(folder, 1.0, [0, 1], half=(2.0, 3.1))
+    _, rows = laws(f"{tmp_path}/*", "paper/why.py")
+    assert rows["RW", "full: share of learning kept - 0.5"][1] == "holds"
+    assert ("RW", "full: forgotten by a gentler rate - by rewinding") not in rows
+
+
 @pytest.mark.parametrize("argv, message", [(["--divergence=kl other"], "no sweep with 'kl other'"),
                                            (["--learning=acc"], "losses are expected")])
 def test_runs_that_tell_no_reason(tmp_path, argv, message):
