@@ -8,7 +8,6 @@ What every stage needs from the machine: device, ranks, printing, errors in one 
     write_whole("config.json", text)     config.json.tmp -> fsync -> config.json: whole or absent
 """
 import contextlib
-import ctypes
 import json
 import os
 import platform
@@ -110,7 +109,7 @@ def pick_device(device):
     """'auto' -> the GPU if there is one, else the CPU; ValueError for one that is missing."""
     has_gpu = torch.cuda.is_available()
     if device == "auto":
-        device = "cuda" if has_gpu else "cpu"
+        return torch.device("cuda" if has_gpu else "cpu")
     if device.startswith("cuda") and not has_gpu:
         raise ValueError(f"device={device}: no GPU is visible to PyTorch {torch.__version__}; "
                          "try --device=cpu")
@@ -122,24 +121,7 @@ def pick_device(device):
         raise ValueError(f"device={device}: expected auto, cpu, cuda or cuda:N")
     if found.type == "cuda":
         check_gpu(found.index or 0)
-    else:
-        keep_freed_memory()
     return found
-
-
-def keep_freed_memory():
-    """Let glibc keep the memory of freed tensors for the next ones, unless the environment says
-    otherwise (MALLOC_..._).
-
-    By default it gives large blocks back to the system, and a tensor in new memory costs a page
-    fault every 4 KiB: training on a CPU takes 1.1 to 1.25 times as long."""
-    libc = ctypes.CDLL(None)
-    chosen = any(name.startswith("MALLOC_") for name in os.environ)
-    if chosen or not hasattr(libc, "mallopt"):  # macOS and musl have none
-        return
-    trim_threshold, mmap_threshold = -1, -3  # their numbers in malloc.h
-    libc.mallopt(trim_threshold, -1)  # -1: never
-    libc.mallopt(mmap_threshold, 2 ** 31 - 1)
 
 
 def check_gpu(index):

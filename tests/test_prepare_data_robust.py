@@ -472,24 +472,3 @@ def test_a_word_is_encoded_once(tokenizer_file):
         assert np.frombuffer(cache.encode(text), "<u2").tolist() == tok.encode(text)
     assert len(seen) == len(set(seen))
     assert len(seen) * 10 < sum(len(text.split()) for text in texts)
-
-
-def test_freed_memory_is_kept_for_the_next_tensor_unless_the_environment_says_otherwise():
-    """Page faults, 4 KiB each, fewest of eight tensors of 128 MB, one after the other."""
-    told = run_stage("-c", """if True:
-        import os, resource, torch
-        from runtime import keep_freed_memory
-        def faults():
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            torch.ones(2 ** 25)
-            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-        def again():
-            return min(faults() for _ in range(8))
-        os.environ["MALLOC_ARENA_MAX"] = "4"
-        keep_freed_memory()
-        chosen = again()
-        del os.environ["MALLOC_ARENA_MAX"]
-        keep_freed_memory()
-        print(chosen, again())""")
-    chosen, kept = map(int, told.stdout.split())
-    assert chosen > 30000 and kept < 400, told
