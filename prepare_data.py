@@ -402,6 +402,7 @@ if __name__ == "__main__":
         evals = expand(decontaminate, suffixes, "decontaminate")
         job.eval_ngrams, decontaminated = eval_ngrams(evals)
         settings = {knob: value for knob, value in config.items() if knob not in _free}
+        chat_template = job.chat.source if job.chat else ""
         versions = {"python": platform.python_version()}
         for package in ("numpy", "sentencepiece", "tiktoken", "tokenizers"):
             versions[package] = version(package)
@@ -412,8 +413,7 @@ if __name__ == "__main__":
             "settings": {**of_blocks, "on_bad_record": "", "block_mb": block_mb},
             "source": entries,
             "evals": [found.sha256() for found in evals],
-            "tokenizer": tok.sha256,
-            "chat_template": job.chat.source if job.chat else "",
+            "tokenizer": tok.sha256, "chat_template": chat_template,
             "versions": versions,
             "code": [file_sha256(path) for path in code]}
 
@@ -456,7 +456,7 @@ if __name__ == "__main__":
                 "format": 1, "kind": kind, "dtype": job.dtype.name, "seq_len": seq_len,
                 "vocab_size": tok.vocab_size, "bos_id": tok.bos_id, "eos_id": tok.eos_id,
                 "tokenizer_sha256": tok.sha256, "tokenizer_name": tok.name,
-                "source": entries,
+                "chat_template": chat_template, "source": entries,
                 "skipped": sum(info["bad"] for info in infos), "skipped_first": skipped[:5],
                 "decontaminated": decontaminated,
                 "settings": settings, "versions": versions,
