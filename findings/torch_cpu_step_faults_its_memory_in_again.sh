@@ -11,7 +11,7 @@
 #
 # Whom it hurts: who trains or measures small models on CPUs; the system's time counts as the model's: 3 to 7% of a step of a
 # Llama with 128 columns (AMD EPYC, one thread). Beware: blocks beyond 32 MB that glibc keeps do not fit again where they
-# were, and a loop over tensors of 64 MB grew to eight times what was alive.
+# were, and a loop over tensors of 64 MB grew from 0.3 to 1.1 GB.
 set -eu
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
