@@ -111,12 +111,13 @@ def fail(message):
 
 def nearest(name, names):
     """The end of an error about a name that is not among `names`: the closest, if any is close."""
-    matches = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    for other in [] if matches else names:  # lr is learning_rate, batch_size global_batch
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    akin = []  # lr is learning_rate, batch_size global_batch
+    for other in names:
         is_short = len(name) > 1 and name == "".join(word[:1] for word in other.split("_"))
         if is_short or set(name.split("_")) & set(other.split("_")):
-            matches.append(other)
-    return f", nearest is {' or '.join(matches[:2])}" if matches else ""
+            akin.append(other)
+    return f", nearest is {' or '.join(near or akin[:2])}" if near or akin else ""
 
 
 # ----------------------------------------------------------------------------- the script's head

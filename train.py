@@ -40,7 +40,8 @@ from runtime import (LOCAL_WORLD, RANK, WORLD, catch_stop_signals, device_memory
                      pick_device, pick_dtype, print0, versions)
 from training.checkpoint import (checkpoint_state, checkpoints, load_optimizer,
                                  load_trained_adapter, lock, newest_checkpoint, save_checkpoint)
-from training.checks import (check_first_step, check_knobs, check_optimizer_state, warn_of_lengths)
+from training.checks import (check_first_step, check_knobs, check_optimizer_state,
+                             check_steps_left, warn_of_lengths)
 from training.loggers import start_files
 from training.parallel import (all_reduce, all_reduce_gradients, check_replicas,
                                destroy_process_group, is_sharded, shard_model)
@@ -234,7 +235,8 @@ def make_optimizer(model, knobs):
 # ----------------------------------------------------------------------------- loss
 def backward_batch(model, dataset, batch, microbatch, device, loss_norm="token", doc_mask=True,
                    seed=0, step=0):
-    """Accumulate this rank's gradients of one global batch; returns its part of the loss.
+    """Accumulate this rank's gradients of one global batch; returns its part of the loss, and how
+    many tokens it computed: padding that no row of a microbatch needs is not.
 
     batch: indices of its rows in the dataset. Summed over ranks, these are the batch's gradient and
     loss. loss_norm 'token': sum of token losses / number of targets in the whole batch, however it
@@ -251,8 +253,10 @@ def backward_batch(model, dataset, batch, microbatch, device, loss_norm="token",
         raise ValueError(f"step {step}: no token of the batch is a target; is the data all masked?")
 
     total = torch.zeros((), device=device)
+    computed = 0
     for offset, rows in zip(offsets, microbatches):
-        tokens, targets, docs = stack(rows, device)
+        tokens, targets, docs = stack(rows, device, model.compiled)
+        computed += tokens.numel()
         # the seed of this microbatch's dropout masks: a resumed run draws the same ones
         dropout_seed = np.random.SeedSequence([seed, step, offset]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(dropout_seed))
@@ -264,7 +268,7 @@ def backward_batch(model, dataset, batch, microbatch, device, loss_norm="token",
             loss = loss / max(1, targets_in_microbatch) * len(tokens) / len(batch)
         loss.backward()
         total = total + loss.detach()
-    return total
+    return total, computed
 
 
 # ----------------------------------------------------------------------------- what is logged
@@ -323,12 +327,7 @@ if __name__ == "__main__":
         if started_from:
             state |= checkpoint_state(started_from, config, defaults, train_rows, may_differ)
         first_step = state["step"]
-        if first_step > steps:
-            raise ValueError(f"resume: {started_from} has done {first_step} steps, more than the "
-                             f"{steps} of this run")
-        if resume_from and first_step >= steps and started_from == Path(resume_from):
-            raise ValueError(f"resume_from: {resume_from} has done {first_step} steps, and the run "
-                             f"has {steps} in all, those included; nothing is left to do")
+        check_steps_left(first_step, steps, started_from, resume_from)
 
         # ---- the model: on meta, without memory; sharded and filled with weights below
         compute_dtype = pick_dtype(dtype, device)
@@ -385,7 +384,7 @@ if __name__ == "__main__":
         elif first_step >= steps:
             print0(f"{started_from}: the run is complete")
         loop_started = time.perf_counter()
-        seconds_a_step = []  # since the last line of the log
+        timed = []  # (seconds, tokens) of each step since the last line of the log
         skipped_in_a_row = 0
         peaks = []
         for step in range(first_step, steps):
@@ -400,18 +399,19 @@ if __name__ == "__main__":
             # forward and backward, one microbatch after the other
             batch = rows_of_step(step, global_batch, len(train_rows), seed, shuffle,
                                  train_rows.packed)
-            loss = backward_batch(model, train_rows, batch, microbatch, device, loss_norm, doc_mask,
-                                  seed, step)
+            loss, computed = backward_batch(model, train_rows, batch, microbatch, device, loss_norm,
+                                            doc_mask, seed, step)
 
-            # sum over ranks: gradients (FSDP has done it) and, in one message, the loss, whether
-            # any rank was told to stop, and each rank's peak memory
+            # sum over ranks: gradients (FSDP has done it) and, in one message, the loss, the
+            # tokens, whether any rank was told to stop, and each rank's peak memory
             if not is_sharded(model):
                 all_reduce_gradients(trained)
             norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
             norm = full_tensor(norm).item()  # before it was clipped
             peaks = [0.0] * WORLD
             peaks[RANK] = peak_memory(device) - memory_at_start
-            loss, stops, *peaks = all_reduce(loss.item(), len(stop_signals), *peaks, device=device)
+            loss, computed, stops, *peaks = all_reduce(loss.item(), computed, len(stop_signals),
+                                                       *peaks, device=device)
 
             # update, or skip the batch if its loss or gradient is not finite; all ranks agree
             if math.isfinite(loss) and math.isfinite(norm):
@@ -435,20 +435,19 @@ if __name__ == "__main__":
 
             # log
             state["tokens"] += tokens_a_step
-            seconds_a_step.append(time.perf_counter() - step_started)
+            timed.append((time.perf_counter() - step_started, computed))
             if (done % log_interval == 0 or done == steps) and not skipped_in_a_row:
-                seconds = sum(seconds_a_step) / len(seconds_a_step)
-                seconds_a_step = []
+                seconds, computed = np.mean(timed, axis=0).tolist()
+                timed = []
                 epoch = done * global_batch / len(train_rows)
                 record = {"step": done, "tokens": state["tokens"], "epoch": epoch, "loss": loss,
                           "lr": lr, "grad_norm": norm, "seconds": seconds,
-                          "tok_per_s": tokens_a_step / seconds, "peak_gb": peak_memory(device)}
-                log_step(log, record, steps, flops, peak)
+                          "tok_per_s": computed / seconds, "peak_gb": peak_memory(device)}
+                log_step(log, record, steps, flops * computed / tokens_a_step, peak)
 
             # validate
             if saving and saving.done():
                 saving.result()  # raises if writing it failed
-                saving = None
             if done == steps or eval_interval and done % eval_interval == 0:
                 losses = validate(model, watched, knobs, device)
                 log_losses(log, done, steps, state["tokens"], losses)
@@ -465,9 +464,8 @@ if __name__ == "__main__":
                 saving = save_checkpoint(model, optim, out_dir, state, base, keep_last, keep, pool)
 
             if stops:
-                name = "a signal to another rank"
-                if stop_signals:
-                    name = signal.Signals(stop_signals[0]).name
+                mine = [signal.Signals(number).name for number in stop_signals]
+                name = mine[0] if mine else "a signal to another rank"
                 print0(f"stopped by {name} after step {done}; --resume=True goes on")
                 break
 

@@ -187,7 +187,7 @@ def some_rows(n=8, T=16, seed=0):
 
 def gradients(model, rows, microbatch, **how):
     model.zero_grad()
-    loss = train.backward_batch(model, rows, range(len(rows)), microbatch, "cpu", **how)
+    loss, _ = train.backward_batch(model, rows, range(len(rows)), microbatch, "cpu", **how)
     return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
@@ -219,6 +219,45 @@ def test_paper_weighting_is_the_mean_of_microbatch_means():
     reference = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert (got - reference).abs().max() < 1e-13 * reference.abs().max() + 1e-16
     assert abs(loss - gradients(model, rows, 3)[0]) > 1e-3  # and is another number than the token mean
+
+
+def test_padding_is_not_computed_and_changes_nothing():
+    """Rows of 40 whose last target lies anywhere: loss and gradient are those of the whole rows, documents kept apart or not."""
+    model, rng = tiny_model(torch.float64), np.random.default_rng(3)
+    for ends in ((3, 9), (16, 2, 5), (7,), (39, 1), (24,), (33, 12)):
+        rows = []
+        for end in ends:
+            tokens, targets = rng.integers(0, 61, (2, 40))
+            targets[end + 1:] = IGNORE
+            targets[:rng.integers(0, end + 1)] = IGNORE  # a prompt
+            rows.append((tokens, targets, np.sort(rng.choice(np.arange(1, 40), 4, replace=False))))
+        for doc_mask in (True, False):
+            whole, computed = train.stack(rows, "cpu", compiled=True), train.stack(rows, "cpu")
+            assert whole[0].shape == (len(ends), 40) and computed[0].shape == (len(ends), min(-(-(max(ends) + 1) // 16) * 16, 40))
+            grads = []
+            for tokens, targets, docs in (whole, computed):
+                model.zero_grad()
+                loss = model(tokens, targets, docs if doc_mask else None, reduction="sum")[1]
+                loss.backward()
+                grads.append(torch.cat([loss.detach()[None], *(p.grad.flatten() for p in model.parameters())]))
+            assert (grads[0] - grads[1]).abs().max() < 1e-12 * grads[0].abs().max()
+    nothing = [(tokens.numpy()[0], np.full(40, IGNORE), np.array([3, 8, 20]))]
+    assert train.stack(nothing, "cpu")[2].tolist() == [0, 3, 8, 16]
+
+
+def test_the_log_counts_the_tokens_that_were_computed(setting):
+    """Rows of 32 of which at most 5 or 29 tokens are needed: 16 and 32 are computed, two rows at a time, and no more are logged."""
+    folder, knobs = setting
+    tokens = np.random.default_rng(1).integers(3, 61, (4, 32))
+    targets = np.full((4, 32), IGNORE)
+    targets[:2, :5], targets[2:, :29] = tokens[:2, :5], tokens[2:, :29]
+    write_tokens(folder / "data", tokens, targets, starts=[0, 32, 64, 96])
+    knobs = [*knobs[:2], "--dtype=float32", "--global_batch=2", "--microbatch=2", "--shuffle=False", "--max_steps=4"]
+    result = run_here("train.py", *knobs, "--log_interval=2", f"--out_dir={folder / 'out'}")
+    assert result.returncode == 0, result.stderr
+    log = [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
+    assert [round(line["tok_per_s"] * line["seconds"], 6) for line in log] == [48, 48]  # means of 2 * 16 and 2 * 32
+    assert [line["tokens"] for line in log] == [128, 256]  # a step is two rows of the data
 
 
 def test_batch_without_targets_is_refused():

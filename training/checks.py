@@ -81,6 +81,17 @@ def warn_of_lengths(knobs, steps, keep):
         print0(f"WARNING: checkpoint_at: no step {', '.join(map(str, never))} in 1 to {steps}")
 
 
+def check_steps_left(first_step, steps, started_from, resume_from):
+    """Raise ValueError for a checkpoint that has done more steps than the run has, and for a new
+    run that would begin at its end."""
+    if first_step > steps:
+        raise ValueError(f"resume: {started_from} has done {first_step} steps, more than the "
+                         f"{steps} of this run")
+    if resume_from and first_step >= steps and started_from == Path(resume_from):
+        raise ValueError(f"resume_from: {resume_from} has done {first_step} steps, and the run "
+                         f"has {steps} in all, those included; nothing is left to do")
+
+
 def check_batch(knobs, ranks):
     """Raise ValueError unless the microbatches of all ranks divide the batch."""
     rows_at_once = knobs.microbatch * ranks

@@ -10,6 +10,7 @@ What train.py reads: rows of the token files that prepare_data.py wrote, and the
     rows   3805  9614  72|19  6083  4527    of its own; epochs follow each other without a gap
 """
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -285,18 +286,31 @@ def check_packed(step, batch, n_rows, epochs, steps):
                          f"{steps} steps; prepare it with --paper_epochs={step // steps + 1}")
 
 
-def stack(rows, device):
+def stack(rows, device, compiled=False):
     """Rows of TokenRows as tokens [B, T], targets [B, T] and borders of documents [n + 1].
 
+    T reaches to the last target, rounded up to a multiple of 16: what comes after it, such as
+    padding, changes no loss. A compiled model takes whole rows, as it would be compiled again for
+    every other length.
     The borders are positions in the flattened B * T; a row's border is one of a document, too."""
     tokens, targets, starts = zip(*rows)
-    seq_len = len(tokens[0])
+    tokens = np.stack(tokens)
+    targets = np.stack(targets)
+    # how long they have to be
+    length = tokens.shape[1]
+    if not compiled:
+        has_target = (targets != IGNORE).any(axis=0)
+        needed = int(np.flatnonzero(has_target).max(initial=0)) + 1
+        length = min(math.ceil(needed / 16) * 16, length)
+    tokens = np.ascontiguousarray(tokens[:, :length])
+    targets = np.ascontiguousarray(targets[:, :length])
     # the beginning of each row, the documents inside it, and at last the end
     borders = []
     for i, inside in enumerate(starts):
-        borders += [i * seq_len, *(inside + i * seq_len)]
-    borders.append(len(rows) * seq_len)
-    tokens = torch.from_numpy(np.stack(tokens))
-    targets = torch.from_numpy(np.stack(targets))
+        inside = inside[inside < length]
+        borders += [i * length, *(inside + i * length)]
+    borders.append(tokens.size)
+    tokens = torch.from_numpy(tokens)
+    targets = torch.from_numpy(targets)
     borders = torch.tensor(borders, dtype=torch.int64)
     return tokens.to(device), targets.to(device), borders.to(device)

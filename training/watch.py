@@ -27,7 +27,7 @@ def mean_loss(model, rows, microbatch, device, limit=0):
         no_targets = np.full_like(targets, IGNORE)
         while len(part) < microbatch:
             part.append((tokens, no_targets, starts))
-        tokens, targets, docs = stack(part, device)
+        tokens, targets, docs = stack(part, device, model.compiled)
         total += model(tokens, targets, docs if rows.doc_mask else None, reduction="sum")[1].item()
         count += int((targets != IGNORE).sum())
     model.train()
