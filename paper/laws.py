@@ -10,6 +10,8 @@ Where LoRA's best learning rate lies, and what is left between it and full finet
     W1 to W4    "LoRA Without Regret", Schulman et al. 2025
     muA         how the best rate moves with the rank: Chen, Villar, Hayou 2026 (arXiv 2602.06204)
     OC          optimizer-model consistency: arXiv 2605.06654, May 2026
+    LM          at their best rates LoRA's variants are as good as LoRA: "Learning Rate Matters",
+                arXiv 2602.04998
 
 Runs that differ in learning rate and seed alone are a sweep. Everything here is said of best rates,
 which paper/sweeps.py finds; where one does not lie inside its sweep, nothing that rests on it can
@@ -22,12 +24,13 @@ from typing import NamedTuple
 import numpy as np
 
 from configurator import configure
-from paper.changes import folders_of, measure_runs
-from paper.claims import (SAME_SIZE, add_row, differences_at_equal_learning, print_claims,
-                          verdict)
-from paper.results import (KNOBS, LORA_KNOBS, mean_of_seeds, read_config, setting_of,
-                           trained_numbers)
-from paper.sweeps import bests_of_seeds, factor_words, mean_factor
+from paper.changes import folders_of
+from paper.claims import SAME_SIZE, print_claims
+from paper.families import (Family, best_runs, difference_row, factor_row, find, forgotten_row,
+                            full_name, loss_row, lowest_so_far, read_sweeps, shared_seeds,
+                            short_name, sorted_families, unknown, verdict_within)
+from paper.results import KNOBS, mean_of_seeds, read_config, trained_numbers
+from paper.sweeps import factor_words, mean_factor
 from runtime import one_line_errors
 
 # -----------------------------------------------------------------------------
@@ -38,172 +41,11 @@ forgetting = 'loss source'
 # muA's exponents of the rank in the best rate, by (rslora, lora_init, what is fixed)
 EXPONENTS = {("False", "default", "alpha / r"): -0.5, ("False", "default", "alpha"): 0.0,
              ("True", "default", "alpha"): -0.25, ("False", "zero_a", "alpha / r"): 0.0}
-AS_GOOD_AS = 0.125       # half of what lies between two of these exponents
-
-
-class Family(NamedTuple):
-    """What the runs of a sweep share: all but learning rate and seed."""
-    base: str
-    optimizer: str
-    batch: int
-    steps: int
-    other: tuple     # further knobs, sorted pairs of str
-    rank: int        # 0 = full finetuning
-    alpha: float
-    targets: str
-    lora: tuple      # knobs that LoRA alone has, sorted pairs of str
-
-    @property
-    def full(self):
-        """The Family of full finetuning beside this one."""
-        return self._replace(rank=0, alpha=0, targets="all", lora=())
-
-    def __str__(self):
-        if not self.rank:
-            return "full"
-        name = f"r={self.rank}"
-        if self.targets != "all":
-            name += f" {self.targets}"
-        return name
-
-
-class Sweep(NamedTuple):
-    """The runs of one Family."""
-    runs: dict   # {seed: {rate: Measured}}
-    bests: dict  # {seed: Best}; None = not inside the sweep
-
-
-# ----------------------------------------------------------------------------- reading
-def family_of(measured):
-    """The Family of a Measured run."""
-    setting = setting_of(measured.run)
-    knobs = dict(setting.other)
-    lora = tuple((name, knobs.pop(name)) for name in sorted(LORA_KNOBS) if name in knobs)
-    del knobs["learning_rate"]
-    optimizer = knobs.pop("optimizer")
-    batch = int(knobs.pop("global_batch"))
-    base = measured.run.config.get("base", "")
-    return Family(base, optimizer, batch, measured.steps, tuple(sorted(knobs.items())),
-                  setting.rank, setting.alpha, setting.targets, lora)
-
-
-def read_sweeps(folders, learning, forgetting):
-    """{Family: Sweep} of those with several learning rates. ValueError for two equal runs."""
-    found = {}
-    for measured in measure_runs(folders, learning, forgetting):
-        by_rate = found.setdefault(family_of(measured), {}).setdefault(measured.seed, {})
-        if measured.rate in by_rate:
-            first = by_rate[measured.rate].folder
-            raise ValueError(f"{measured.folder}: a second run of what {first} is, seed and "
-                             "learning rate too")
-        by_rate[measured.rate] = measured
-    sweeps = {}
-    for family, of_seeds in found.items():
-        # a seed of one rate repeats what the others have found
-        runs = {seed: of_seeds[seed] for seed in sorted(of_seeds) if len(of_seeds[seed]) > 1}
-        if runs:
-            losses = [losses_at_end(by_rate, learning) for by_rate in runs.values()]
-            bests = bests_of_seeds(losses)
-            sweeps[family] = Sweep(runs, bests and dict(zip(runs, bests)))
-    return sweeps
-
-
-def losses_at_end(by_rate, metric):
-    """{rate: loss} of {rate: Measured}."""
-    losses = {}
-    for rate, measured in by_rate.items():
-        losses[rate], _ = measured.run.metrics[metric][measured.steps]
-    return losses
-
-
-def sorted_families(sweeps, wanted):
-    """Those of the families that `wanted(family)` says, by base, batch, targets and rank."""
-    return sorted(filter(wanted, sweeps), key=lambda family: (family.other, family))
-
-
-# ----------------------------------------------------------------------------- rows
-def unknown(what, sweeps, families):
-    """The row that says which of the families has no best rate; None if all have one."""
-    names = [str(family) for family in families if sweeps[family].bests is None]
-    if not names:
-        return None
-    named = " and ".join(dict.fromkeys(names))
-    return what, "", f"cannot be told: the best rate of {named} is not inside its sweep"
-
-
-def shared_seeds(sweeps, families):
-    """The seeds that all of these sweeps have."""
-    seeds = [set(sweeps[family].bests) for family in families]
-    return sorted(set.intersection(*seeds))
-
-
-def loss_row(what, sweeps, terms):
-    """The row (what, numbers, verdict) of a sum of lowest losses that the claim says is above 0.
-
-    terms [(weight, Family)]; None where a family was not swept."""
-    families = [family for _, family in terms]
-    if not all(family in sweeps for family in families):
-        return None
-    row = unknown(what, sweeps, families)
-    if row:
-        return row
-    sums = []
-    for seed in shared_seeds(sweeps, families):
-        total = 0.0
-        for weight, family in terms:
-            total += weight * sweeps[family].bests[seed].loss
-        sums.append(total)
-    return difference_row(what, sums)
-
-
-def difference_row(what, values):
-    """The row of a difference that the claim says is above 0, from its values of the seeds."""
-    rows = []
-    add_row(rows, what, [(value, None) for value in values])
-    return rows[0] if rows else None
-
-
-def factor_row(what, sweeps, family, other, least, most):
-    """The row of best rate over best rate, which the claim says is from `least` to `most`."""
-    if family not in sweeps or other not in sweeps:
-        return None
-    row = unknown(what, sweeps, [family, other])
-    if row:
-        return row
-    factors = []
-    for seed in shared_seeds(sweeps, [family, other]):
-        factors.append(sweeps[family].bests[seed].rate / sweeps[other].bests[seed].rate)
-    mean, factor = mean_factor(factors)
-    half = factor and math.log(factor)
-    return what, factor_words(mean, factor), verdict_within(math.log(mean), half, math.log(least),
-                                                            math.log(most))
-
-
-def verdict_within(mean, half, least, most):
-    """Does the value lie between two others? half: half the width of its interval, or None."""
-    above = verdict(mean, half, least)
-    below = verdict(-mean, half, -most)
-    if above == below:
-        return above
-    return "does not hold" if "does not hold" in (above, below) else "cannot be told"
+SAME_POWER = 0.125       # half of what lies between two of these exponents
+SAME_LEARNING = 0.02     # what was learned may differ by this share and count as the same
 
 
 # ----------------------------------------------------------------------------- LoRA Without Regret
-def lowest_so_far(sweep, metric):
-    """{seed: {step: lowest loss of all rates}}: what a method can reach by each step.
-
-    Of the rates that every seed has."""
-    shared = set.intersection(*map(set, sweep.runs.values()))
-    curves = {}
-    for seed, by_rate in sweep.runs.items():
-        curve = curves.setdefault(seed, {})
-        for rate in shared:
-            measured = by_rate[rate]
-            for step, (loss, _) in measured.run.metrics[metric].items():
-                curve[step] = min(loss, curve.get(step, math.inf))
-    return curves
-
-
 def rows_of_curves(sweeps, ranks, metric):
     """By how much each rank falls further behind full finetuning's curve after the first steps.
 
@@ -274,15 +116,6 @@ def rows_of_regret(sweeps, metric):
         ("W3 LoRA's loss is the further above full finetuning's the larger the batch", by_batch),
         ("W4 Attention alone learns less than the MLP alone, at equal size",
          rows_of_modules(sweeps, loras))]
-
-
-def find(sweeps, family, **fields):
-    """The swept Family with other fields than this one, at any length; None if there is none."""
-    wanted = family._replace(**fields)
-    for other in sweeps:
-        if other._replace(steps=0) == wanted._replace(steps=0):
-            return other
-    return None
 
 
 def rows_of_modules(sweeps, loras):
@@ -361,7 +194,7 @@ def exponent_row(what, sweeps, families, theory):
         slopes.append((float(np.polyfit(ranks, rates, 1)[0]), None))
     mean, half = mean_of_seeds(slopes)
     interval = "" if half is None else f" ± {half:.3f}"
-    said = verdict_within(mean, half, theory - AS_GOOD_AS, theory + AS_GOOD_AS)
+    said = verdict_within(mean, half, theory - SAME_POWER, theory + SAME_POWER)
     return what, f"{mean:+.3f}{interval} (n={len(slopes)})", said
 
 
@@ -372,6 +205,47 @@ def rows_of_zero_a(sweeps):
         if dict(family.lora).get("lora_init") == "zero_a" and family.alpha == family.rank:
             rows.append(factor_row(str(family), sweeps, family, family.full, 0.5, 2))
     return rows
+
+
+# ----------------------------------------------------------------------------- variants
+def rows_of_variants(sweeps):
+    """Of each variant of LoRA beside plain LoRA, both at their best rates: by what share it has
+    learned more, and what it has forgotten more at equal learning. Two lists of rows."""
+    learned = []
+    forgotten = []
+    loras = sorted_families(sweeps, lambda family: family.rank)
+    for plain in filter(is_plain, loras):
+        for variant in loras:
+            if variant != plain and variant._replace(lora=plain.lora) == plain:
+                name = full_name(variant, sweeps)
+                learned.append(share_row(name, sweeps, variant, plain))
+                forgotten.append(forgotten_row(name, sweeps, variant, plain))
+    return learned, forgotten
+
+
+def is_plain(family):
+    """Whether a LoRA Family has the defaults in all that makes a variant; dropout makes none."""
+    for knob, value in family.lora:
+        if knob != "lora_dropout" and value != str(KNOBS[knob]):
+            return False
+    return True
+
+
+def share_row(what, sweeps, variant, plain):
+    """The row of by what share a variant has learned more than plain LoRA; the claim says none."""
+    row = unknown(what, sweeps, [variant, plain])
+    if row:
+        return row
+    mine = best_runs(sweeps[variant])
+    theirs = best_runs(sweeps[plain])
+    shares = []
+    for seed in shared_seeds(sweeps, [variant, plain]):
+        share = mine[seed].learned.value / theirs[seed].learned.value - 1
+        shares.append((share, None))
+    mean, half = mean_of_seeds(shares)
+    interval = "" if half is None else f" ± {half:.1%}"
+    said = verdict_within(mean, half, -SAME_LEARNING, SAME_LEARNING)
+    return what, f"{mean:+.1%}{interval} (n={len(shares)})", said
 
 
 # ----------------------------------------------------------------------------- consistency
@@ -402,23 +276,6 @@ def rows_of_consistency(sweeps):
     return of_optimizers, of_lora
 
 
-def forgotten_row(what, sweeps, more, less):
-    """The row of what one sweep had forgotten more than another at equal learning."""
-    row = unknown(what, sweeps, [more, less])
-    if row:
-        return row
-    # as paper/claims.py has them: by seed and length, each at its rate of the lowest loss
-    changes = {}
-    ends = {}
-    for family in (more, less):
-        for seed, by_rate in sweeps[family].runs.items():
-            pairs = {rate: (run.learned, run.forgot) for rate, run in by_rate.items()}
-            changes[seed, family, family.steps] = pairs
-            ends[seed, family] = max(pairs.values(), key=lambda pair: pair[0].value)
-    found = differences_at_equal_learning(changes, ends, more, less)
-    return difference_row(what, [value for value, _ in found])
-
-
 # ----------------------------------------------------------------------------- the whole
 def rate_table(sweeps):
     """[(method, best rate, lowest loss)] of every sweep, in words."""
@@ -438,30 +295,6 @@ def rate_table(sweeps):
     return rows
 
 
-def short_name(family, families, sweeps):
-    """The name of one of the families: 'r=16' where that tells it from the others."""
-    alike = [other for other in families if str(other) == str(family)]
-    return str(family) if len(alike) == 1 else full_name(family, sweeps)
-
-
-def full_name(family, sweeps):
-    """The name of a Family with all in which the sweeps differ."""
-    words = [str(family)]
-    if len({other.base for other in sweeps}) > 1:
-        words.append(f"base {family.base}")
-    if len({other.optimizer for other in sweeps}) > 1:
-        words.append(family.optimizer)
-    if len({other.batch for other in sweeps}) > 1:
-        words.append(f"{family.batch} rows a step")
-    if family.rank:
-        words.append(f"alpha {family.alpha:g}")
-        loras = [dict(other.lora) for other in sweeps if other.rank]
-        for knob, value in family.lora:
-            if len({lora[knob] for lora in loras}) > 1 and value != str(KNOBS[knob]):
-                words.append(f"{knob} {value}")
-    return ", ".join(words)
-
-
 if __name__ == "__main__":
     with one_line_errors():
         configure(globals())
@@ -475,6 +308,7 @@ if __name__ == "__main__":
             print(f"| {' | '.join(row)} |")
 
         of_optimizers, of_lora = rows_of_consistency(sweeps)
+        learned_more, forgot_more = rows_of_variants(sweeps)
         print()
         found = [
             *rows_of_regret(sweeps, learning),
@@ -484,5 +318,8 @@ if __name__ == "__main__":
             ("OC At equal learning the optimizer that did not pretrain the base has forgotten more",
              of_optimizers),
             ("OC At equal learning LoRA has forgotten more than full finetuning, both with the "
-             "optimizer that pretrained the base", of_lora)]
+             "optimizer that pretrained the base", of_lora),
+            ("LM A variant of LoRA has learned as much as plain LoRA, within 2%", learned_more),
+            ("LM At equal learning a variant of LoRA has forgotten more than plain LoRA",
+             forgot_more)]
         print_claims(found)

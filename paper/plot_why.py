@@ -14,7 +14,7 @@ from paper.results import mean_of_seeds
 def draw_why(sweeps, families, learning, forgetting, divergence, lowest_so_far):
     """The figure of the families {Family: Sweep}; metrics as in paper/why.py.
 
-    lowest_so_far: of paper/laws.py."""
+    lowest_so_far: of paper/families.py."""
     ranks = {family.rank for family in families}
     styles = {family: style_of(family.rank, ranks) for family in families}
     fig, (by_rate, by_step, plane, by_kl) = grid_of(4, height=2.5)

@@ -22,8 +22,8 @@ import numpy as np
 from configurator import configure
 from paper.changes import Change, folders_of, spared_on
 from paper.claims import print_claims
-from paper.laws import (difference_row, lowest_so_far, read_sweeps, sorted_families,
-                        verdict_within)
+from paper.families import (best_runs, difference_row, lowest_so_far, read_sweeps, sorted_families,
+                            verdict_within)
 from paper.looks import STYLE, plt
 from paper.plot import save_figure
 from paper.plot_why import draw_why
@@ -100,14 +100,6 @@ def kl_row(family, sweeps, divergence):
 
 
 # ----------------------------------------------------------------------------- intruders
-def best_runs(sweep):
-    """{seed: Measured} at the rate of the lowest loss of each seed."""
-    best = {}
-    for seed, by_rate in sweep.runs.items():
-        best[seed] = max(by_rate.values(), key=lambda measured: measured.learned.value)
-    return best
-
-
 def intruders_of(measured):
     """The mean number of intruders a matrix at the end of a run, by its spectrum.json; None."""
     path = measured.folder / "spectrum.json"

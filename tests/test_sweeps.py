@@ -111,8 +111,8 @@ def write_why(folder, kl, intruders, half, step=10):
     (folder / "spectrum.json").write_text(json.dumps({"checkpoints": [{"step": step}], "matrices": matrices}))
 
 
-def laws(runs, script="paper/laws.py", *argv):
-    """({row name: cells} of the first table, {(claim, what): (numbers, verdict)})."""
+def laws(runs, script="paper/laws.py", *argv, letters=2):
+    """({row name: cells} of the first table, {(first letters of the claim, what): (numbers, verdict)})."""
     result = run_here(script, f"--runs={runs}", *argv)
     assert result.returncode == 0, result.stderr
     rates, rows, claim = {}, {}, ""
@@ -122,7 +122,7 @@ def laws(runs, script="paper/laws.py", *argv):
             rates[cells[0]] = cells[1:]
         if len(cells) == 4:
             claim = cells[0] or claim
-            rows[claim[:2], cells[1]] = tuple(cells[2:])
+            rows[claim[:letters], cells[1]] = tuple(cells[2:])
     return rates, rows
 
 
@@ -224,6 +224,27 @@ def test_the_other_optimizer_forgets_more(tmp_path):
     assert said == "holds" and float(numbers.split()[0]) == pytest.approx(0.9)  # at .9 of the best rates
     assert rows["OC", "r=4 - full, base and tuning of adamw"][1] == "holds"
     assert len([key for key in rows if key[0] == "OC"]) == 2  # nothing is said of tuning with Lion alone
+
+
+def test_variants_of_lora_beside_plain_lora(tmp_path):
+    """Plain LoRA has learned 3 nats, DoRA 3.03, LoRA+ 2.4, PiSSA 3.015 with twice the forgetting; of one rank and alpha each."""
+    plain = {"lora_rank": 16, "lora_dropout": 0.0}
+    write_sweep(tmp_path, "plain", 1e-3, 2.0, **plain)
+    write_sweep(tmp_path, "dora", 2e-3, 1.97, dora=True, **plain)
+    write_sweep(tmp_path, "plus", 1e-4, 2.6, lora_plus=16.0, **plain)
+    write_sweep(tmp_path, "pissa", 1e-4, 1.985, forgets=2.0, lora_init="pissa", **plain)
+    write_sweep(tmp_path, "alpha", 1e-3, 1.0, lora_alpha=8, dora=True, **plain)  # another alpha than plain LoRA has here
+    write_sweep(tmp_path, "end", 1e-3, 1.0, rates=(1e-4, 3e-4), rslora=True, **plain)
+    write_sweep(tmp_path, "full", 1e-4, 1.0)
+    _, rows = laws(f"{tmp_path}/*", letters=5)
+    learned = {what.split(", ", 2)[2]: cells for (claim, what), cells in rows.items() if claim == "LM A "}
+    assert {name: said for name, (_, said) in learned.items()} == {
+        "dora True": "holds", "lora_plus 16.0": "does not hold", "lora_init pissa": "holds",
+        "rslora True": "cannot be told: the best rate of r=16, alpha 32, rslora True is not inside its sweep"}
+    assert learned["dora True"][0].startswith("+1.0% ± ") and learned["lora_plus 16.0"][0].startswith("-20.")
+    forgotten = {what.split(", ", 2)[2]: cells for (claim, what), cells in rows.items() if claim == "LM At"}
+    assert learned.keys() == forgotten.keys()
+    assert forgotten["lora_init pissa"][1] == "holds" and forgotten["dora True"][1] == "does not hold"
 
 
 @pytest.mark.parametrize("break_it, message", [
