@@ -16,7 +16,7 @@ A step of global_batch=8 rows, microbatch=2, on 2 ranks, which alternate microba
     rank 1   rows 2 3   forward, backward   rows 6 7   forward, backward   | clip, optimizer
 
 Same knobs, same run, on any number of ranks: rows are a function of (seed, epoch, step), dropout
-masks of (seed, step, microbatch).
+masks of (seed, step, microbatch and the length of its rows, of which --compile keeps all).
 """
 import math
 import signal
@@ -235,8 +235,8 @@ def make_optimizer(model, knobs):
 # ----------------------------------------------------------------------------- loss
 def backward_batch(model, dataset, batch, microbatch, device, loss_norm="token", doc_mask=True,
                    seed=0, step=0):
-    """Accumulate this rank's gradients of one global batch; returns its part of the loss, and how
-    many tokens it computed: padding that no row of a microbatch needs is not.
+    """Accumulate this rank's gradients of one global batch; returns its part of the loss, and the
+    number of tokens computed, without the padding beyond the last target of a microbatch.
 
     batch: indices of its rows in the dataset. Summed over ranks, these are the batch's gradient and
     loss. loss_norm 'token': sum of token losses / number of targets in the whole batch, however it
@@ -341,8 +341,8 @@ if __name__ == "__main__":
                                       LOCAL_WORLD, available)
         peak = peak_flops(device)
         rate = mfu * WORLD * (peak or matmul_flops(device, compute_dtype))
-        flops = print_plan(knobs, model, train_rows, steps, first_step, device_name(device), WORLD,
-                           how, memory, available, rate)
+        flops_a_token = print_plan(knobs, model, train_rows, steps, first_step,
+                                   device_name(device), WORLD, how, memory, available, rate)
         if is_lora:
             tokens = microbatch * train_rows.seq_len
             for line in choose_kernel(model, lora_kernel, tokens, compute_dtype, device, compile):
@@ -443,7 +443,7 @@ if __name__ == "__main__":
                 record = {"step": done, "tokens": state["tokens"], "epoch": epoch, "loss": loss,
                           "lr": lr, "grad_norm": norm, "seconds": seconds,
                           "tok_per_s": computed / seconds, "peak_gb": peak_memory(device)}
-                log_step(log, record, steps, flops * computed / tokens_a_step, peak)
+                log_step(log, record, steps, flops_a_token * computed, peak)
 
             # validate
             if saving and saving.done():

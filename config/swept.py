@@ -1,5 +1,5 @@
 """
-What the studies of learning rates share; regret.py, rate_laws.py and consistency.py include this file first.
+What the studies of learning rates share; regret.py, rate_laws.py, consistency.py and variants.py include this file first.
 
 They finetune the quickstart's base, which `make quickstart` leaves, or that of study_base.py: each method at several learning
 rates and seeds, and study.py adds further rates where the best of them lies at an end.

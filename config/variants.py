@@ -5,15 +5,15 @@ For paper/study.py: "Learning Rate Matters" (arXiv 2602.04998) in small: variant
     python -m paper.study config/variants.py
     python -m paper.laws --runs='out/variants/*'
 
-The paper says that tuned, LoRA's variants score within one or two percent of LoRA. Here: rslora, LoRA+, DoRA, PiSSA, and A zero
-with B random, at r=16 and alpha = 32, with a constant rate, as long as in regret.py, and with six seeds.
+The paper says that LoRA's variants, once tuned, score within one or two percent of LoRA. Here: rslora, LoRA+, DoRA, PiSSA, and
+zero A (A zero, B random), at r=16 and alpha = 32, with a constant rate, for as many steps as in regret.py, with six seeds.
 """
 include('swept.py')
 
 out_dir = out_dir or 'out/variants'
 _lora = '--schedule=constant --global_batch=2 --max_steps=200 --lora_rank=16 --lora_alpha=32'
 # the knobs of each, and the rate in the middle of its sweep
-_variants = globals().get('_variants') or {
+_variants = {
     'lora': ('', 1e-3),
     'rslora': ('--rslora=True', 5e-4),
     'plus': ('--lora_plus=16', 2.5e-4),

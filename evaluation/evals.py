@@ -408,6 +408,7 @@ class Items:
             write_records(self.path, records)
             for part in self.path.parent.glob(f"{self.path.name}.part*"):
                 part.unlink()
+            print0(f"{len(self.ids)} items -> {self.path}")
         return {i: records[i] for i in self.ids}
 
 

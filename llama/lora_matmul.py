@@ -29,7 +29,8 @@ def keep_mask(seed, like, drop, again=False):
     same. `again`, in backward, computes the same mask differently: otherwise the compiler would
     recognize the forward's expression and keep all masks until then."""
     # index of each element
-    h = torch.arange(again, again + like.numel(), dtype=torch.int32, device=like.device)
+    first = int(again)
+    h = torch.arange(first, first + like.numel(), dtype=torch.int32, device=like.device)
     h = h.view(like.shape)
     if again:
         h.sub_(1)

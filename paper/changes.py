@@ -1,4 +1,4 @@
-"""What runs learned and forgot, from their base on: for paper/claims.py, laws.py and why.py.
+"""What runs learned and forgot, from their base on: for paper/claims.py, families.py and why.py.
 
     base   loss on the new task 3.4    held-out source 3.3
     run                         1.1                    3.9     learned 2.3, forgot 0.6: two Changes

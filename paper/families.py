@@ -15,7 +15,7 @@ from typing import NamedTuple
 from paper.changes import measure_runs
 from paper.claims import add_row, differences_at_equal_learning, verdict
 from paper.results import KNOBS, LORA_KNOBS, setting_of
-from paper.sweeps import bests_of_seeds, factor_words, mean_factor
+from paper.sweeps import bests_of_seeds, factor_words, mean_factor, mean_losses
 
 
 class Family(NamedTuple):
@@ -94,7 +94,7 @@ def losses_at_end(by_rate, metric):
 
 
 def sorted_families(sweeps, wanted):
-    """Those of the families that `wanted(family)` says, by base, batch, targets and rank."""
+    """The families for which `wanted(family)` is true, by further knobs, base, batch and rank."""
     return sorted(filter(wanted, sweeps), key=lambda family: (family.other, family))
 
 
@@ -104,6 +104,14 @@ def best_runs(sweep):
     for seed, by_rate in sweep.runs.items():
         best[seed] = max(by_rate.values(), key=lambda measured: measured.learned.value)
     return best
+
+
+def runs_at_best_rate(sweep, metric):
+    """{seed: Measured} of a sweep at the rate of its lowest mean loss, which all seeds have."""
+    losses = [losses_at_end(by_rate, metric) for by_rate in sweep.runs.values()]
+    means = mean_losses(losses)
+    rate = min(means, key=means.get)
+    return {seed: by_rate[rate] for seed, by_rate in sweep.runs.items()}
 
 
 def lowest_so_far(sweep, metric):
@@ -230,7 +238,7 @@ def forgotten_row(what, sweeps, more, less):
     row = unknown(what, sweeps, [more, less])
     if row:
         return row
-    # as paper/claims.py has them: by seed and length, each at its rate of the lowest loss
+    # in the form that paper/claims.py has; each seed at its own rate of the lowest loss
     changes = {}
     ends = {}
     for family in (more, less):

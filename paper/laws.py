@@ -11,7 +11,7 @@ Where LoRA's best learning rate lies, and what is left between it and full finet
     muA         how the best rate moves with the rank: Chen, Villar, Hayou 2026 (arXiv 2602.06204)
     OC          optimizer-model consistency: arXiv 2605.06654, May 2026
     LM          at their best rates LoRA's variants are as good as LoRA: "Learning Rate Matters",
-                arXiv 2602.04998
+                arXiv 2602.04998; whether they forget as much is asked here
 
 Runs that differ in learning rate and seed alone are a sweep. Everything here is said of best rates,
 which paper/sweeps.py finds; where one does not lie inside its sweep, nothing that rests on it can
@@ -26,8 +26,8 @@ import numpy as np
 from configurator import configure
 from paper.changes import folders_of
 from paper.claims import SAME_SIZE, print_claims
-from paper.families import (Family, best_runs, difference_row, factor_row, find, forgotten_row,
-                            full_name, loss_row, lowest_so_far, read_sweeps, shared_seeds,
+from paper.families import (Family, difference_row, factor_row, find, forgotten_row, full_name,
+                            loss_row, lowest_so_far, read_sweeps, runs_at_best_rate, shared_seeds,
                             short_name, sorted_families, unknown, verdict_within)
 from paper.results import KNOBS, mean_of_seeds, read_config, trained_numbers
 from paper.sweeps import factor_words, mean_factor
@@ -42,7 +42,7 @@ forgetting = 'loss source'
 EXPONENTS = {("False", "default", "alpha / r"): -0.5, ("False", "default", "alpha"): 0.0,
              ("True", "default", "alpha"): -0.25, ("False", "zero_a", "alpha / r"): 0.0}
 SAME_POWER = 0.125       # half of what lies between two of these exponents
-SAME_LEARNING = 0.02     # what was learned may differ by this share and count as the same
+SAME_LEARNING = 0.02     # what was learned counts as the same if it differs by less than this share
 
 
 # ----------------------------------------------------------------------------- LoRA Without Regret
@@ -208,36 +208,43 @@ def rows_of_zero_a(sweeps):
 
 
 # ----------------------------------------------------------------------------- variants
-def rows_of_variants(sweeps):
-    """Of each variant of LoRA beside plain LoRA, both at their best rates: by what share it has
-    learned more, and what it has forgotten more at equal learning. Two lists of rows."""
+def rows_of_variants(sweeps, learning):
+    """Each variant of LoRA beside plain LoRA, both at their best rates, as two lists of rows: by
+    what share it has learned more, and how much more it has forgotten at equal learning."""
     learned = []
     forgotten = []
     loras = sorted_families(sweeps, lambda family: family.rank)
     for plain in filter(is_plain, loras):
         for variant in loras:
-            if variant != plain and variant._replace(lora=plain.lora) == plain:
+            is_alike = variant._replace(lora=plain.lora) == plain
+            if is_alike and not is_plain(variant) and dropout_of(variant) == dropout_of(plain):
                 name = full_name(variant, sweeps)
-                learned.append(share_row(name, sweeps, variant, plain))
+                learned.append(share_row(name, sweeps, variant, plain, learning))
                 forgotten.append(forgotten_row(name, sweeps, variant, plain))
     return learned, forgotten
 
 
 def is_plain(family):
-    """Whether a LoRA Family has the defaults in all that makes a variant; dropout makes none."""
+    """Whether a LoRA Family is no variant: the default of every knob but dropout."""
     for knob, value in family.lora:
         if knob != "lora_dropout" and value != str(KNOBS[knob]):
             return False
     return True
 
 
-def share_row(what, sweeps, variant, plain):
-    """The row of by what share a variant has learned more than plain LoRA; the claim says none."""
+def dropout_of(family):
+    return dict(family.lora)["lora_dropout"]
+
+
+def share_row(what, sweeps, variant, plain, learning):
+    """The row of the share by which a variant has learned more than plain LoRA.
+
+    The claim says that it is within SAME_LEARNING of 0."""
     row = unknown(what, sweeps, [variant, plain])
     if row:
         return row
-    mine = best_runs(sweeps[variant])
-    theirs = best_runs(sweeps[plain])
+    mine = runs_at_best_rate(sweeps[variant], learning)
+    theirs = runs_at_best_rate(sweeps[plain], learning)
     shares = []
     for seed in shared_seeds(sweeps, [variant, plain]):
         share = mine[seed].learned.value / theirs[seed].learned.value - 1
@@ -308,7 +315,7 @@ if __name__ == "__main__":
             print(f"| {' | '.join(row)} |")
 
         of_optimizers, of_lora = rows_of_consistency(sweeps)
-        learned_more, forgot_more = rows_of_variants(sweeps)
+        learned_more, forgot_more = rows_of_variants(sweeps, learning)
         print()
         found = [
             *rows_of_regret(sweeps, learning),

@@ -1,6 +1,8 @@
 """--dry_run: what a run takes, told without data, weights or a GPU."""
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_here, run_stage
@@ -10,9 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 import lion
 from lora import apply_lora
-from model import Llama, LlamaConfig
+from model import IGNORE, Llama, LlamaConfig
 from runtime import peak_flops
-from training.plan import PUBLISHED, compare_with_paper, duration_text, predict_memory, shape_of, states
+from training.plan import (PUBLISHED, compare_with_paper, duration_text, flops_of_batch, flops_of_step, predict_memory, shape_of,
+                           states)
 
 PAPER = ["--base=meta-llama/Llama-2-7b-hf", "--data=nowhere", "--seq_len=4096", "--global_batch=192", "--microbatch=6",
          "--gpus=32", "--dry_run=True"]
@@ -59,6 +62,25 @@ def test_hours_follow_from_the_gpu():
     flops = 20e9 * (6 * (6_738_415_616 - 32000 * 4096) + 6 * 4096 * 4096 * 32)
     assert hours() == pytest.approx(flops / (32 * 0.4 * 989e12) / 3600, rel=1e-3)
     assert hours("--gpu=A100", "--mfu=0.5") == pytest.approx(hours() * 989 / 312 * 0.4 / 0.5, rel=1e-2)
+
+
+def test_padding_that_is_left_out_is_not_planned():
+    """Rows of 64 of which 10 or 40 tokens have targets: microbatches of two take 2 * 16 and 2 * 48, compiled 2 * 64 each."""
+    model, rows = meta("Llama-2-7b-hf", 16), FourRows([10, 3, 40, 7])
+    knobs = SimpleNamespace(global_batch=4, microbatch=2, seed=0, shuffle=False, doc_mask=True, compile=False)
+    flops, tokens = flops_of_step(model, knobs, rows, 0)
+    short = [(row[0][:length], row[1][:length], row[2]) for row, length in zip(rows, (16, 16, 48, 48))]
+    assert tokens == 128 and flops == pytest.approx(flops_of_batch(model, short), rel=1e-12)
+    knobs.compile = True
+    assert flops_of_step(model, knobs, rows, 0) == (flops_of_batch(model, list(rows)), 256)
+
+
+class FourRows(list):
+    """Rows of 64 tokens, the first of which are targets."""
+    packed = None
+
+    def __init__(self, targets):
+        super().__init__((np.zeros(64, np.int64), np.where(np.arange(64) < n, 5, IGNORE), np.zeros(0, np.int64)) for n in targets)
 
 
 def test_memory_follows_from_the_gpu():

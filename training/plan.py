@@ -30,7 +30,7 @@ from llama.functions import ChunkedCrossEntropy
 from lora import apply_lora
 from model import IGNORE, Llama, LlamaConfig
 from runtime import GPUS, ROOT, print0
-from training.rows import PlannedRows, check_length, open_sets, rows_of_step
+from training.rows import PlannedRows, check_length, open_sets, rows_of_step, without_padding
 
 _LLAMA3 = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=131072,
                rope_theta=500000.0, bos_token_id=128000, eos_token_id=128001,
@@ -116,10 +116,19 @@ def flops_of_batch(model, rows, doc_mask=True):
 
 
 def flops_of_step(model, knobs, rows, step):
-    """FLOPs of one step of the run, over all ranks; all steps take about as many."""
+    """FLOPs of one step of the run and the tokens that it computes, over all ranks.
+
+    All steps take about as many. Padding that is left out does not count."""
     n_rows = len(rows) or knobs.global_batch
     batch = rows_of_step(step, knobs.global_batch, n_rows, knobs.seed, knobs.shuffle, rows.packed)
-    return flops_of_batch(model, [rows[i] for i in batch], knobs.doc_mask)
+    flops = 0
+    tokens = 0
+    for first in range(0, len(batch), knobs.microbatch):
+        microbatch = [rows[i] for i in batch[first:first + knobs.microbatch]]
+        computed = without_padding(microbatch, knobs.compile)
+        flops += flops_of_batch(model, computed, knobs.doc_mask)
+        tokens += sum(len(row_tokens) for row_tokens, _, _ in computed)
+    return flops, tokens
 
 
 # ----------------------------------------------------------------------------- memory
@@ -312,7 +321,7 @@ def print_plan(knobs, model, rows, steps, first_step, machine, ranks, how, memor
     """Print what is going to happen: three lines on model, data and machine, and a warning.
 
     machine: its name; memory, available: bytes of a rank, by kind and in all; rate: FLOP/s of all
-    ranks together. Returns the FLOPs of a step."""
+    ranks together. Returns the FLOPs of a token."""
     # the model
     method = "in full"
     if hasattr(model, "lora"):
@@ -332,7 +341,7 @@ def print_plan(knobs, model, rows, steps, first_step, machine, ranks, how, memor
            f"{knobs.global_batch} rows = {tokens_a_step:,} tokens, together {duration}")
 
     # the machine
-    flops = flops_of_step(model, knobs, rows, steps - 1)
+    flops, tokens_computed = flops_of_step(model, knobs, rows, steps - 1)
     seconds = (steps - first_step) * flops / rate
     if ranks > 1:
         machine += f", {ranks} ranks, shard={how}"
@@ -345,7 +354,7 @@ def print_plan(knobs, model, rows, steps, first_step, machine, ranks, how, memor
     if together > available:
         print0(f"WARNING: that is more than the {available / 1e9:.2f} GB of a rank; a smaller "
                "microbatch, activation_checkpointing=block or shard=full need less")
-    return flops
+    return flops / tokens_computed
 
 
 def duration_text(seconds):

@@ -286,31 +286,36 @@ def check_packed(step, batch, n_rows, epochs, steps):
                          f"{steps} steps; prepare it with --paper_epochs={step // steps + 1}")
 
 
+def without_padding(rows, compiled=False):
+    """The rows of a microbatch, cut to one length that holds all their targets.
+
+    The length is a multiple of 16 (at most that of the rows); what follows, such as padding,
+    changes no loss. A compiled model takes whole rows: it would be compiled again for every other
+    length."""
+    if compiled:
+        return rows
+    needed = 1
+    for _, targets, _ in rows:
+        places = np.flatnonzero(targets != IGNORE)
+        needed = max(needed, places.max(initial=0) + 1)
+    length = math.ceil(needed / 16) * 16
+    return [(tokens[:length], targets[:length], starts[starts < length])
+            for tokens, targets, starts in rows]
+
+
 def stack(rows, device, compiled=False):
     """Rows of TokenRows as tokens [B, T], targets [B, T] and borders of documents [n + 1].
 
-    T reaches to the last target, rounded up to a multiple of 16: what comes after it, such as
-    padding, changes no loss. A compiled model takes whole rows, as it would be compiled again for
-    every other length.
-    The borders are positions in the flattened B * T; a row's border is one of a document, too."""
-    tokens, targets, starts = zip(*rows)
-    tokens = np.stack(tokens)
-    targets = np.stack(targets)
-    # how long they have to be
-    length = tokens.shape[1]
-    if not compiled:
-        has_target = (targets != IGNORE).any(axis=0)
-        needed = int(np.flatnonzero(has_target).max(initial=0)) + 1
-        length = min(math.ceil(needed / 16) * 16, length)
-    tokens = np.ascontiguousarray(tokens[:, :length])
-    targets = np.ascontiguousarray(targets[:, :length])
+    T is that of without_padding. The borders are positions in the flattened B * T; a row's border
+    is one of a document, too."""
+    tokens, targets, starts = zip(*without_padding(rows, compiled))
+    length = len(tokens[0])
     # the beginning of each row, the documents inside it, and at last the end
     borders = []
     for i, inside in enumerate(starts):
-        inside = inside[inside < length]
         borders += [i * length, *(inside + i * length)]
-    borders.append(tokens.size)
-    tokens = torch.from_numpy(tokens)
-    targets = torch.from_numpy(targets)
+    borders.append(len(rows) * length)
+    tokens = torch.from_numpy(np.stack(tokens))
+    targets = torch.from_numpy(np.stack(targets))
     borders = torch.tensor(borders, dtype=torch.int64)
     return tokens.to(device), targets.to(device), borders.to(device)
