@@ -34,4 +34,5 @@ train = train or ('--data=data/metamath_peft --optimizer=adamw --beta1=0.9 --bet
 evals = evals or ('eval_gsm8k.py --harness=peft --shots=0 --max_new_tokens=300',
                   'eval_loss.py --data=wiki=data/wiki100 --rows=0')
 spectrum = 'none'
-plot = "--figures=peft --learning=gsm8k_strict_match --forgetting='loss wiki'"
+plot = ("--figures=peft --learning=gsm8k_strict_match --forgetting='loss wiki' "
+        "--labels='gsm8k_strict_match=accuracy on GSM8K,loss wiki=loss on Wikipedia'")

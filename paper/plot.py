@@ -190,7 +190,7 @@ if __name__ == "__main__":
             ("throughput", "", draw_throughput, (tables,)),
             *figures_of_spectra(loaded, block)]
         if "peft" in figures:  # of one study only, so it has to be asked for
-            listed.append(("peft", "", draw_peft, (points, bases, metrics)))
+            listed.append(("peft", "", draw_peft, (found, metrics)))
 
         # draw those that are wanted
         Path(out_dir).mkdir(parents=True, exist_ok=True)

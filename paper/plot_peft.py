@@ -5,8 +5,9 @@
                       |. OSF  o--full        forgotten is the rise of the loss on Wikipedia.
                       +---------------
 """
-from paper.looks import CHANCE, COLUMN, legend_entry, method_name, plt, style_of
-from paper.results import ends_of
+from paper.changes import base_of, change_of, combine, read_bases
+from paper.looks import CHANCE, COLUMN, legend_entry, method_name, name_end, plt, style_of
+from paper.results import mean_of_seeds, setting_of
 
 # {method: (accuracy, rise of the loss)} of Llama-3.2-3B after 20,000 examples of MetaMathQA.
 # Source: huggingface/peft 5d602fd, method_comparison/MetaMathQA/results of 2026-07-15, one seed.
@@ -17,17 +18,14 @@ PUBLISHED = {
     "OSF r=128": (0.427, 0.017)}
 
 
-def draw_peft(points, bases, metrics):
+def draw_peft(found, metrics):
     """The plane; None where no run has both metrics, or its base has no value of forgetting.
 
-    metrics.learning and forgetting: the first is an accuracy, the second a loss."""
+    found {folder: Run}; metrics.learning and forgetting: the first is an accuracy, the second a
+    loss, whose rise is taken item by item where the items are known."""
     learn = metrics.learning[0]
     forget = metrics.forgetting[0]
-    ours = []
-    for point in ends_of(points):
-        before = bases.get((point.dataset, point.base, forget))
-        if learn in point.values and forget in point.values and before:
-            ours.append((point, before[0]))
+    ours = ours_in_plane(found, learn, forget)
     if not ours:
         return None
 
@@ -35,35 +33,60 @@ def draw_peft(points, bases, metrics):
     fig, ax = plt.subplots(figsize=(COLUMN * 1.5, COLUMN * 1.2))
     for name, (accuracy, rise) in PUBLISHED.items():
         ax.scatter(rise, accuracy, 12, color=CHANCE, zorder=2)
-        ax.annotate(name, (rise, accuracy), (3, 2), textcoords="offset points", fontsize=6,
-                    color=CHANCE)
-    # ours, with both intervals
-    ranks = {point.rank for point, _ in ours}
+        name_end(ax, rise, accuracy, name, CHANCE)
+    # ours, with both intervals, and the learning rate at each
+    ranks = {setting.rank for setting in ours}
     handles = [legend_entry("PEFT's table, one seed", ls="", color=CHANCE, marker="o")]
     named = set()
-    for point, before in ours:
-        style = style_of(point.rank, ranks)
-        learned, half_learned = point.values[learn]
-        loss, half_loss = point.values[forget]
-        ax.errorbar(loss - before, learned, half_learned or 0, half_loss or 0, elinewidth=0.8,
-                    **style, zorder=3)
-        name = name_of(point)
+    for setting, (learned, rise) in ours.items():
+        style = style_of(setting.rank, ranks)
+        ax.errorbar(rise[0], learned[0], learned[1] or 0, rise[1] or 0, elinewidth=0.8, **style,
+                    zorder=3)
+        rate = float(dict(setting.other)["learning_rate"])
+        power = f"{rate:.0e}".replace("e-0", "e-")
+        ax.annotate(power, (rise[0], learned[0]), (2, -7), textcoords="offset points", fontsize=6,
+                    color=style["color"])
+        name = name_of(setting)
         if name not in named:
             named.add(name)
             handles.append(legend_entry(name, ls="", **style))
+    ax.margins(y=0.1)
     ax.set(xlabel=f"rise of {metrics.title(forget)}", ylabel=metrics.title(learn))
-    ax.legend(handles=handles, loc="lower right")
+    ax.legend(handles=handles, loc="best")
     return fig
 
 
-def name_of(point):
-    """The method of a point, as PEFT's table has it."""
-    knobs = dict(point.other)
-    name = method_name(point.rank)
+def ours_in_plane(found, learn, forget):
+    """{Setting: (accuracy, rise of the loss)} at the end of its runs, each (mean, half width of
+    its 95% interval or None) over the seeds."""
+    bases = read_bases(found)
+    of_seeds = {}
+    for folder, run in found.items():
+        if not run.config:
+            continue
+        steps = max(run.places, default=0)
+        base = base_of(folder, run, bases)
+        has_both = steps in run.metrics.get(learn, {}) and steps in run.metrics.get(forget, {})
+        if has_both and (forget in base or 0 in run.metrics[forget]):
+            better = change_of(folder, run, forget, steps, base)
+            rise = combine([-1], [better])
+            pair = run.metrics[learn][steps], (rise.value, rise.stderr)
+            of_seeds.setdefault(setting_of(run), []).append(pair)
+    ours = {}
+    for setting, pairs in of_seeds.items():
+        accuracies, rises = zip(*pairs)
+        ours[setting] = mean_of_seeds(accuracies), mean_of_seeds(rises)
+    return ours
+
+
+def name_of(setting):
+    """The method of a Setting, as PEFT's table has it."""
+    knobs = dict(setting.other)
+    name = method_name(setting.rank)
     if knobs.get("rslora") == "True":
         name = name.replace("LoRA", "rsLoRA")
     if knobs.get("dora") == "True":
         name = name.replace("LoRA", "DoRA")
-    if point.targets == "mlp":
+    if setting.targets == "mlp":
         name += ", MLP"
     return f"ours: {name}"

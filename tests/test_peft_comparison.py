@@ -1,12 +1,16 @@
 """GSM8K as PEFT's comparison judges it, and its plane: verdicts recorded from the original functions (2026-11)."""
+import bz2
 import json
 
 import pytest
-from conftest import need, run_here
+from conftest import need, run_here, run_stage
 from samples import word_problems, write_lines
 
 from eval_gsm8k import build_prompt, judge_answer
 from evaluation.peft_comparison import extract_answer, is_right
+from paper.plot_peft import ours_in_plane
+from paper.results import read_run
+from paper.wiki_articles import read_articles
 
 # (output, gold, what parse_answer took, what get_accuracy said)
 RECORDED = [
@@ -55,6 +59,13 @@ def test_our_points_stand_in_pefts_plane(tmp_path):
                 step = 0 if config is None else 5
                 lines.write(json.dumps({"metric": metric, "value": value, "stderr": 0.01, "step": step,
                                         "settings": {"model": "x/b"}}) + "\n")
+    # articles differ by 0.5, and each by 0.03 to 0.05 from itself before: the interval is of these
+    for name, step, losses in (("base", 0, (1.0, 1.5, 2.258)), ("r32", 5, (1.05, 1.54, 2.3))):
+        (tmp_path / name / "values.jsonl").write_text(json.dumps({"metric": "loss wiki", "step": step, "values": losses}))
+    found = {tmp_path / name: read_run(tmp_path / name) for name in ("base", "full-s1", "r32")}
+    plane = {setting.rank: point for setting, point in ours_in_plane(found, "gsm8k_strict_match", "loss wiki").items()}
+    assert plane[0] == (pytest.approx((0.47, 0.0196)), pytest.approx((0.03, 0.0196)))  # the items are not known
+    assert plane[32] == (pytest.approx((0.48, 0.0196)), pytest.approx((0.044, 1.96 * 0.005292 / 3 ** 0.5), rel=1e-3))
     argv = ["paper/plot.py", "--figures=peft", "--formats=svg", f"--out_dir={tmp_path}/figures"]
     metrics = ["--learning=gsm8k_strict_match", "--forgetting=loss wiki"]
     drawn = run_here(*argv, f"--runs={tmp_path}/*", *metrics)
@@ -87,3 +98,13 @@ def test_loss_on_articles_is_the_mean_over_their_tokens_cut_at_so_many(tmp_path)
         logits = model(ids).logits[0, :-1]
         losses += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").tolist()
     assert value == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_articles_of_wikipedia_without_marks_redirects_and_empty_pages(tmp_path):
+    """gensim reads pages and takes the markup away; what it leaves in is ours to take."""
+    dump = tmp_path / "dump.xml.bz2"
+    dump.write_bytes(bz2.compress(b"'''Anarchism''' is\n#redirect [[Anarchism]]\n\n''An'' apple's"))
+    pages = lambda file, filter_namespaces: (("title", line.decode(), 1) for line in file)
+    assert list(read_articles(dump, pages, lambda text: text)) == ["Anarchism is", "An apple's"]
+    result = run_stage("paper/wiki_articles.py", tmp_path / "wiki.jsonl")
+    assert result.returncode == 1 and "No module named 'gensim'; pip install gensim" in result.stderr and not (tmp_path / "wiki.jsonl").exists()

@@ -67,12 +67,11 @@ def test_hours_follow_from_the_gpu():
 def test_padding_that_is_left_out_is_not_planned():
     """Rows of 64 of which 10 or 40 tokens have targets: microbatches of two take 2 * 16 and 2 * 48, compiled 2 * 64 each."""
     model, rows = meta("Llama-2-7b-hf", 16), FourRows([10, 3, 40, 7])
-    knobs = SimpleNamespace(global_batch=4, microbatch=2, seed=0, shuffle=False, doc_mask=True, compile=False)
-    flops, tokens = flops_of_step(model, knobs, rows, 0)
+    knobs = SimpleNamespace(global_batch=4, microbatch=2, seed=0, shuffle=False, doc_mask=True)
+    flops, tokens = flops_of_step(model, knobs, rows, 0, compiled=False)
     short = [(row[0][:length], row[1][:length], row[2]) for row, length in zip(rows, (16, 16, 48, 48))]
     assert tokens == 128 and flops == pytest.approx(flops_of_batch(model, short), rel=1e-12)
-    knobs.compile = True
-    assert flops_of_step(model, knobs, rows, 0) == (flops_of_batch(model, list(rows)), 256)
+    assert flops_of_step(model, knobs, rows, 0, compiled=True) == (flops_of_batch(model, list(rows)), 256)
 
 
 class FourRows(list):

@@ -376,10 +376,11 @@ def test_a_model_that_cannot_be_fetched_is_one_short_line(monkeypatch, kind, tex
 @pytest.mark.parametrize("config, only, stages", [("regret", "r27-attention-0.001-s2", 1), ("rate_laws", "r64-zero_a-0.0004-s3", 1),
                                                   ("consistency", "r16-adamw-0.005-s1", 1), ("why", "r4-0.001-s1", 3),
                                                   ("rate_laws_docs", "r64-fixed-0.00025-s1", 1), ("regret_docs", "b10-r16-0.001-s2", 3),
-                                                  ("regret_python", "r64-0.0005-s3", 3),
+                                                  ("regret_python", "r64-0.0005-s3", 3), ("variants", "zero_a-0.001-s6", 1),
+                                                  ("peft_smollm2", "r10-mlp-10x", 3),
                                                   ("peft_metamath", "r32-dora-s1", 3)])
 def test_lists_of_the_sweeps_are_possible(tmp_path, tokens, config, only, stages):
-    more = " --max_steps=5 --optimizer=adamw" if config == "peft_metamath" else ""
+    more = " --max_steps=5 --optimizer=adamw --global_batch=1" if config.startswith("peft") else ""
     result = run_warm("-m", "paper.study", ROOT / f"config/{config}.py", f"--base={need('data/stories260k')}", f"--only={only}",
                       f"--train=--data={tokens}/cpt --microbatch=1{more}", "--dry_run=True", f"--out_dir={tmp_path}")
     assert result.returncode == 0 and result.stdout.count("to do") == stages, result.stderr

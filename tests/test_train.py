@@ -258,6 +258,11 @@ def test_the_log_counts_the_tokens_that_were_computed(setting):
     log = [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
     assert [round(line["tok_per_s"] * line["seconds"], 6) for line in log] == [48, 48]  # means of 2 * 16 and 2 * 32
     assert [line["tokens"] for line in log] == [128, 256]  # a step is two rows of the data
+    # compiled, the first two rows would take 32 tokens each; the last step has the others, whose 29 need all 32
+    for steps, warned in ((3, True), (4, False)):
+        planned = run_here("train.py", *knobs[:-1], f"--max_steps={steps}", "--compile=True", f"--out_dir={folder / 'new'}", "--dry_run=True")
+        assert planned.returncode == 0, planned.stderr
+        assert ("WARNING: 50% of the tokens are padding, which a compiled model computes too" in planned.stdout) == warned
 
 
 def test_batch_without_targets_is_refused():

@@ -115,7 +115,7 @@ def flops_of_batch(model, rows, doc_mask=True):
     return tokens * (per_weight * weights + 6 * adapters) + attention + head
 
 
-def flops_of_step(model, knobs, rows, step):
+def flops_of_step(model, knobs, rows, step, compiled):
     """FLOPs of one step of the run and the tokens that it computes, over all ranks.
 
     All steps take about as many. Padding that is left out does not count."""
@@ -125,7 +125,7 @@ def flops_of_step(model, knobs, rows, step):
     tokens = 0
     for first in range(0, len(batch), knobs.microbatch):
         microbatch = [rows[i] for i in batch[first:first + knobs.microbatch]]
-        computed = without_padding(microbatch, knobs.compile)
+        computed = without_padding(microbatch, compiled)
         flops += flops_of_batch(model, computed, knobs.doc_mask)
         tokens += sum(len(row_tokens) for row_tokens, _, _ in computed)
     return flops, tokens
@@ -341,7 +341,7 @@ def print_plan(knobs, model, rows, steps, first_step, machine, ranks, how, memor
            f"{knobs.global_batch} rows = {tokens_a_step:,} tokens, together {duration}")
 
     # the machine
-    flops, tokens_computed = flops_of_step(model, knobs, rows, steps - 1)
+    flops, tokens_computed = flops_of_step(model, knobs, rows, steps - 1, knobs.compile)
     seconds = (steps - first_step) * flops / rate
     if ranks > 1:
         machine += f", {ranks} ranks, shard={how}"
@@ -354,6 +354,10 @@ def print_plan(knobs, model, rows, steps, first_step, machine, ranks, how, memor
     if together > available:
         print0(f"WARNING: that is more than the {available / 1e9:.2f} GB of a rank; a smaller "
                "microbatch, activation_checkpointing=block or shard=full need less")
+    _, needed = flops_of_step(model, knobs, rows, steps - 1, compiled=False)
+    if needed < 0.75 * tokens_computed:
+        print0(f"WARNING: {1 - needed / tokens_computed:.0%} of the tokens are padding, which a "
+               "compiled model computes too; pack the rows, or say --compile=False")
     return flops / tokens_computed
 
 
