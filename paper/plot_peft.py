@@ -34,25 +34,20 @@ def draw_peft(found, metrics):
     for name, (accuracy, rise) in PUBLISHED.items():
         ax.scatter(rise, accuracy, 12, color=CHANCE, zorder=2)
         name_end(ax, rise, accuracy, name, CHANCE)
-    # ours, with both intervals, and the learning rate at each
+    # ours, with both intervals
     ranks = {setting.rank for setting in ours}
-    handles = [legend_entry("PEFT's table, one seed", ls="", color=CHANCE, marker="o")]
-    named = set()
     for setting, (learned, rise) in ours.items():
         style = style_of(setting.rank, ranks)
         ax.errorbar(rise[0], learned[0], learned[1] or 0, rise[1] or 0, elinewidth=0.8, **style,
                     zorder=3)
         rate = float(dict(setting.other)["learning_rate"])
         power = f"{rate:.0e}".replace("e-0", "e-")
-        ax.annotate(power, (rise[0], learned[0]), (2, -7), textcoords="offset points", fontsize=6,
-                    color=style["color"])
-        name = name_of(setting)
-        if name not in named:
-            named.add(name)
-            handles.append(legend_entry(name, ls="", **style))
+        name_end(ax, rise[0], learned[0], f"{name_of(setting)}, {power}", style["color"])
     ax.margins(y=0.1)
     ax.set(xlabel=f"rise of {metrics.title(forget)}", ylabel=metrics.title(learn))
-    ax.legend(handles=handles, loc="best")
+    theirs = legend_entry("PEFT's table, one seed", ls="", color=CHANCE, marker="o")
+    mine = legend_entry("ours", ls="", **style)
+    ax.legend(handles=[theirs, mine], loc="best")
     return fig
 
 
@@ -89,4 +84,4 @@ def name_of(setting):
         name = name.replace("LoRA", "DoRA")
     if setting.targets == "mlp":
         name += ", MLP"
-    return f"ours: {name}"
+    return name
