@@ -16,7 +16,7 @@ A step of global_batch=8 rows, microbatch=2, on 2 ranks, which alternate microba
     rank 1   rows 2 3   forward, backward   rows 6 7   forward, backward   | clip, optimizer
 
 Same knobs, same run, on any number of ranks: rows are a function of (seed, epoch, step), dropout
-masks of (seed, step, microbatch and the length of its rows, of which --compile keeps all).
+masks of (seed, step, microbatch) and its length: --compile takes whole rows, else no padding.
 """
 import math
 import signal

@@ -46,8 +46,7 @@ def draw_peft(found, metrics):
     ax.margins(y=0.1)
     ax.set(xlabel=f"rise of {metrics.title(forget)}", ylabel=metrics.title(learn))
     theirs = legend_entry("PEFT's table, one seed", ls="", color=CHANCE, marker="o")
-    mine = legend_entry("ours", ls="", **style)
-    ax.legend(handles=[theirs, mine], loc="best")
+    ax.legend(handles=[theirs], loc="best")
     return fig
 
 

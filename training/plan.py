@@ -354,10 +354,11 @@ def print_plan(knobs, model, rows, steps, first_step, machine, ranks, how, memor
     if together > available:
         print0(f"WARNING: that is more than the {available / 1e9:.2f} GB of a rank; a smaller "
                "microbatch, activation_checkpointing=block or shard=full need less")
-    _, needed = flops_of_step(model, knobs, rows, steps - 1, compiled=False)
-    if needed < 0.75 * tokens_computed:
-        print0(f"WARNING: {1 - needed / tokens_computed:.0%} of the tokens are padding, which a "
-               "compiled model computes too; pack the rows, or say --compile=False")
+    if knobs.compile:
+        _, needed = flops_of_step(model, knobs, rows, steps - 1, compiled=False)
+        if needed < 0.75 * tokens_computed:
+            print0(f"WARNING: {1 - needed / tokens_computed:.0%} of the tokens are padding, which "
+                   "a compiled model computes too; pack the rows, or say --compile=False")
     return flops / tokens_computed
 
 
