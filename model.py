@@ -31,6 +31,7 @@ from llama.functions import (ChunkedCrossEntropy, RMSNorm, Rotary, SwiGLU, compu
                              rotary_frequencies)
 from llama.generate import generate, generate_each, generate_tokens
 from llama.folder import read_config
+from llama.products import linear
 from llama.weights import GROUPS, fill, load_weights, save_pretrained
 
 IGNORE = -100  # targets with this value do not count in the loss
@@ -92,13 +93,6 @@ class Projection(nn.Module):
         return linear(x, self.weight, self.packed)
 
 
-def linear(x, weight, packed=None):
-    """x weight^T for x [..., K]; with `packed`, the weight in oneDNN's own layout, if given."""
-    if packed is not None:
-        return torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    return F.linear(x, weight.to(x.dtype))
-
-
 def projection(config, group):
     """The Projection of one of GROUPS."""
     names = GROUPS[group]
@@ -116,7 +110,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(self, x):
-        return RMSNorm.apply(x, self.weight, self.eps)
+        return RMSNorm.of(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -138,7 +132,7 @@ class Attention(nn.Module):
         # heads of q, k, v side by side; q and k are rotated together
         qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), 2)
-        q, k = Rotary.apply(qk, cos, sin).split((self.heads, self.kv_heads), 2)
+        q, k = Rotary.of(qk, cos, sin).split((self.heads, self.kv_heads), 2)
         if torch.is_grad_enabled():
             # saved for backward: a view would keep the unrotated q and k alive as well
             v = v.contiguous()
@@ -166,8 +160,8 @@ class MLP(nn.Module):
 
     def forward(self, x, lean=False):
         gate_up = self.gate_up_proj(x)
-        h = SwiGLU.apply(gate_up)
-        with computed_again(lean, h, SwiGLU.apply, gate_up):
+        h = SwiGLU.of(gate_up)
+        with computed_again(lean, h, SwiGLU.of, gate_up):
             return self.down_proj(h)
 
 
@@ -312,7 +306,7 @@ class Llama(nn.Module):
         targets = targets.flatten()
         predicted = (targets != IGNORE).nonzero().squeeze(1)
         h = self.norm(x.flatten(0, 1)[predicted])
-        loss = ChunkedCrossEntropy.apply(h, self.head_weight, targets[predicted])
+        loss = ChunkedCrossEntropy.apply(h, self.head_weight, targets[predicted], self.compiled)
         if reduction == "mean":
             loss = loss / len(predicted)
         return None, loss

@@ -1,5 +1,5 @@
 """
-Speed and memory of generation against Hugging Face transformers, both sides in turn.
+Speed and memory of generation against Hugging Face transformers, in turn.
 
     greedy     16 prompts of 32 to 96 tokens    64 new tokens each
     samples    1 prompt of 128 tokens           50 continuations of 64 new tokens, drawn
@@ -7,9 +7,10 @@ Speed and memory of generation against Hugging Face transformers, both sides in 
     python -m bench.generate                               # random weights of SmolLM2-135M's shape
     python -m bench.generate --model=models/smollm2-135m
 
-Both sides make exactly `new_tokens` a row. See bench/sides.py for how they are compared. Beside
-them stands the floor of a decoding step: its matrix products alone, and the time that it takes to
-read the weights once.
+All sides make exactly `new_tokens` a row; 'compiled' is transformers with a static cache and its
+step through torch.compile. See bench/sides.py for how they are compared. Beside them stands the
+floor of a decoding step: its matrix products alone, and the time that it takes to read the weights
+once.
 """
 import gc
 import json
@@ -19,15 +20,13 @@ from functools import partial
 
 import torch
 
-from bench.sides import (SCATTER, clock, compare_sides, in_turn, left_padded, load_peer,
+from bench.sides import (SCATTER, SIDES, clock, compare_sides, in_turn, left_padded, load_peer,
                          print_machine, product_shapes, scatter, write_random_model,
                          write_results)
 from configurator import configure, knob_table
-from llama.generate import PACKED_ROWS, can_pack
-from model import Llama, LlamaConfig, linear
+from llama.products import can_pack, linear
+from model import Llama, LlamaConfig
 from runtime import one_line_errors, peak_memory, pick_device
-
-SIDES = ("ours", "peer")
 
 # -----------------------------------------------------------------------------
 model = ''               # model folder; '' = random weights of SmolLM2-135M's shape
@@ -65,6 +64,11 @@ def generate_rows(side, llama, ids, new_tokens, drawing):
     if drawing:
         how = {"do_sample": True, "temperature": drawing["temperature"], "top_k": 0,
                "top_p": drawing["top_p"], "num_return_sequences": drawing["n"]}
+    if side == "compiled":
+        from transformers import CompileConfig  # only the peer needs it
+        compile_config = CompileConfig(mode="default")
+        compile_config._compile_all_devices = True  # else on GPUs alone
+        how.update(cache_implementation="static", compile_config=compile_config)
     llama.generate(padded, attention_mask=mask, max_new_tokens=new_tokens,
                    min_new_tokens=new_tokens, pad_token_id=0, **how)
 
@@ -72,7 +76,7 @@ def generate_rows(side, llama, ids, new_tokens, drawing):
 def generation_rounds(folder, sides, ids, new_tokens, drawing, repeats, dtype, device):
     """Seconds of each round of generating, {side: [...]}, after one to warm up.
 
-    Beside both sides: of ours with one new token ("first"), and of a step's floor ("products" and
+    Beside several sides: of ours with one new token ("first"), and of a step's floor ("products" and
     "reading")."""
     # both models in memory, warmed up
     models = {}
@@ -87,7 +91,7 @@ def generation_rounds(folder, sides, ids, new_tokens, drawing, repeats, dtype, d
     runs = {}
     for side in sides:
         runs[side] = partial(generate_rows, side, models[side], ids, new_tokens, drawing)
-    if len(sides) > 1:
+    if len(sides) > 1 and "ours" in sides:
         rows = len(ids) * drawing.get("n", 1)
         floor = Floor(LlamaConfig.from_json(folder), rows, dtype, device)
         runs["first"] = partial(generate_rows, "ours", models["ours"], ids, 1, drawing)
@@ -115,7 +119,7 @@ class Floor:
         self.inputs = {K: torch.randn(rows, K, **how) for _, K in shapes}
         # in the order that generation has them
         self.packed = [None] * len(shapes)
-        if rows <= PACKED_ROWS and can_pack(device, dtype):
+        if can_pack(device, dtype):
             reorder = torch.ops.mkldnn._reorder_linear_weight
             self.packed = [reorder(weight) for weight in self.weights]
 
@@ -156,7 +160,7 @@ if __name__ == "__main__":
 
         results = {}
         for part in parts:
-            # the same prompts for both sides
+            # the same prompts for all sides
             generator = torch.Generator().manual_seed(0)
             if part == "greedy":
                 lengths = torch.randint(32, 97, (prompts,), generator=generator).tolist()

@@ -150,7 +150,7 @@ def training_step(side, llama, optimizer, tokens, targets, rows_at_once):
 
 
 def training_rounds(folder, sides, rank, rows, seq_len, settings):
-    """Seconds of each round of a training step, {side: [...]}, after two steps to warm up.
+    """Seconds of each round of a training step, {side: [...]}, after three steps to warm up.
 
     Beside several sides their floor is timed, as "products"."""
     vocab_size = LlamaConfig.from_json(folder).vocab_size
@@ -179,16 +179,16 @@ def training_rounds(folder, sides, rank, rows, seq_len, settings):
         products.step()
         names.append("products")
 
-    # a step of each in turn
+    # a step of each in turn; the first round is not counted, as each finds the memory of another
     seconds = defaultdict(list)
-    for name in in_turn(names, settings.repeats):
+    for name in in_turn(names, settings.repeats + 1):
         started = clock(settings.device)
         if name == "products":
             products.step()
         else:
             training_step(name, models[name], optimizers[name], tokens, targets, rows)
         seconds[name].append(clock(settings.device) - started)
-    return seconds
+    return {name: times[1:] for name, times in seconds.items()}
 
 
 # -----------------------------------------------------------------------------

@@ -17,16 +17,17 @@ import math
 import torch
 import torch.nn.functional as F
 
-BLOCK = 128      # queries that BlockAttention takes at once
-LONGEST = 2048   # sequences up to which it keeps its probabilities
+BLOCK = 128  # queries that BlockAttention takes at once
+# sequences up to which it keeps its probabilities
+LONGEST = {torch.bfloat16: 2048, torch.float32: 512}
 
 
 class BlockAttention(torch.autograd.Function):
-    """Causal attention in bf16 on a CPU, by matrix products over blocks of queries and their keys.
+    """Causal attention on a CPU, by matrix products over blocks of queries and their keys.
 
-    PyTorch's fused kernel takes 1.5 to 4 times as long there. Scores are rounded to bf16, as in
-    transformers' eager attention, softmax is fp32, and the probabilities are kept: H T / 2 numbers
-    a token. q [B, H, T, hd], k, v [B, KV, T, hd]."""
+    PyTorch's fused kernel takes 1.5 to 4 times as long in bf16, up to 1.6 times in fp32 compiled.
+    In bf16 scores are rounded, as in transformers' eager attention, and softmax is fp32. The
+    probabilities are kept: H T / 2 numbers a token. q [B, H, T, hd], k, v [B, KV, T, hd]."""
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -85,13 +86,25 @@ class BlockAttention(torch.autograd.Function):
         return dq.view(shape_q), dk, dv
 
 
+def in_blocks(T, dtype, device_type, compiled):
+    """Whether training on T tokens without dropout takes BlockAttention.
+
+    In fp32 only compiled: PyTorch's kernel is as fast as it is uncompiled."""
+    if device_type != "cpu" or dtype not in LONGEST:
+        return False
+    return T <= LONGEST[dtype] and (compiled or dtype == torch.bfloat16)
+
+
 def attend_causally(q, k, v, dropout=0.0):
     """Causal attention of q [B, H, T, hd] to k and v [B, KV, T, hd], by the fastest kernel for it.
 
     dropout: share of the probabilities that is set to zero."""
     T = q.shape[2]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and not dropout and T <= LONGEST:
-        if torch.is_grad_enabled() or T >= BLOCK:
+    compiled = torch.compiler.is_compiling()
+    if not dropout and in_blocks(T, q.dtype, q.device.type, compiled):
+        # prompts: only in bf16, if they are long
+        training = torch.is_grad_enabled()
+        if training or q.dtype == torch.bfloat16 and T >= BLOCK:
             return BlockAttention.apply(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout,
                                           is_causal=True, enable_gqa=True)

@@ -17,21 +17,38 @@ import math
 import torch
 import torch.nn.functional as F
 
+from llama.products import times
+
 
 def at_least_fp32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class RMSNorm(torch.autograd.Function):
+class Piece(torch.autograd.Function):
+    """A function with its value in `value` and its derivative in `backward`."""
+
+    @classmethod
+    def of(cls, *inputs):
+        """The value; where no gradient is wanted without autograd, which takes 20 us a call."""
+        if torch.is_grad_enabled():
+            return cls.apply(*inputs)
+        return cls.value(*inputs)
+
+
+class RMSNorm(Piece):
     """y = weight * (x / rms(x)); x [..., D], weight [D]."""
+
+    @staticmethod
+    def value(x, weight, eps):
+        normed = F.rms_norm(at_least_fp32(x), x.shape[-1:], eps=eps)
+        # rounded as in transformers, before the weight
+        return normed.to(x.dtype) * weight.to(x.dtype)
 
     @staticmethod
     def forward(ctx, x, weight, eps):
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        normed = F.rms_norm(at_least_fp32(x), x.shape[-1:], eps=eps)
-        # rounded as in transformers, before the weight
-        return normed.to(x.dtype) * weight.to(x.dtype)
+        return RMSNorm.value(x, weight, eps)
 
     @staticmethod
     def backward(ctx, dy):
@@ -53,7 +70,7 @@ class RMSNorm(torch.autograd.Function):
         return dx.to(x.dtype), dw, None
 
 
-class Rotary(torch.autograd.Function):
+class Rotary(Piece):
     """Turn the pairs (x[i], x[i + hd/2]) of x [B, T, heads, hd]; cos and sin come from `tables`."""
 
     @staticmethod
@@ -64,7 +81,7 @@ class Rotary(torch.autograd.Function):
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
     @staticmethod
-    def rotate(x, cos, sin):
+    def value(x, cos, sin):
         first, second = x.chunk(2, -1)
         swapped = torch.cat((second, first), -1)
         return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
@@ -72,13 +89,13 @@ class Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return Rotary.rotate(x, cos, sin)
+        return Rotary.value(x, cos, sin)
 
     @staticmethod
     def backward(ctx, dy):
         # the inverse rotation
         cos, sin = ctx.saved_tensors
-        return Rotary.rotate(dy, cos, -sin), None, None
+        return Rotary.value(dy, cos, -sin), None, None
 
 
 def rotary_frequencies(config, dtype=torch.float32):
@@ -124,14 +141,18 @@ def computed_again(lean, made, function, source):
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-class SwiGLU(torch.autograd.Function):
+class SwiGLU(Piece):
     """silu(gate) * up, for gate and up side by side in gu [..., 2F]; keeps gu alone."""
+
+    @staticmethod
+    def value(gu):
+        gate, up = gu.chunk(2, -1)
+        return F.silu(gate) * up
 
     @staticmethod
     def forward(ctx, gu):
         ctx.save_for_backward(gu)
-        gate, up = gu.chunk(2, -1)
-        return F.silu(gate) * up
+        return SwiGLU.value(gu)
 
     @staticmethod
     def backward(ctx, dh):
@@ -160,7 +181,7 @@ def add_product(total, a, b):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum over rows of cross-entropy(h @ weight.T, targets), a scalar.
 
-    h [n, D], weight [V, D], targets [n].
+    h [n, D], weight [V, D], targets [n]; compiled: whether the model is, see llama/products.py.
     Gradients are made in the forward pass, a chunk of rows at a time, and the logits of a chunk are
     overwritten by their gradient: nothing of size [n, V] exists. The weight's gradient is summed in
     fp32 over the chunks, and not computed at all when the head is frozen."""
@@ -168,8 +189,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     piece_bytes = 2 ** 23  # of one softmax on a CPU: what its cache holds
 
     @staticmethod
-    def forward(ctx, h, weight, targets):
-        want_dh, want_dw, _ = ctx.needs_input_grad
+    def forward(ctx, h, weight, targets, compiled=False):
+        want_dh, want_dw, *_ = ctx.needs_input_grad
         vocab = weight.shape[0]
         w = weight.to(h.dtype)
         sum_dtype = torch.promote_types(h.dtype, torch.float32)
@@ -185,7 +206,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
         for start in range(0, h.shape[0], rows):
             chunk = slice(start, start + rows)
-            logits = h[chunk] @ w.T
+            logits = times(h[chunk], w, compiled)
             for z, target in zip(logits.split(piece), targets[chunk].split(piece)):
                 logp = torch.log_softmax(z, -1, dtype=sum_dtype)
                 loss -= logp.gather(1, target[:, None]).sum()
@@ -211,4 +232,4 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             dh.mul_(dloss)
         if dw is not None:
             dw.mul_(dloss)
-        return dh, dw, None
+        return dh, dw, None, None

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from llama.kv_cache import KVCache
+from llama.products import can_pack
 
-READ_AT_ONCE = 2048  # tokens of prompts in one forward pass, unless one prompt is longer
-PACKED_ROWS = 32     # for more rows packed weights gain 15%, which is not worth their memory
-PACKED_TOKENS = 8    # for fewer new tokens they take longer to pack than they save
+READ_AT_ONCE = 2048    # tokens of prompts in one forward pass, unless one prompt is longer
+PACKED_TOKENS = 8      # for fewer new tokens packed weights take longer to pack than they save
 
 
 class NotFinite(ValueError):
@@ -161,7 +161,7 @@ def generate_tokens(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     rows = []  # that run, in the order of the cache
     read = {}  # prompt -> its keys, values and last logits, while it has samples to start
 
-    packs = places <= PACKED_ROWS and max(most, default=0) >= PACKED_TOKENS
+    packs = max(most, default=0) >= PACKED_TOKENS
     with packed_weights(model) if packs else contextlib.nullcontext():
         while rows or queue:
             # samples from the queue take the free places
@@ -340,8 +340,8 @@ def read_prompts(model, prompts, which):
 def packed_weights(model):
     """Inside, products on a CPU read the weights in the order that oneDNN computes in.
 
-    Few rows gain most by it. The copy takes the memory of the weights once more; it is dropped at
-    the end, as the weights may change then."""
+    Few rows gain most by it, 100 rows of fp32 still a third. The copy takes the memory of the
+    weights once more; it is dropped at the end, as the weights may change then."""
     modules = []
     if can_pack(model.device, model.compute_dtype):
         # projections, and the model itself for its head
@@ -355,12 +355,3 @@ def packed_weights(model):
     finally:
         for module in modules:
             module.packed = None
-
-
-def can_pack(device, dtype):
-    """Whether oneDNN has products of its own for few rows: in fp32, and in bf16 with AVX512."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if dtype == torch.bfloat16:
-        return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return dtype == torch.float32

@@ -18,6 +18,8 @@ import math
 import torch
 import torch.distributed as dist
 
+from llama.products import times
+
 
 # ----------------------------------------------------------------------------- dropout
 def keep_mask(seed, like, drop, again=False):
@@ -47,12 +49,12 @@ def keep_mask(seed, like, drop, again=False):
 # ----------------------------------------------------------------------------- the product
 @torch.library.custom_op("lora::matmul_add", mutates_args=())
 def matmul_add(x: torch.Tensor, W: torch.Tensor, P: torch.Tensor, B: torch.Tensor,
-               starts: list[int], ends: list[int], scale: float) -> torch.Tensor:
+               starts: list[int], ends: list[int], scale: float, compiled: bool) -> torch.Tensor:
     """x W^T, plus scale P_i B_i^T on the columns of each span.
 
     P holds the P_i side by side, B the B_i one under the other. An operator of its own because
     torch.compile would turn the additions in place into copies."""
-    y = x @ W.T
+    y = times(x, W, compiled)
     rank = B.shape[1]
     lengths = [end - start for start, end in zip(starts, ends)]
     for start, end, P_i, B_i in zip(starts, ends, P.split(rank, 1), B.split(lengths)):
@@ -61,7 +63,7 @@ def matmul_add(x: torch.Tensor, W: torch.Tensor, P: torch.Tensor, B: torch.Tenso
 
 
 @matmul_add.register_fake
-def _(x, W, P, B, starts, ends, scale):
+def _(x, W, P, B, starts, ends, scale, compiled):
     return x.new_empty((x.shape[0], W.shape[0]))
 
 
@@ -88,7 +90,8 @@ class LoRAMatmul(torch.autograd.Function):
             P = x @ a.T
         starts = [start for start, _ in spans]
         ends = [end for _, end in spans]
-        y = matmul_add(x, W, P, B.to(x.dtype), starts, ends, scale)
+        compiled = torch.compiler.is_compiling()
+        y = matmul_add(x, W, P, B.to(x.dtype), starts, ends, scale, compiled)
         ctx.save_for_backward(x, W, A, B, P, seeds)
         ctx.spans = spans
         ctx.scale = scale
@@ -108,7 +111,9 @@ class LoRAMatmul(torch.autograd.Function):
             dB.append(dy_i.T @ P_i)
         dB = torch.cat(dB).to(B.dtype).mul_(ctx.scale)
         # the frozen weight's part of dx, then A and its part of dx
-        dx = dy @ W if ctx.needs_input_grad[0] else None
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = times(dy, W.T, torch.compiler.is_compiling())
         if ctx.drop:
             keep = [keep_mask(seed, x, ctx.drop, again=True) for seed in seeds]
             dA = torch.cat([dP_i.T @ (x * keep_i) for dP_i, keep_i in zip(dP, keep)])

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from lion import OPTIMIZERS
+from llama.attention import in_blocks
 from llama.functions import ChunkedCrossEntropy
 from lora import apply_lora
 from model import IGNORE, Llama, LlamaConfig
@@ -170,7 +171,7 @@ def predict_memory(model, optimizer, rows, seq_len, microbatches=1, ranks=1, sha
 
     # activations: of all blocks at the turn, of the first one at the end
     lean = model.activation_checkpointing == "none" and not compiled
-    in_block = numbers_in_block(model, seq_len, device, lean)
+    in_block = numbers_in_block(model, seq_len, device, lean, compiled)
     around_loss = 4 * config.hidden_size
     kept = config.num_hidden_layers * in_block
     if model.activation_checkpointing != "none":
@@ -204,7 +205,7 @@ def attention_widths(config):
     return queries, keys
 
 
-def numbers_in_block(model, seq_len, device, lean):
+def numbers_in_block(model, seq_len, device, lean, compiled):
     """Numbers a token that a block keeps for its backward pass; lean: as Block in model.py has it.
 
     The compiler also leaves out what `lean` does where LoRA has plain products, but keeps it for
@@ -231,8 +232,8 @@ def numbers_in_block(model, seq_len, device, lean):
                 if module.dropout:
                     masks = len(module.spans) * module.weight.shape[1]
                     numbers += len(module.lora_B) + masks // model.compute_dtype.itemsize
-    # BlockAttention, of a CPU in bf16, keeps its probabilities, and its output in both layouts
-    if device == "cpu" and model.compute_dtype.itemsize == 2:
+    # BlockAttention keeps its probabilities, and its output in both layouts
+    if in_blocks(seq_len, model.compute_dtype, device, compiled):
         numbers += config.num_attention_heads * seq_len // 2 + queries
     return numbers
 
