@@ -135,7 +135,7 @@ _choices = {'optimizer': tuple(OPTIMIZERS), 'loss_norm': ('token', 'paper'),
 # may differ between a checkpoint and the run that resumes it
 _free = {'out_dir', 'resume', 'auto_resume', 'resume_from', 'max_steps', 'max_epochs', 'max_tokens',
          'val_data', 'log_interval', 'eval_interval', 'eval_rows', 'save_interval', 'keep_last',
-         'async_save', 'checkpoint_at', 'max_skipped', 'device', 'compile', 'lora_kernel', 'shard',
+         'async_save', 'checkpoint_at', 'max_skipped', 'device', 'lora_kernel', 'shard',
          'shard_ranks', 'activation_checkpointing', 'memory_gb', 'mfu', 'dry_run', 'gpus', 'gpu',
          'data_rows', 'wandb', 'tensorboard'}
 # and these too in a run that branches off with resume_from

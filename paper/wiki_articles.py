@@ -8,10 +8,10 @@
 The text of Wikipedia is CC BY-SA 3.0. For config/peft_smollm2.py, which measures forgetting by the
 loss on these articles.
 """
+import argparse
 import bz2
 import json
 import re
-import sys
 from pathlib import Path
 
 ARTICLES = 100
@@ -30,19 +30,21 @@ def read_articles(dump, extract_pages, filter_wiki):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: {sys.argv[0]} OUT.jsonl")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="the JSON lines file to write")
+    out = parser.parse_args().out
     try:
         from gensim import test
         from gensim.corpora.wikicorpus import extract_pages, filter_wiki
     except ModuleNotFoundError as error:
-        sys.exit(f"{sys.argv[0]}: error: {error}; pip install gensim==4.4.0")
+        parser.error(f"{error}; pip install gensim==4.4.0")
+
     dump, = Path(test.__file__).parent.glob("test_data/enwiki-*-shortened.bz2")
     lines = []
     for text in read_articles(dump, extract_pages, filter_wiki):
         lines.append(json.dumps({"text": text}) + "\n")
     if len(lines) < ARTICLES:
-        sys.exit(f"{sys.argv[0]}: error: {dump} has {len(lines)} articles, expected {ARTICLES}")
-    Path(sys.argv[1]).parent.mkdir(parents=True, exist_ok=True)
-    Path(sys.argv[1]).write_text("".join(lines[:ARTICLES]))
-    print(f"{ARTICLES} of {len(lines)} articles of {dump.name} -> {sys.argv[1]}")
+        parser.error(f"{dump} has {len(lines)} articles, expected {ARTICLES}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(lines[:ARTICLES]))
+    print(f"{ARTICLES} of {len(lines)} articles of {dump.name} -> {out}")

@@ -17,6 +17,7 @@ from llama.identity import identity_of, identity_of_folder, is_same_base
 from llama.weights import file_tensors
 from lora import apply_lora, load_adapter, merge_lora, save_adapter
 from model import Llama
+from training.checkpoint import means_the_same
 
 ADAPTER = "adapter_model.safetensors"
 OLD_FINGERPRINT = "29098229e549bafa7f74d4ad75ca83be453019d98a129f2e785a3b8f1830d109"  # of tiny()
@@ -204,6 +205,15 @@ def test_a_run_goes_on_where_its_folders_were_moved(setting, monkeypatch, rank, 
     assert done.returncode == 0, done.stderr
     assert (folder / "run" / "step_2").is_dir()
     assert ("note: microbatch was 2" in done.stdout) == (move == "microbatch")
+
+
+@pytest.mark.parametrize("knob, before, value, norm, same", [
+    ("compile", True, False, "token", True), ("compile", False, True, "paper", True),
+    ("microbatch", 2, 4, "token", True), ("microbatch", 2, 4, "paper", False), ("seed", 1, 2, "token", False)])
+def test_what_changes_dropout_masks_alone_is_noted(capsys, knob, before, value, norm, same):
+    assert means_the_same(knob, before, value, {}, {"loss_norm": norm}) == same
+    said = capsys.readouterr().out
+    assert said == (f"note: {knob} was {before}, and is {value} from here on: the same loss, other dropout masks\n" if same else "")
 
 
 def test_another_base_and_other_microbatches_under_paper_loss_are_refused(setting):  # noqa: F811

@@ -107,4 +107,4 @@ def test_articles_of_wikipedia_without_marks_redirects_and_empty_pages(tmp_path)
     pages = lambda file, filter_namespaces: (("title", line.decode(), 1) for line in file)
     assert list(read_articles(dump, pages, lambda text: text)) == ["Anarchism is", "An apple's"]
     result = run_stage("paper/wiki_articles.py", tmp_path / "wiki.jsonl")
-    assert result.returncode == 1 and "No module named 'gensim'; pip install gensim" in result.stderr and not (tmp_path / "wiki.jsonl").exists()
+    assert result.returncode == 2 and "No module named 'gensim'; pip install gensim" in result.stderr and not (tmp_path / "wiki.jsonl").exists()

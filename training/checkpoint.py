@@ -280,9 +280,10 @@ def means_the_same(knob, before, value, state, config):
     """Whether a changed knob leaves a checkpoint's run the same."""
     if knob == "data":
         return True  # its content is compared
-    # the masks of dropout are drawn for each microbatch; losses are the same sum
-    if knob == "microbatch" and config["loss_norm"] == "token":
-        print0(f"note: microbatch was {before}, and is {value} from here on: the same loss, other "
+    # the masks of dropout are drawn for each microbatch, compiled by another generator; losses are
+    # the same sum
+    if knob == "compile" or knob == "microbatch" and config["loss_norm"] == "token":
+        print0(f"note: {knob} was {before}, and is {value} from here on: the same loss, other "
                "dropout masks")
         return True
     if knob not in ("base", "adapter"):
