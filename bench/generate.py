@@ -79,9 +79,9 @@ def generate_rows(side, llama, ids, new_tokens, drawing):
 def generation_rounds(folder, sides, ids, new_tokens, drawing, repeats, dtype, device):
     """Seconds of each round of generating, {side: [...]}, after one to warm up.
 
-    Beside several sides: of ours with one new token ("first"), and of a step's floor ("products" and
-    "reading")."""
-    # both models in memory, warmed up
+    Beside ours and others: of ours with one new token ("first"), and of a step's floor
+    ("products" and "reading")."""
+    # all models in memory, warmed up
     models = {}
     for side in sides:
         if side == "ours":

@@ -36,7 +36,7 @@ SMOLLM2_135M = LlamaConfig(
 
 @dataclass
 class Settings:
-    """How both sides compute, in every script that trains."""
+    """How all sides compute, in every script that trains."""
     device: torch.device
     dtype: torch.dtype
     repeats: int                # rounds, of which the median counts
@@ -123,7 +123,7 @@ def print_machine(device):
 
 # ----------------------------------------------------------------------------- memory
 def peak_alone(script, side, part, folder, knobs):
-    """Peak memory in GB of one side of `script`, in a process of its own that takes one round.
+    """Peak memory in GB of one side of `script`, in a process of its own that takes a round or two.
 
     None where that fails, which is printed."""
     argv = [sys.executable, "-m", script, f"--model={folder}", f"--parts={part}",

@@ -2,7 +2,7 @@
 Speed and memory of training a small model against Hugging Face transformers + peft, in turn.
 
     full     fp32 master weights (ours, as train.py) | weights in `dtype` (peer)     LionW | AdamW
-    lora     weights in `dtype`, fp32 adapters on all projections, both sides        LionW | AdamW
+    lora     weights in `dtype`, fp32 adapters on all projections, all sides         LionW | AdamW
 
     a step: rows [4, 512] -> forward -> loss -> backward -> clip -> optimizer -> loss.item()
     floor:  the step's matrix products and nothing else: of weights forward, of inputs' gradients,
@@ -156,7 +156,7 @@ def training_rounds(folder, sides, rank, rows, seq_len, settings):
     vocab_size = LlamaConfig.from_json(folder).vocab_size
     tokens, targets = random_batch(rows, seq_len, vocab_size, settings.device)
 
-    # both models in memory, warmed up
+    # all models in memory, warmed up
     models = {}
     optimizers = {}
     for side in sides:
@@ -179,7 +179,8 @@ def training_rounds(folder, sides, rank, rows, seq_len, settings):
         products.step()
         names.append("products")
 
-    # a step of each in turn; the first round is not counted, as each finds the memory of another
+    # a step of each in turn; the first round is not counted: caches and freed memory are still
+    # those of other sides
     seconds = defaultdict(list)
     for name in in_turn(names, settings.repeats + 1):
         started = clock(settings.device)

@@ -17,7 +17,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from llama.products import times
+from llama.products import product
 
 
 def at_least_fp32(x):
@@ -206,7 +206,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
         for start in range(0, h.shape[0], rows):
             chunk = slice(start, start + rows)
-            logits = times(h[chunk], w, compiled)
+            logits = product(h[chunk], w, compiled)
             for z, target in zip(logits.split(piece), targets[chunk].split(piece)):
                 logp = torch.log_softmax(z, -1, dtype=sum_dtype)
                 loss -= logp.gather(1, target[:, None]).sum()

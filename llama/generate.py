@@ -140,6 +140,7 @@ def generate_tokens(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     in the queue. A prompt is read once for all its samples. max_new_tokens and seed are one number,
     or one a prompt. Random numbers depend on (seed, prompt, sample, position) alone, so a text
     does not depend on its batch; a prompt with its own seed draws what it would draw alone.
+    On a CPU the weights are in memory twice meanwhile (packed_weights).
     vocab_size: only ids below it are drawn; a model may have more rows than the tokenizer has ids.
     Raises ValueError for impossible numbers and prompts, and NotFinite for logits that are not."""
     most = one_each(max_new_tokens, prompts)
@@ -340,8 +341,8 @@ def read_prompts(model, prompts, which):
 def packed_weights(model):
     """Inside, products on a CPU read the weights in the order that oneDNN computes in.
 
-    Few rows gain most by it, 100 rows of fp32 still a third. The copy takes the memory of the
-    weights once more; it is dropped at the end, as the weights may change then."""
+    Products of 16 rows take half as long by it in fp32, of 100 rows a third less. The copy takes
+    the memory of the weights once more; it is dropped at the end, as they may change then."""
     modules = []
     if can_pack(model.device, model.compute_dtype):
         # projections, and the model itself for its head

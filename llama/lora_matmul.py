@@ -18,7 +18,7 @@ import math
 import torch
 import torch.distributed as dist
 
-from llama.products import times
+from llama.products import product
 
 
 # ----------------------------------------------------------------------------- dropout
@@ -54,7 +54,7 @@ def matmul_add(x: torch.Tensor, W: torch.Tensor, P: torch.Tensor, B: torch.Tenso
 
     P holds the P_i side by side, B the B_i one under the other. An operator of its own because
     torch.compile would turn the additions in place into copies."""
-    y = times(x, W, compiled)
+    y = product(x, W, compiled)
     rank = B.shape[1]
     lengths = [end - start for start, end in zip(starts, ends)]
     for start, end, P_i, B_i in zip(starts, ends, P.split(rank, 1), B.split(lengths)):
@@ -113,7 +113,7 @@ class LoRAMatmul(torch.autograd.Function):
         # the frozen weight's part of dx, then A and its part of dx
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = times(dy, W.T, torch.compiler.is_compiling())
+            dx = product(dy, W.T, torch.compiler.is_compiling())
         if ctx.drop:
             keep = [keep_mask(seed, x, ctx.drop, again=True) for seed in seeds]
             dA = torch.cat([dP_i.T @ (x * keep_i) for dP_i, keep_i in zip(dP, keep)])

@@ -1,11 +1,11 @@
 """Products with a weight, y = x W^T, by the fastest library at hand.
 
     generating on a CPU         oneDNN, the weight in its own order (`packed`)
-    compiled, on a CPU, fp32    oneDNN in y = x W^T and dx = dy W, PyTorch's in dW = dy^T x, where
-                                it is faster
+    compiled, on a CPU, fp32    oneDNN in a block's y = x W^T and dx = dy W, and in the head's y;
+                                PyTorch's where it is faster: dW = dy^T x, adapters, the head's dx
     all else                    PyTorch's, which on a CPU is MKL in fp32 and oneDNN in bf16
 
-oneDNN's fp32 products take 0.85 to 0.97 of the time of MKL's (NOTES.md, 2026-11-30). They round in
+oneDNN's fp32 products take 0.77 to 0.98 of the time of MKL's (NOTES.md, 2026-11-30). They round in
 another order, so uncompiled training, the plain reference, stays as it is to the last bit.
 """
 import torch
@@ -15,7 +15,7 @@ HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def can_pack(device, dtype):
-    """Whether oneDNN has products of its own for few rows: in fp32, and in bf16 with AVX512."""
+    """Whether oneDNN has an order of its own for weights: in fp32, and in bf16 with AVX512."""
     if device.type != "cpu" or not HAS_ONEDNN:
         return False
     if dtype == torch.bfloat16:
@@ -32,7 +32,7 @@ def by_onednn(x, compiled):
 # an operator of its own: the compiler would choose again how to compute it
 @torch.library.custom_op("llama::onednn", mutates_args=())
 def onednn(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x weight^T for x [..., K] and weight [N, K], which may be a transpose: nothing is copied."""
+    """x weight^T for x [..., K] and weight [N, K], which may be a transpose and is not copied."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
@@ -68,6 +68,6 @@ def linear(x, weight, packed=None):
     return F.linear(x, weight)
 
 
-def times(x, weight, compiled):
+def product(x, weight, compiled):
     """x weight^T without a derivative of its own."""
     return onednn(x, weight) if by_onednn(x, compiled) else x @ weight.T

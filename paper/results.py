@@ -23,7 +23,7 @@ from training.checkpoint import checkpoints
 # Every knob of train.py makes a setting, but for those that only say how, where and how long a run
 # trains. So a new knob sets runs apart, and a run from before it counts as having its default.
 KNOBS = default_values(vars(train))
-NO_SETTING = train._free | {"seed", "microbatch", "warmup_steps", "cooldown_steps"}
+NO_SETTING = train._free | {"seed", "microbatch", "compile", "warmup_steps", "cooldown_steps"}
 # which mean nothing in full finetuning
 LORA_KNOBS = {"lora_dropout", "rslora", "dora", "lora_init", "lora_plus"}
 # fields of Setting

@@ -226,5 +226,17 @@ def test_tensors_of_a_step_take_the_predicted_bytes(rank, how):
     assert kept_by_8 - kept_by_4 == pytest.approx(predicted[1] - predicted[0], rel=0.06)
 
 
+def test_block_attention_in_fp32_counts_only_where_it_runs():
+    model, _, _ = step_of_layers(4, 0)
+
+    def activations(**how):
+        return predict_memory(model, "lionw", 2, 128, device="cpu", **how)["activations"]
+
+    # two rows of 128 tokens, four blocks, four heads of 32: probabilities, and the output again
+    more = 4 * 4 * 2 * 128 * (4 * 128 // 2 + 4 * 32)
+    assert activations(compiled=True) - activations(compiled=True, documents=True) == more
+    assert activations() == activations(documents=True)
+
+
 def test_a_time_is_in_the_unit_that_fits():
     assert [duration_text(seconds) for seconds in (0.04, 12.3, 90, 3599, 7200)] == ["0.04 s", "12 s", "1.5 min", "60.0 min", "2.00 h"]

@@ -565,7 +565,7 @@ def test_old_and_new_seeds_are_one_setting_where_the_new_knobs_are_at_their_defa
 def test_a_knob_that_nobody_listed_sets_runs_apart(tmp_path, monkeypatch):
     """A hack's new knob must never be averaged over; runs from before it count as having its default."""
     assert {"learning_rate", "loss_norm", "lora_dropout", "param_dtype"} < set(SETTING)
-    assert not {"seed", "out_dir", "microbatch", "max_steps", "device", "base", "lora_rank"} & set(SETTING)
+    assert not {"seed", "out_dir", "microbatch", "compile", "max_steps", "device", "base", "lora_rank"} & set(SETTING)
     monkeypatch.setattr(results, "SETTING", [*SETTING, "lora_plus"])
     monkeypatch.setitem(results.KNOBS, "lora_plus", 1.0)
     write_run(tmp_path / "old", ((10, LEARN, 0.2),), lora_rank=8, seed=1)

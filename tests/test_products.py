@@ -4,7 +4,7 @@ import torch
 from test_model import close, tiny, tokens_like
 
 from llama.attention import BlockAttention, in_blocks
-from llama.products import HAS_ONEDNN, OneDNNLinear, onednn, times
+from llama.products import HAS_ONEDNN, OneDNNLinear, onednn, product
 from lora import apply_lora
 
 pytestmark = pytest.mark.skipif(not HAS_ONEDNN, reason="this PyTorch was built without oneDNN")
@@ -26,7 +26,7 @@ def test_value_and_gradients_are_those_of_float64(shape, trained):
         close(got, want, 2e-5)
 
 
-def test_strided_tensors_are_read_as_they_lie():
+def test_strided_tensors_make_the_same_product():
     torch.manual_seed(0)
     weight, wide = torch.randn(40, 24), torch.randn(6, 100)
     dy = wide[:, 30:70]
@@ -41,8 +41,8 @@ def test_the_operator_is_registered_right():
 def test_without_a_compiler_products_are_pytorchs_to_the_last_bit():
     torch.manual_seed(0)
     x, weight = torch.randn(64, 1536), torch.randn(80, 1536)
-    assert torch.equal(times(x, weight, compiled=False), x @ weight.T)
-    assert not torch.equal(times(x, weight, compiled=True), x @ weight.T)
+    assert torch.equal(product(x, weight, compiled=False), x @ weight.T)
+    assert not torch.equal(product(x, weight, compiled=True), x @ weight.T)
 
 
 def trained(rank, compiled, dtype=torch.float32, **changes):

@@ -283,8 +283,8 @@ def means_the_same(knob, before, value, state, config):
     # the masks of dropout are drawn for each microbatch, compiled by another generator; losses are
     # the same sum
     if knob == "compile" or knob == "microbatch" and config["loss_norm"] == "token":
-        print0(f"note: {knob} was {before}, and is {value} from here on: the same loss, other "
-               "dropout masks")
+        print0(f"note: {knob} was {before}, and is {value} from here on: the same loss but for "
+               "rounding, and other masks if there is dropout")
         return True
     if knob not in ("base", "adapter"):
         return False

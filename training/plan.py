@@ -154,11 +154,12 @@ def states(model, optimizer, shards=1):
 
 
 def predict_memory(model, optimizer, rows, seq_len, microbatches=1, ranks=1, shards=1,
-                   compiled=False, device="cuda"):
+                   compiled=False, device="cuda", documents=False):
     """Bytes of one rank by kind, at the moment that needs most; the model may be on meta.
 
-    rows, seq_len: of a microbatch, of which a rank takes `microbatches` a step. Two moments
-    compete: the turn from a step's last forward pass to its backward pass, and that one's end."""
+    rows, seq_len: of a microbatch, of which a rank takes `microbatches` a step. documents: whether
+    packed ones are told apart. Two moments compete: the turn from a step's last forward pass to its
+    backward pass, and that one's end."""
     # what is there all the time
     config = model.config
     trains_all = model.embed_tokens.weight.requires_grad
@@ -171,7 +172,8 @@ def predict_memory(model, optimizer, rows, seq_len, microbatches=1, ranks=1, sha
 
     # activations: of all blocks at the turn, of the first one at the end
     lean = model.activation_checkpointing == "none" and not compiled
-    in_block = numbers_in_block(model, seq_len, device, lean, compiled)
+    attention_compiled = compiled and not documents
+    in_block = numbers_in_block(model, seq_len, device, lean, attention_compiled)
     around_loss = 4 * config.hidden_size
     kept = config.num_hidden_layers * in_block
     if model.activation_checkpointing != "none":
@@ -205,7 +207,7 @@ def attention_widths(config):
     return queries, keys
 
 
-def numbers_in_block(model, seq_len, device, lean, compiled):
+def numbers_in_block(model, seq_len, device, lean, attention_compiled):
     """Numbers a token that a block keeps for its backward pass; lean: as Block in model.py has it.
 
     The compiler also leaves out what `lean` does where LoRA has plain products, but keeps it for
@@ -233,7 +235,7 @@ def numbers_in_block(model, seq_len, device, lean, compiled):
                     masks = len(module.spans) * module.weight.shape[1]
                     numbers += len(module.lora_B) + masks // model.compute_dtype.itemsize
     # BlockAttention keeps its probabilities, and its output in both layouts
-    if in_blocks(seq_len, model.compute_dtype, device, compiled):
+    if in_blocks(seq_len, model.compute_dtype, device, attention_compiled):
         numbers += config.num_attention_heads * seq_len // 2 + queries
     return numbers
 
@@ -303,7 +305,7 @@ def choose_sharding(model, knobs, seq_len, device_type, ranks, ranks_a_node, ava
     def predict(shards):
         microbatches = knobs.global_batch // (knobs.microbatch * ranks)
         return predict_memory(model, knobs.optimizer, knobs.microbatch, seq_len, microbatches,
-                              ranks, shards, knobs.compile, device_type)
+                              ranks, shards, knobs.compile, device_type, knobs.doc_mask)
 
     how = knobs.shard if ranks > 1 else "none"
     if how == "auto":
