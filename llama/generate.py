@@ -141,15 +141,13 @@ def generate_tokens(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
     or one a prompt. Random numbers depend on (seed, prompt, sample, position) alone, so a text
     does not depend on its batch; a prompt with its own seed draws what it would draw alone.
     On a CPU the weights are in memory twice meanwhile (packed_weights).
-    vocab_size: only ids below it are drawn; a model may have more rows than the tokenizer has ids.
+    vocab_size: only ids below it are drawn, for models with more rows than the tokenizer has ids.
     Raises ValueError for impossible numbers and prompts, and NotFinite for logits that are not."""
     most = one_each(max_new_tokens, prompts)
     keys = random_keys(seed, len(prompts))
     check_numbers(batch_size, temperature, top_p, n, most)
     length = check_prompts(model.config, prompts, most, keys)
     stops = stop if callable(stop) else frozenset(stop or ())
-    device = model.device
-    dtype = model.compute_dtype
 
     # samples that wait, the next one last
     queue = []
@@ -157,8 +155,8 @@ def generate_tokens(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
         if most[prompt]:
             queue += [(prompt, sample) for sample in reversed(range(n))]
     places = min(batch_size, len(queue))
-    cache = KVCache(model.config, places, length, device, dtype)
-    logits = torch.empty(0, model.config.vocab_size, device=device, dtype=dtype)
+    cache = KVCache(model.config, places, length, model.device, model.compute_dtype)
+    logits = torch.empty(0, model.config.vocab_size, device=cache.k.device, dtype=cache.k.dtype)
     rows = []  # that run, in the order of the cache
     read = {}  # prompt -> its keys, values and last logits, while it has samples to start
 
@@ -175,7 +173,7 @@ def generate_tokens(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
 
             # a token for each row
             noise = [row.noise[len(row.ids)] for row in rows]
-            uniform = torch.tensor(noise, device=device)
+            uniform = torch.tensor(noise, device=model.device)
             ids = sample_ids(logits[:, :vocab_size], temperature, top_p, uniform).tolist()
             # a greedy id of NaN looks like any other
             if -1 in ids:
