@@ -89,8 +89,8 @@ class BlockAttention(torch.autograd.Function):
 def in_blocks(T, dtype, device_type, compiled):
     """Whether training on T tokens without dropout takes BlockAttention.
 
-    In fp32 only where it is compiled, which attention inside documents is not: uncompiled,
-    PyTorch's kernel is as fast."""
+    In fp32 only where it is compiled, which attention inside documents is not: uncompiled
+    training stays as it is to the last bit."""
     if device_type != "cpu" or dtype not in LONGEST:
         return False
     return T <= LONGEST[dtype] and (compiled or dtype == torch.bfloat16)

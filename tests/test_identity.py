@@ -212,8 +212,9 @@ def test_a_run_goes_on_where_its_folders_were_moved(setting, monkeypatch, rank, 
     ("microbatch", 2, 4, "token", True), ("microbatch", 2, 4, "paper", False), ("seed", 1, 2, "token", False)])
 def test_what_changes_dropout_masks_alone_is_noted(capsys, knob, before, value, norm, same):
     assert means_the_same(knob, before, value, {}, {"loss_norm": norm}) == same
-    said = capsys.readouterr().out
-    assert said == (f"note: {knob} was {before}, and is {value} from here on: the same loss but for rounding, and other masks if there is dropout\n" if same else "")
+    note = (f"note: {knob} was {before}, and is {value} from here on: the same loss but for rounding, and other masks "
+            "if there is dropout\n")
+    assert capsys.readouterr().out == (note if same else "")
 
 
 def test_another_base_and_other_microbatches_under_paper_loss_are_refused(setting):  # noqa: F811
