@@ -8,6 +8,7 @@ What every stage needs from the machine: device, ranks, printing, errors in one 
     write_whole("config.json", text)     config.json.tmp -> fsync -> config.json: whole or absent
 """
 import contextlib
+import ctypes
 import json
 import os
 import platform
@@ -208,6 +209,20 @@ def device_memory(device):
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // LOCAL_WORLD
+
+
+def keep_freed_memory():
+    """Let glibc keep freed memory for what is allocated next, where the CPU trains.
+
+    Every step takes the memory again that the last one freed. Given back to the system in between,
+    it returns page by page, which is up to a fifth of a step (NOTES.md, 2026-12-01). Blocks from
+    32 MB on are given back all the same: others rarely fit where they were. Nothing happens with
+    another C library."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
+        libc.mallopt(trim_threshold, 2 ** 31 - 1)
+        libc.mallopt(mmap_threshold, 2 ** 25)
 
 
 def peak_memory(device):

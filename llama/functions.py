@@ -168,14 +168,24 @@ class SwiGLU(Piece):
         return torch.cat((dgate.to(gate.dtype), dup.to(gate.dtype)), -1)
 
 
-def add_product(total, a, b):
-    """total += a @ b; a GPU rounds the product to total's dtype, not to that of a and b."""
-    if a.dtype == total.dtype:
-        torch.addmm(total, a, b, out=total)
-    elif total.is_cuda:
-        total += torch.mm(a, b, out_dtype=total.dtype)
-    else:
-        total += a @ b
+def add_product(total, a, b, dtype):
+    """total + a @ b, summed in dtype, in place; a @ b alone where total is None."""
+    if a.dtype == dtype:
+        return a @ b if total is None else torch.addmm(total, a, b, out=total)
+    if a.is_cuda:
+        # rounded to dtype, not to that of a and b
+        product = torch.mm(a, b, out_dtype=dtype)
+        return product if total is None else total.add_(product)
+    # a CPU converts: piece by piece, so that nothing else of the total's size is made
+    first = total is None
+    if first:
+        total = torch.empty(a.shape[0], b.shape[1], dtype=dtype)
+    for rows, part in zip(total.split(2048), a.split(2048)):
+        if first:
+            rows.copy_(part @ b)
+        else:
+            rows.add_(part @ b)
+    return total
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -196,7 +206,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         sum_dtype = torch.promote_types(h.dtype, torch.float32)
         loss = torch.zeros((), device=h.device, dtype=sum_dtype)
         dh = torch.empty_like(h) if want_dh else None
-        dw = torch.zeros_like(weight, dtype=sum_dtype) if want_dw else None
+        dw = None
 
         # rows of one GEMM, and of one softmax
         chunk_bytes = ChunkedCrossEntropy.chunk_bytes
@@ -218,9 +228,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if want_dh:
                 torch.mm(logits, w, out=dh[chunk])
             if want_dw:
-                add_product(dw, logits.T, h[chunk])
+                dw = add_product(dw, logits.T, h[chunk], sum_dtype)
         if want_dw:
-            dw = dw.to(weight.dtype)
+            dw = torch.zeros_like(weight) if dw is None else dw.to(weight.dtype)
         ctx.grads = dh, dw
         return loss
 

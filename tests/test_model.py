@@ -347,6 +347,24 @@ def test_sum_over_no_predicted_token_is_zero_with_zero_gradients():
     assert loss.item() == 0 and all(p.grad.count_nonzero() == 0 for p in model.parameters())
 
 
+@pytest.mark.parametrize("rows", [0, 3, 7])
+def test_gradient_of_a_trained_head_is_summed_in_fp32_over_chunks(rows, monkeypatch):
+    """bf16 activations, more rows of the head than are added at once, one or several chunks, or no row at all."""
+    torch.manual_seed(0)
+    V = 5000
+    monkeypatch.setattr(ChunkedCrossEntropy, "chunk_bytes", 3 * V * 2)
+    h, weight, targets = torch.randn(rows, 16).bfloat16(), torch.randn(V, 16, requires_grad=True), tokens_like(rows)
+    got, = torch.autograd.grad(ChunkedCrossEntropy.apply(h, weight, targets), weight)
+    # what the chunks are: logits and their gradient in bf16, each product rounded to bf16, sums in fp32
+    want = torch.zeros(V, 16)
+    for rows_of_h, target in zip(h.split(3), targets.split(3)) if rows else ():
+        logits = (rows_of_h @ weight.detach().bfloat16().T).float()
+        dz = torch.softmax(logits, -1) - F.one_hot(target, V)
+        want += (dz.bfloat16().T @ rows_of_h).float()
+    assert got.dtype == torch.float32 and got.shape == want.shape
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3 * want.abs().max().item())
+
+
 def test_loss_of_bf16_activations_is_summed_in_fp32():
     torch.manual_seed(0)
     h, weight, targets = torch.randn(300, 16).bfloat16(), torch.randn(61, 16).bfloat16(), tokens_like(300)
