@@ -216,8 +216,8 @@ def keep_freed_memory():
 
     Every step takes the memory again that the last one freed. Given back to the system in between,
     it returns page by page, which is up to a fifth of a step (NOTES.md, 2026-12-01). Blocks from
-    32 MB on are given back all the same: others rarely fit where they were. Nothing happens with
-    another C library."""
+    32 MB on are given back all the same: keeping them raised the peak where lengths vary. Nothing
+    happens with another C library."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
