@@ -216,13 +216,15 @@ def keep_freed_memory():
 
     Every step takes the memory again that the last one freed. Given back to the system in between,
     it returns page by page, which is up to a fifth of a step (NOTES.md, 2026-12-01). Blocks from
-    32 MB on are given back all the same: keeping them raised the peak where lengths vary. Nothing
-    happens with another C library."""
+    1 GB on are given back all the same; before glibc 2.35 those from 32 MB on, as it allows no
+    more. Nothing happens with another C library."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
         libc.mallopt(trim_threshold, 2 ** 31 - 1)
-        libc.mallopt(mmap_threshold, 2 ** 25)
+        # the second is refused by an old glibc
+        for size in (2 ** 25, 2 ** 30):
+            libc.mallopt(mmap_threshold, size)
 
 
 def peak_memory(device):
