@@ -6,7 +6,7 @@ Speed and memory of training a small model against Hugging Face transformers + p
 
     a step: rows [4, 512] -> forward -> loss -> backward -> clip -> optimizer -> loss.item()
     floor:  the step's matrix products and nothing else: of weights forward, of inputs' gradients,
-            of weights' gradients where they are trained, with the head
+            of weights' gradients where they are trained, with the head; then with the adapters' own
 
     python -m bench.train                                   # random weights of SmolLM2-135M's shape
     python -m bench.train --model=models/smollm2-135m
@@ -16,6 +16,7 @@ See bench/sides.py for how the sides are compared, bench/throughput.py for Llama
 import gc
 import json
 from collections import defaultdict
+from functools import partial
 
 import torch
 
@@ -83,7 +84,7 @@ def compile_side(side, llama, settings):
 class Products:
     """The matrix products of a training step on `tokens` tokens, on random operands.
 
-    With a rank the weights are frozen; the adapters' own products are not counted."""
+    With a rank the weights are frozen, and adapters of that rank on all projections are trained."""
 
     def __init__(self, config, rank, tokens, settings):
         self.trained = not rank
@@ -98,11 +99,19 @@ class Products:
         # inputs and gradients of outputs may be the same in all blocks
         self.inputs = {}
         self.gradients = {}
-        for N, K in [*of_block, head]:
+        projections = config.projection_shapes.values()
+        for N, K in [*of_block, *projections, head]:
             self.inputs[K] = torch.randn(tokens, K, **how)
             self.gradients[N] = torch.randn(tokens, N, **how)
 
-    def step(self):
+        # A and B of every projection
+        self.adapters = []
+        if rank:
+            of_one = [(torch.randn(rank, K, **how), torch.randn(N, rank, **how))
+                      for N, K in projections]
+            self.adapters = of_one * config.num_hidden_layers
+
+    def of_weights(self):
         for weights in self.weights:
             for w in weights:
                 self.inputs[w.shape[1]] @ w.T
@@ -112,6 +121,18 @@ class Products:
                 self.gradients[N] @ w
                 if self.trained:
                     self.gradients[N].T @ self.inputs[K]
+
+    def of_adapters(self):
+        for A, B in self.adapters:
+            x = self.inputs[A.shape[1]]
+            dy = self.gradients[B.shape[0]]
+            P = x @ A.T
+            P @ B.T
+            # gradients of P, B, x and A
+            dP = dy @ B
+            dy.T @ P
+            dP @ A
+            dP.T @ x
 
 
 # ----------------------------------------------------------------------------- steps
@@ -152,7 +173,7 @@ def training_step(side, llama, optimizer, tokens, targets, rows_at_once):
 def training_rounds(folder, sides, rank, rows, seq_len, settings):
     """Seconds of each round of a training step, {side: [...]}, after three steps to warm up.
 
-    Beside several sides their floor is timed, as "products"."""
+    Beside several sides their floor is timed, as "products" and, with a rank, "adapters"."""
     vocab_size = LlamaConfig.from_json(folder).vocab_size
     tokens, targets = random_batch(rows, seq_len, vocab_size, settings.device)
 
@@ -172,24 +193,42 @@ def training_rounds(folder, sides, rank, rows, seq_len, settings):
         for _ in range(2):
             training_step(side, llama, optimizers[side], tokens, targets, rows)
 
-    # the floor
-    names = list(sides)
+    # what a round runs: a step of each side, and their floor
+    runs = {}
+    for side in sides:
+        runs[side] = partial(training_step, side, models[side], optimizers[side], tokens, targets,
+                             rows)
     if len(sides) > 1:
-        products = Products(LlamaConfig.from_json(folder), rank, rows * seq_len, settings)
-        products.step()
-        names.append("products")
+        floor = Products(LlamaConfig.from_json(folder), rank, rows * seq_len, settings)
+        runs["products"] = floor.of_weights
+        if rank:
+            runs["adapters"] = floor.of_adapters
 
-    # a step of each in turn; the first round is not counted: caches and freed memory are still
-    # those of other sides
+    # each in turn; the first round is not counted: caches and freed memory are still those of
+    # other sides
     seconds = defaultdict(list)
-    for name in in_turn(names, settings.repeats + 1):
+    for name in in_turn(runs, settings.repeats + 1):
         started = clock(settings.device)
-        if name == "products":
-            products.step()
-        else:
-            training_step(name, models[name], optimizers[name], tokens, targets, rows)
+        runs[name]()
         seconds[name].append(clock(settings.device) - started)
     return {name: times[1:] for name, times in seconds.items()}
+
+
+def add_floor(part, results, products, adapters):
+    """Put the rounds of a part's floor into its results, and print a step of ours beside them.
+
+    products, adapters: seconds; adapters is None in full finetuning."""
+    results["products"] = {"seconds": products}
+    if adapters:
+        results["adapters"] = {"seconds": adapters}
+    if "ours" not in results:
+        return
+    ours = results["ours"]["seconds"]
+    times = ratio_words(products, ours)
+    print(f"{part:8} ours takes {times} the time of its matrix products alone")
+    if adapters:
+        both = [p + a for p, a in zip(products, adapters)]
+        print(f"{part:8} and {ratio_words(both, ours)} of those with the adapters' own")
 
 
 # -----------------------------------------------------------------------------
@@ -213,14 +252,12 @@ if __name__ == "__main__":
             rank = lora_rank if part == "lora" else 0
             seconds = training_rounds(folder, sides, rank, rows, seq_len, settings)
             gc.collect()
-            floor = seconds.pop("products", None)
+            products = seconds.pop("products", None)
+            adapters = seconds.pop("adapters", None)
             results[part] = compare_sides("bench.train", part, seconds, rows * seq_len, folder,
                                           config)
-            if floor:
-                results[part]["products"] = {"seconds": floor}
-                if "ours" in seconds:
-                    print(f"{part:8} ours takes {ratio_words(floor, seconds['ours'])} the time of "
-                          "its matrix products alone")
+            if products:
+                add_floor(part, results[part], products, adapters)
             write_results(out, config, device, results)
         if alone:
             print(json.dumps({"peak_gb": peak_memory(device)}))

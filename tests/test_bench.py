@@ -216,13 +216,16 @@ def test_a_busy_machine_is_named(monkeypatch, capsys):
 def test_the_floor_has_the_products_of_a_step_and_no_others(rank):
     from torch.utils.flop_counter import FlopCounterMode
     config = SHAPES["tiny"]
-    products = train.Products(config, rank, 10, settings())
-    with FlopCounterMode(display=False) as counter:
-        products.step()
+    floor = train.Products(config, rank, 10, settings())
     hidden, inner = config.hidden_size, config.intermediate_size
     weights = config.num_hidden_layers * (4 * hidden ** 2 + 3 * hidden * inner)
     weights += config.vocab_size * hidden
-    assert counter.get_total_flops() == (4 if rank else 6) * 10 * weights
+    adapters = config.num_hidden_layers * rank * (4 * 2 * hidden + 3 * (hidden + inner))
+    for products, flops in ((floor.of_weights, (4 if rank else 6) * 10 * weights),
+                            (floor.of_adapters, 6 * 10 * adapters)):
+        with FlopCounterMode(display=False) as counter:
+            products()
+        assert counter.get_total_flops() == flops
 
 
 # ----------------------------------------------------------------------------- evals
