@@ -224,11 +224,10 @@ def add_floor(part, results, products, adapters):
     if "ours" not in results:
         return
     ours = results["ours"]["seconds"]
-    times = ratio_words(products, ours)
-    print(f"{part:8} ours takes {times} the time of its matrix products alone")
+    print(f"{part:8} ours over its matrix products alone: {ratio_words(products, ours)}")
     if adapters:
         both = [p + a for p, a in zip(products, adapters)]
-        print(f"{part:8} and {ratio_words(both, ours)} of those with the adapters' own")
+        print(f"{part:8} ours over these and the adapters' own: {ratio_words(both, ours)}")
 
 
 # -----------------------------------------------------------------------------
