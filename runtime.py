@@ -211,13 +211,17 @@ def device_memory(device):
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // LOCAL_WORLD
 
 
-def keep_freed_memory():
-    """Let glibc keep freed memory for what is allocated next, where the CPU trains.
+def tune_cpu_memory():
+    """Set how the C library and oneDNN keep memory, where the CPU trains; before its first product.
 
     Every step takes the memory again that the last one freed. Given back to the system in between,
-    it returns page by page, which is up to a fifth of a step (NOTES.md, 2026-12-01). Blocks from
-    1 GB on are given back all the same; before glibc 2.35 those from 32 MB on, as it allows no
-    more. Nothing happens with another C library."""
+    it returns page by page, which is up to a fifth of a step (NOTES.md, 2026-12-01). So glibc keeps
+    freed blocks below 1 GB (before glibc 2.35 below 32 MB, as it allows no more). Nothing happens
+    with another C library.
+
+    In bf16 each product is compiled anew for each number of tokens, and each of 1,024 that oneDNN
+    and PyTorch's layer over it keep costs memory of about its result's size: small blocks that stay
+    split the free ones. So they keep 256, where the user set no other number."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
@@ -225,6 +229,8 @@ def keep_freed_memory():
         # the second is refused by an old glibc
         for size in (2 ** 25, 2 ** 30):
             libc.mallopt(mmap_threshold, size)
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "256")
 
 
 def peak_memory(device):

@@ -27,7 +27,7 @@ from lion import DecoupledLionW
 from llama.lora_matmul import choose_kernel
 from lora import apply_lora
 from model import IGNORE, Llama, LlamaConfig
-from runtime import keep_freed_memory, one_line_errors, peak_memory, pick_device
+from runtime import one_line_errors, peak_memory, pick_device, tune_cpu_memory
 
 # -----------------------------------------------------------------------------
 model = ''               # model folder; '' = random weights of SmolLM2-135M's shape
@@ -236,7 +236,7 @@ if __name__ == "__main__":
         config = configure(globals())
         device = pick_device(device)
         if device.type == "cpu":
-            keep_freed_memory()  # as train.py does; it serves all sides
+            tune_cpu_memory()  # as train.py does; it serves all sides
         settings = Settings(device, getattr(torch, dtype), repeats, compile, lora_dropout,
                             lora_kernel)
         alone = len(sides) == 1
