@@ -36,8 +36,8 @@ from llama.weights import full_tensor
 from lora import apply_lora, apply_saved_lora, init_adapters
 from model import IGNORE, Llama, LlamaConfig
 from runtime import (LOCAL_WORLD, RANK, WORLD, catch_stop_signals, device_memory, device_name,
-                     join_ranks, matmul_flops, one_line_errors, peak_flops, peak_memory, pick_device,
-                     pick_dtype, print0, tune_cpu_memory, versions)
+                     join_ranks, matmul_flops, one_line_errors, peak_flops, peak_memory,
+                     pick_device, pick_dtype, print0, tune_cpu_memory, versions)
 from training.checkpoint import (checkpoint_state, checkpoints, load_optimizer,
                                  load_trained_adapter, lock, newest_checkpoint, save_checkpoint)
 from training.checks import (check_first_step, check_knobs, check_optimizer_state,
