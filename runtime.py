@@ -221,7 +221,7 @@ def tune_cpu_memory():
 
     In bf16 each product is compiled anew for each number of tokens, and each of 1,024 that oneDNN
     and PyTorch's layer over it keep costs memory of about its result's size: small blocks that stay
-    split the free ones. So they keep 256, where the user set no other number."""
+    split the free ones. So they keep 128, where the user set no other number."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # names of malloc.h
@@ -230,7 +230,7 @@ def tune_cpu_memory():
         for size in (2 ** 25, 2 ** 30):
             libc.mallopt(mmap_threshold, size)
     for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "256")
+        os.environ.setdefault(name, "128")
 
 
 def peak_memory(device):
