@@ -104,7 +104,7 @@ class Products:
             self.inputs[K] = torch.randn(tokens, K, **how)
             self.gradients[N] = torch.randn(tokens, N, **how)
 
-        # A and B of every projection
+        # A and B of every projection, the same in all blocks
         self.adapters = []
         if rank:
             of_one = [(torch.randn(rank, K, **how), torch.randn(N, rank, **how))
