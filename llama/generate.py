@@ -35,7 +35,9 @@ class NotFinite(ValueError):
 
 # ----------------------------------------------------------------------------- drawing a token
 def sample_ids(logits, temperature, top_p, uniform):
-    """One id a row of logits [B, V], greedy at temperature 0; -1 where they are not finite."""
+    """One id a row of logits [B, V], greedy at temperature 0; -1 where they are not finite.
+
+    uniform [B, 2]: see draw_from."""
     if temperature == 0:
         best = logits.max(-1)  # argmax takes twice as long for bf16 on a CPU
         return best.indices.where(best.values.isfinite(), -1)
@@ -45,42 +47,81 @@ def sample_ids(logits, temperature, top_p, uniform):
 
 
 def draw_from(probs, top_p, uniform):
-    """One id a row: probs [B, V], uniform [B] fp64 in [0, 1) -> [B].
+    """One id a row in proportion to probs [B, V], by uniform [B, 2] fp64 in [0, 1) -> [B].
 
-    Inverse CDF over the smallest set of likeliest tokens whose share reaches top_p."""
+    top_p keeps the smallest set of likeliest tokens whose share reaches it, and with the last of
+    them all that are as likely. An id drawn from all tokens stands if it is in that set, which
+    takes no sorting; else it is drawn anew from the set. So each kept token, whose share of the set
+    is s, gets P(kept) s + P(not kept) s = s."""
+    ids = draw_from_all(probs, uniform[:, 0])
     if top_p >= 1:
-        return inverse_cdf(probs, 1.0, uniform)
+        return ids
 
-    # sorting a whole vocabulary is slow and hardly ever needed: rows whose likeliest 256 tokens
-    # reach top_p are done first, which does not depend on the other rows
+    # the share of what is likelier than the drawn ones; a mask of floats is faster than booleans
+    drawn = probs.gather(1, ids[:, None])
+    likelier = torch.gt(probs, drawn, out=torch.empty_like(probs))
+    outside = sums_of_groups(likelier.mul_(probs)).sum(-1) >= top_p
+    rows = outside.nonzero()[:, 0]
+
+    # sorting a whole vocabulary is slow and hardly ever needed
     vocab = probs.shape[1]
-    rows = torch.arange(len(probs), device=probs.device)
-    ids = torch.empty_like(rows)
     for count in (256, 8192, vocab):
-        left = probs if len(rows) == len(probs) else probs[rows]
-        likeliest, order = left.topk(min(count, vocab), -1)
-        enough = (likeliest.double().sum(-1) >= top_p) | (count >= vocab)
-        ready = rows[enough]
-        column = inverse_cdf(likeliest[enough], top_p, uniform[ready])
-        ids[ready] = order[enough].gather(1, column[:, None])[:, 0]
-        rows = rows[~enough]
         if not len(rows):
             break
+        likeliest, order = probs[rows].topk(min(count, vocab), -1)
+        share = likeliest.double().cumsum(-1)
+        last = (share < top_p).sum(-1, keepdim=True).clamp(max=likeliest.shape[1] - 1)
+        least = likeliest.gather(1, last)
+        kept = likeliest.where(likeliest >= least, 0)
+        # all that are kept are among these if one of these is not
+        enough = (likeliest[:, -1:] < least)[:, 0] | (count >= vocab)
+        ready = rows[enough]
+        column, _ = pick(kept[enough], uniform[ready, 1])
+        ids[ready] = order[enough].gather(1, column[:, None])[:, 0]
+        rows = rows[~enough]
     return ids
 
 
-def inverse_cdf(probs, top_p, uniform):
-    """Column of probs [B, n] where their running sum passes uniform [B] times what is kept.
+GROUP = 256  # tokens whose probabilities are added up before one of them is looked for
 
-    Kept are the first columns that together reach top_p."""
-    most = probs.shape[1] - 1
-    share = probs.double().cumsum(-1)
-    kept = share[:, -1:]
-    if top_p < 1:
-        last = (share < top_p).sum(-1, keepdim=True).clamp(max=most)
-        kept = share.gather(1, last)
-    passed = share <= uniform[:, None] * kept
-    return passed.sum(-1).clamp(max=most)
+
+def draw_from_all(probs, uniform):
+    """An id [B] in proportion to probs [B, V]: first a group of tokens, then one of its tokens."""
+    sums = sums_of_groups(probs)
+    group, uniform = pick(sums, uniform)
+    # a last group may be shorter
+    column = group[:, None] * GROUP + torch.arange(GROUP, device=probs.device)
+    exists = column < probs.shape[1]
+    members = probs.gather(1, column.where(exists, 0)).where(exists, 0)
+    member, _ = pick(members, uniform)
+    ids = group * GROUP + member
+    return ids.clamp(max=probs.shape[1] - 1)  # a row of NaN ends up anywhere
+
+
+def sums_of_groups(probs):
+    """Sums [B, groups] in fp64 of each GROUP neighbours in probs [B, V]."""
+    whole = probs.shape[1] // GROUP * GROUP
+    sums = probs[:, :whole].unflatten(1, (-1, GROUP)).sum(-1)
+    if whole < probs.shape[1]:
+        sums = torch.cat([sums, probs[:, whole:].sum(-1, keepdim=True)], 1)
+    return sums.double()
+
+
+def pick(weights, uniform):
+    """A column [B] in proportion to weights [B, n], by uniform [B] (the inverse of their CDF).
+
+    Also returns where in the column's interval it fell [B], which is uniform in [0, 1] as well."""
+    weights = weights.double()
+    ends = weights.cumsum(-1)
+    total = ends[:, -1:].contiguous()
+    point = uniform[:, None] * total
+    # not beyond the last column that has a weight, where `point` is rounded up to the total;
+    # of NaN nothing is found
+    last = torch.searchsorted(ends, total).clamp(max=weights.shape[1] - 1)
+    column = torch.searchsorted(ends, point, right=True).minimum(last)
+    before = ends.gather(1, column) - weights.gather(1, column)
+    inside = (point - before) / weights.gather(1, column)
+    return column[:, 0], inside[:, 0].clamp(0, 1)
 
 
 # ----------------------------------------------------------------------------- rows
@@ -89,7 +130,7 @@ class Row:
     """A running continuation."""
     prompt: int
     sample: int
-    noise: np.ndarray  # uniform numbers, one for each token it may have
+    noise: np.ndarray  # uniform numbers, two for each token it may have
     ids: list          # its new ids
     ended: bool = False
 
@@ -172,8 +213,8 @@ def generate_tokens(model, prompts, max_new_tokens, temperature=0.0, top_p=1.0, 
                 logits = torch.cat([logits, first_logits])
 
             # a token for each row
-            noise = [row.noise[len(row.ids)] for row in rows]
-            uniform = torch.tensor(noise, device=model.device)
+            noise = np.stack([row.noise[len(row.ids)] for row in rows])
+            uniform = torch.from_numpy(noise).to(model.device)
             ids = sample_ids(logits[:, :vocab_size], temperature, top_p, uniform).tolist()
             # a greedy id of NaN looks like any other
             if -1 in ids:
@@ -251,10 +292,10 @@ def start_rows(rows, admitted, read, cache, keys, most):
 
 
 def noise_of(seed, number, sample, count):
-    """`count` uniform numbers in [0, 1) that belong to this sample of prompt `number` alone."""
+    """Uniform numbers in [0, 1), [count, 2], of this sample of prompt `number` alone."""
     # a counter-based generator: each key is a stream of its own
     philox = np.random.Philox(key=[seed, number << 32 | sample])
-    return np.random.Generator(philox).random(count)
+    return np.random.Generator(philox).random((count, 2))
 
 
 def stops_at(stops, ids):

@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 from llama.attention import BlockAttention, causal_attention, document_attention
 from llama.functions import ChunkedCrossEntropy, RMSNorm, Rotary, SwiGLU, rotary_frequencies
-from llama.generate import sample_ids
+from llama.generate import pick, sample_ids
 from llama.weights import file_tensors
 from model import IGNORE, Llama, LlamaConfig
 
@@ -756,39 +756,56 @@ def test_impossible_prompt_is_refused_by_its_number(wrong, why):
 
 # ----------------------------------------------------------------------------- drawing a token
 def share_by_hand(logits, temperature, top_p):
-    """Probability of each token: softmax, then the smallest set of likeliest tokens that reaches top_p."""
+    """Probability of each token: softmax, then the likeliest tokens until top_p is reached, and all like the last."""
     p = np.exp(np.float64(logits) / temperature - np.max(np.float64(logits)) / temperature)
     p /= p.sum()
-    order = np.argsort(-p, kind="stable")
-    n = 1 + np.searchsorted(p[order].cumsum(), min(top_p, 1 - 1e-12))
-    kept = np.zeros_like(p)
-    kept[order[:n]] = p[order[:n]]
+    falling = np.sort(p)[::-1]
+    least = falling[np.searchsorted(falling.cumsum(), min(top_p, 1 - 1e-12))]
+    kept = p * (p >= least)
     return kept / kept.sum()
 
 
+def even_pairs(n):
+    """[n, 2] points that fill the unit square evenly: a grid, and the golden ratio's multiples."""
+    i = torch.arange(n, dtype=torch.float64)
+    return torch.stack(((i + 0.5) / n, i * (5 ** 0.5 - 1) / 2 % 1), 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bf16: many are equally likely
 @pytest.mark.parametrize("top_p", [1.0, 0.95, 0.5, 1e-9])
 @pytest.mark.parametrize("temperature", [0.2, 0.8, 1.5])
 @pytest.mark.parametrize("vocab", [7, 300, 2000])
-def test_an_even_grid_draws_each_token_in_proportion(vocab, temperature, top_p):
-    """Inverse CDF, exactly: of N evenly spaced numbers each token gets N times its probability, to one point."""
+def test_even_points_draw_each_token_in_proportion(vocab, temperature, top_p, dtype):
+    """Of N points a token gets N times its probability: to one of them from all tokens, from a set within two roots."""
     torch.manual_seed(vocab)
-    logits, n = torch.randn(vocab), 3000
-    ids = sample_ids(logits.expand(n, -1), temperature, top_p, (torch.arange(n, dtype=torch.float64) + 0.5) / n)
-    got, want = torch.bincount(ids, minlength=vocab).numpy(), n * share_by_hand(logits.numpy(), temperature, top_p)
-    assert np.abs(got - want).max() <= 1.01 and not got[want == 0].any()
+    logits, n = torch.randn(vocab).to(dtype), 3000
+    ids = sample_ids(logits.expand(n, -1), temperature, top_p, even_pairs(n))
+    got = torch.bincount(ids, minlength=vocab).numpy()
+    want = n * share_by_hand(logits.float().numpy(), temperature, top_p)
+    assert (np.abs(got - want) <= (1.01 if top_p == 1 else 2 * np.sqrt(want + 1))).all()
+    assert not got[want == 0].any()
 
 
-def test_extreme_numbers_draw_a_possible_token():
-    logits = torch.tensor([-math.inf, 1.0, 2.0, -math.inf, 0.0, -math.inf]).expand(2, -1)
+@pytest.mark.parametrize("first", [0, 255, 256, 600])  # of the six among 700 tokens: in one group of 256, or in two
+def test_extreme_numbers_draw_a_possible_token(first):
+    logits = torch.full((4, 700), -math.inf)
+    logits[:, first:first + 6] = torch.tensor([-math.inf, 1.0, 2.0, -math.inf, 0.0, -math.inf])
+    least, most = 0.0, 1 - 2 ** -53
+    uniform = torch.tensor([(least, least), (least, most), (most, least), (most, most)], dtype=torch.float64)
     for top_p in (1.0, 0.999999, 0.5):
-        ids = sample_ids(logits, 0.7, top_p, torch.tensor([0.0, 1 - 2 ** -53], dtype=torch.float64)).tolist()
-        assert set(ids) <= ({1, 2, 4} if top_p > 0.5 else {2})
+        ids = sample_ids(logits, 0.7, top_p, uniform).tolist()
+        assert {each - first for each in ids} <= ({1, 2, 4} if top_p > 0.5 else {2})
+
+
+def test_a_number_rounded_up_to_one_picks_the_last_column_that_has_a_weight():
+    column, inside = pick(torch.tensor([[0.0, 2.0, 1.0, 0.0], [3.0, 0.0, 0.0, 0.0]]), torch.ones(2, dtype=torch.float64))
+    assert column.tolist() == [2, 0] and inside.tolist() == [1, 1]
 
 
 def test_temperature_zero_is_the_likeliest_token():
     torch.manual_seed(0)
     logits = torch.randn(20, 50)
-    assert torch.equal(sample_ids(logits, 0.0, 0.3, torch.rand(20, dtype=torch.float64)), logits.argmax(-1))
+    assert torch.equal(sample_ids(logits, 0.0, 0.3, torch.rand(20, 2, dtype=torch.float64)), logits.argmax(-1))
 
 
 @pytest.mark.parametrize("vocab, top_p", [(2000, 0.6), (4000, 0.3), (32000, 0.3)])
@@ -796,7 +813,7 @@ def test_equally_likely_tokens_are_drawn_without_regard_to_the_neighbours(vocab,
     """Logits of bf16 have many ties; a flat neighbour needs the whole vocabulary sorted, a peaked one does not."""
     torch.manual_seed(0)
     logits, flat = 2 * torch.randn(40, vocab).bfloat16(), torch.zeros(1, vocab).bfloat16()
-    uniform = torch.rand(41, dtype=torch.float64)
+    uniform = torch.rand(41, 2, dtype=torch.float64)
     together = sample_ids(torch.cat((logits, flat)), 1.0, top_p, uniform)[:-1]
     alone = torch.cat([sample_ids(row[None], 1.0, top_p, u[None]) for row, u in zip(logits, uniform)])
     assert torch.equal(together, alone)
