@@ -18,6 +18,7 @@ import tempfile
 import time
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -169,4 +170,5 @@ def write_results(out, knobs, device, results):
         return
     content = {"config": {**knobs, "device": str(device)}, "device": device_name(device),
                "versions": versions(), "results": results}
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, json.dumps(content, indent=1))
