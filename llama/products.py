@@ -1,17 +1,19 @@
 """Products with a weight, y = x W^T, by the fastest library at hand.
 
     generating on a CPU         oneDNN, the weight in its own order (`packed`)
-    compiled, on a CPU, fp32    oneDNN in a block's y = x W^T and dx = dy W, and in the head's y;
+    compiled, AVX512, fp32      oneDNN in a block's y = x W^T and dx = dy W, and in the head's y;
                                 PyTorch's where it is faster: dW = dy^T x, adapters, the head's dx
     all else                    PyTorch's, which on a CPU is MKL in fp32 and oneDNN in bf16
 
-oneDNN's fp32 products take 0.77 to 0.98 of the time of MKL's (NOTES.md, 2026-11-30). They round in
-another order, so uncompiled training, the plain reference, stays as it is to the last bit.
+With AVX512, oneDNN's fp32 products take 0.77 to 0.98 of the time of MKL's; with AVX2 alone (Zen 3)
+1.01 to 1.23 of it (NOTES.md, 2026-11-30 and 2026-12-01). They round in another order, so uncompiled
+training, the plain reference, stays as it is to the last bit.
 """
 import torch
 import torch.nn.functional as F
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
+HAS_AVX512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def can_pack(device, dtype):
@@ -19,14 +21,14 @@ def can_pack(device, dtype):
     if device.type != "cpu" or not HAS_ONEDNN:
         return False
     if dtype == torch.bfloat16:
-        return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        return HAS_AVX512
     return dtype == torch.float32
 
 
 def by_onednn(x, compiled):
     """Whether products of x go to oneDNN."""
     on_cpu = x.device.type == "cpu"
-    return compiled and on_cpu and x.dtype == torch.float32 and HAS_ONEDNN
+    return compiled and on_cpu and x.dtype == torch.float32 and HAS_ONEDNN and HAS_AVX512
 
 
 # an operator of its own: the compiler would choose again how to compute it
