@@ -57,7 +57,7 @@ gpu:
 	timeout 110 $(KERNELS) --shapes=7b --stop_after=80 --out=$(GPU_OUT)/kernels.json || failed="$$failed kernels"; \
 	timeout 180 $(TRAINING) --seq_lens=4096 --checkpointing=none --batches=16 --ranks=0,16,64,256 --stop_after=130 \
 	    --out=$(GPU_OUT)/training.json || failed="$$failed training"; \
-	timeout 55 $(GPU_PYTHON) -m bench.generate --device=cuda --sides=ours,peer --out=$(GPU_OUT)/generation.json \
+	timeout 55 $(GPU_PYTHON) -m bench.generate --device=cuda --sides=ours,peer --repeats=3 --out=$(GPU_OUT)/generation.json \
 	    || failed="$$failed generation"; \
 	timeout 60 $(GPU_PYTHON) -m pytest -v -rs $(IN_PARALLEL) tests/kernel_cases.py || failed="$$failed tests"; \
 	timeout 15 $(GPU_PYTHON) -m paper.plot --benches=$(GPU_OUT)/training.json --out_dir=$(GPU_OUT) || failed="$$failed plot"; \

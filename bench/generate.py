@@ -15,14 +15,12 @@ once.
 import gc
 import json
 import statistics
-from collections import defaultdict
 from functools import partial
 
 import torch
 
-from bench.sides import (SCATTER, SIDES, clock, compare_sides, in_turn, left_padded, load_peer,
-                         print_machine, product_shapes, scatter, write_random_model,
-                         write_results)
+from bench.sides import (SCATTER, SIDES, compare_sides, left_padded, load_peer, print_machine,
+                         product_shapes, rounds_in_turn, scatter, write_random_model, write_results)
 from configurator import configure, knob_table
 from llama.products import can_pack, linear
 from model import Llama, LlamaConfig
@@ -77,7 +75,7 @@ def generate_rows(side, llama, ids, new_tokens, drawing):
 
 
 def generation_rounds(folder, sides, ids, new_tokens, drawing, repeats, dtype, device):
-    """Seconds of each round of generating, {side: [...]}, after one to warm up.
+    """Seconds of each round of generating, {side: [...]}.
 
     Beside ours and others: of ours with one new token ("first"), and of a step's floor
     ("products" and "reading")."""
@@ -101,20 +99,17 @@ def generation_rounds(folder, sides, ids, new_tokens, drawing, repeats, dtype, d
         runs["products"] = floor.products
         runs["reading"] = floor.read_weights
 
-    # a round of each in turn
-    seconds = defaultdict(list)
-    for name in in_turn(runs, repeats):
-        passes = FLOOR_PASSES if name in ("products", "reading") else 1
-        started = clock(device)
-        for _ in range(passes):
-            runs[name]()
-        seconds[name].append((clock(device) - started) / passes)
+    seconds = rounds_in_turn(runs, repeats, device)
+    for name in set(seconds) & {"products", "reading"}:
+        seconds[name] = [total / FLOOR_PASSES for total in seconds[name]]
     return seconds
 
 
 # ----------------------------------------------------------------------------- the floor
 class Floor:
-    """The least that a decoding step of `rows` rows does: its products, and reading its weights."""
+    """The least that a decoding step of `rows` rows does: its products, and reading its weights.
+
+    Each FLOOR_PASSES times."""
 
     def __init__(self, config, rows, dtype, device):
         how = dict(dtype=dtype, device=device)
@@ -129,12 +124,14 @@ class Floor:
             self.packed = [reorder(weight) for weight in self.weights]
 
     def products(self):
-        for weight, packed in zip(self.weights, self.packed):
-            linear(self.inputs[weight.shape[1]], weight, packed)
+        for _ in range(FLOOR_PASSES):
+            for weight, packed in zip(self.weights, self.packed):
+                linear(self.inputs[weight.shape[1]], weight, packed)
 
     def read_weights(self):
-        for weight in self.weights:
-            weight.sum()
+        for _ in range(FLOOR_PASSES):
+            for weight in self.weights:
+                weight.sum()
 
 
 def print_floor(part, seconds, new_tokens):

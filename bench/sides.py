@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +96,18 @@ def clock(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def rounds_in_turn(runs, repeats, device):
+    """Seconds of each round of {name: function}, {name: [...]}, one after the other.
+
+    A first round is not counted: caches and freed memory are still those of other sides."""
+    seconds = defaultdict(list)
+    for name in in_turn(runs, repeats + 1):
+        started = clock(device)
+        runs[name]()
+        seconds[name].append(clock(device) - started)
+    return {name: times[1:] for name, times in seconds.items()}
 
 
 def scatter(seconds):

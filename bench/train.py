@@ -15,13 +15,12 @@ See bench/sides.py for how the sides are compared, bench/throughput.py for Llama
 """
 import gc
 import json
-from collections import defaultdict
 from functools import partial
 
 import torch
 
-from bench.sides import (SIDES, Settings, clock, compare_sides, in_turn, load_peer, print_machine,
-                         product_shapes, ratio_words, write_random_model, write_results)
+from bench.sides import (SIDES, Settings, compare_sides, load_peer, print_machine, product_shapes,
+                         ratio_words, rounds_in_turn, write_random_model, write_results)
 from configurator import configure, knob_table
 from lion import DecoupledLionW
 from llama.lora_matmul import choose_kernel
@@ -203,15 +202,7 @@ def training_rounds(folder, sides, rank, rows, seq_len, settings):
         runs["products"] = floor.of_weights
         if rank:
             runs["adapters"] = floor.of_adapters
-
-    # each in turn; the first round is not counted: caches and freed memory are still those of
-    # other sides
-    seconds = defaultdict(list)
-    for name in in_turn(runs, settings.repeats + 1):
-        started = clock(settings.device)
-        runs[name]()
-        seconds[name].append(clock(settings.device) - started)
-    return {name: times[1:] for name, times in seconds.items()}
+    return rounds_in_turn(runs, settings.repeats, settings.device)
 
 
 def add_floor(part, results, products, adapters):

@@ -195,6 +195,15 @@ def test_a_small_model_by_both_sides(tmp_path, monkeypatch, script, parts, knobs
     assert ("LoRA against full" in done.stdout) == (script == "train")
 
 
+def test_rounds_go_in_turn_and_the_first_is_not_counted(monkeypatch):
+    done = []
+    monkeypatch.setattr(sides, "clock", lambda device: len(done) ** 2)
+    runs = {"a": lambda: done.append("a"), "b": lambda: done.append("b")}
+    # a round that ends as the n-th of all takes n^2 - (n - 1)^2
+    assert sides.rounds_in_turn(runs, 2, CPU) == {"a": [5, 9], "b": [7, 11]}
+    assert done == ["a", "b"] * 3
+
+
 def test_rounds_that_scatter_have_no_ratio():
     assert sides.ratio_words([1.0, 1.1, 0.95], [2.0, 2.1, 1.9]) == "2.00x"
     for ours, other in (([1.0, 1.1, 1.3], [2.0, 2.0, 2.0]), ([2.0, 2.0, 2.0], [1.0, 1.1, 1.3])):
