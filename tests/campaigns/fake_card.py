@@ -26,7 +26,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-# flags that make a part small; '' takes a flag away
+# flags that make a part small
 SMALL = {
     "bench.kernels": {"shapes": "tiny", "rows": "64"},
     "bench.throughput": {"shape": "tiny", "seq_lens": "64", "microbatch_tokens": "128"},
@@ -136,15 +136,14 @@ def write_tiny_model(folder):
     Llama(TINY).init_weights().save_pretrained(folder)
 
 
-if __name__ == "__main__":
-    flag, module, *rest = sys.argv[1:]
-    if flag != "-m":
-        raise SystemExit("fake_card.py: expected -m MODULE and its arguments")
-    # the kernels' tests run in the interpreter by themselves, torch.compile and all
-    if module == "pytest":
-        sys.argv = [module, *rest]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-        sys.exit()
+def run(module, argv):
+    """As `python -m module argv...` does."""
+    sys.argv = [module, *argv]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def run_with_card(module, argv):
+    """The same, with the card and small shapes."""
     insert_card()
     if module in ("bench.kernels", "bench.throughput"):
         insert_kernels()
@@ -152,5 +151,15 @@ if __name__ == "__main__":
         insert_itself(folder)
         if module == "bench.generate":
             write_tiny_model(folder)
-        sys.argv = [module, *smaller(module, rest, folder)]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        run(module, smaller(module, argv, folder))
+
+
+if __name__ == "__main__":
+    flag, module, *rest = sys.argv[1:]
+    if flag != "-m":
+        raise SystemExit("fake_card.py: expected -m MODULE and its arguments")
+    if module == "pytest":
+        # the kernels' tests run in the interpreter by themselves, torch.compile and all
+        run(module, rest)
+    else:
+        run_with_card(module, rest)
