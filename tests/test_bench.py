@@ -204,6 +204,12 @@ def test_rounds_go_in_turn_and_the_first_is_not_counted(monkeypatch):
     assert done == ["a", "b"] * 3
 
 
+def test_results_make_their_folder(tmp_path):
+    path = tmp_path / "new" / "b.json"
+    sides.write_results(str(path), {"repeats": 1}, CPU, {"part": {}})
+    assert json.loads(path.read_text())["results"] == {"part": {}}
+
+
 def test_rounds_that_scatter_have_no_ratio():
     assert sides.ratio_words([1.0, 1.1, 0.95], [2.0, 2.1, 1.9]) == "2.00x"
     for ours, other in (([1.0, 1.1, 1.3], [2.0, 2.0, 2.0]), ([2.0, 2.0, 2.0], [1.0, 1.1, 1.3])):
