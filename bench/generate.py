@@ -75,7 +75,7 @@ def generate_rows(side, llama, ids, new_tokens, drawing):
 
 
 def generation_rounds(folder, sides, ids, new_tokens, drawing, repeats, dtype, device):
-    """Seconds of each round of generating, {side: [...]}.
+    """Seconds of each round of generating, {side: [...]}, after two to warm up.
 
     Beside ours and others: of ours with one new token ("first"), and of a step's floor
     ("products" and "reading")."""

@@ -136,7 +136,7 @@ def print_machine(device):
 
 # ----------------------------------------------------------------------------- memory
 def peak_alone(script, side, part, folder, knobs):
-    """Peak memory in GB of one side of `script`, in a process of its own that takes a round or two.
+    """Peak memory in GB of one side of `script`, in a process of its own that takes a few rounds.
 
     None where that fails, which is printed."""
     argv = [sys.executable, "-m", script, f"--model={folder}", f"--parts={part}",

@@ -1,6 +1,6 @@
 """Run a script as on a GPU that is not there: a rehearsal of `make gpu`.
 
-    make gpu GPU_PYTHON="python tests/campaigns/fake_card.py" GPU_OUT=out/rehearsal
+    make gpu GPU_PYTHON=".venv/bin/python tests/campaigns/fake_card.py" GPU_OUT=out/rehearsal
     python tests/campaigns/fake_card.py -m bench.kernels --device=cuda --shapes=7b
 
     the script        torch.cuda answers as an H200; every line for a GPU runs, with tiny shapes
